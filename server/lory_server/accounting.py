@@ -1,0 +1,75 @@
+"""Who pays for a step: splits the wall time between two commits among the rows that shared it.
+
+The split follows a fixed analytic model, so that a request's charge depends on what it asked for
+and not on measurement noise of its row. Charges of a step sum to its wall time. This module is
+pure arithmetic; it must not know torch, clocks or prices.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lory_server.messages import Charge
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """Relative work of one token at a given context, in units of the base's linears.
+
+        work = 1 + context / balance_context + adapter_params / base_params
+
+    The linears cost 2 flops a parameter; attention costs 4 flops a layer, query width and context
+    position (q.k and p.v), so both are equal at `balance_context`.
+    """
+
+    base_params: int
+    balance_context: float
+    adapter_param_bytes: int
+
+    @classmethod
+    def of(
+        cls, base_params: int, num_layers: int, query_width: int, adapter_param_bytes: int
+    ) -> "CostModel":
+        balance_context = base_params / (2 * num_layers * query_width)
+        return cls(base_params, balance_context, adapter_param_bytes)
+
+    def work(self, start: int, num_tokens: int, adapter_bytes: int) -> float:
+        """Work of positions [start, start + num_tokens) of one sequence."""
+        mean_context = start + (num_tokens + 1) / 2
+        adapter_params = adapter_bytes / self.adapter_param_bytes
+        per_token = 1 + mean_context / self.balance_context + adapter_params / self.base_params
+        return num_tokens * per_token
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One row of a committed step, as far as its cost is concerned."""
+
+    request_id: int
+    tenant: str
+    adapter_id: str
+    work: float
+    prompt_tokens: int
+    generated_tokens: int
+
+
+def charge(wall_seconds: float, shares: Sequence[Share]) -> tuple[Charge, ...]:
+    """Splits `wall_seconds` in proportion to work; what rounding leaves goes to the last row."""
+    total = math.fsum(share.work for share in shares)
+    charges: list[Charge] = []
+    left = wall_seconds
+    for i, share in enumerate(shares):
+        last = i == len(shares) - 1
+        seconds = left if last else wall_seconds * share.work / total
+        left -= seconds
+        charges.append(
+            Charge(
+                share.request_id,
+                share.tenant,
+                share.adapter_id,
+                max(seconds, 0.0),
+                share.prompt_tokens,
+                share.generated_tokens,
+            )
+        )
+    return tuple(charges)

@@ -1,0 +1,1 @@
+"""The model: one decoder for many families, its weights, its runner and its sampler."""

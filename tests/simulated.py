@@ -1,0 +1,183 @@
+"""A simulated device for tests of the scheduler and engine: no torch, every KV entry remembered.
+
+The "model" is a hash of everything a position can see, so a token is right only if every block
+held exactly what the sequence's own tokens put there. Each row's view is checked as it is computed.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+
+from lory_server.messages import Sampling
+from lory_server.plan import (
+    PENDING,
+    Residency,
+    ResidentAdapter,
+    SampledToken,
+    StepPlan,
+    StepResult,
+)
+from lory_server.scheduler import Committed, Scheduler
+from lory_server.sequence import Sequence
+
+VOCAB = 50
+EOS = 0
+
+
+def next_token(tokens: list[int], weights: str) -> int:
+    """What the simulated model says after `tokens`."""
+    digest = hashlib.blake2b(repr((tokens, weights)).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") % VOCAB
+
+
+def alone(prompt: list[int], sampling: Sampling, weights: str) -> list[int]:
+    """The answer that a request gets when nothing else runs."""
+    tokens = list(prompt)
+    while len(tokens) - len(prompt) < sampling.max_new_tokens:
+        tokens.append(next_token(tokens, weights))
+        if tokens[-1] == EOS and not sampling.ignore_eos:
+            break
+    return tokens[len(prompt) :]
+
+
+@dataclass
+class SimulatedRunner:
+    """Implements the runner's two calls over remembered KV entries."""
+
+    block_size: int
+    weights_of: dict[int, str] = field(default_factory=dict)
+    """By request id."""
+    slot_of: dict[str, int] = field(default_factory=dict)
+    """By weights; checked against every row."""
+    kv: dict[int, tuple[int, int, str]] = field(default_factory=dict)
+    lanes: dict[int, int] = field(default_factory=dict)
+
+    def submit(self, plan: StepPlan) -> StepResult:
+        assert len({row.lane for row in plan.rows}) == len(plan.rows), "two rows share a lane"
+        return StepResult(tuple(self._compute(row) for row in plan.rows))
+
+    def collect(self, ticket: object) -> StepResult:
+        assert isinstance(ticket, StepResult)
+        return ticket
+
+    def _compute(self, row) -> SampledToken | None:
+        weights = self.weights_of[row.sequence_id]
+        assert row.slot == self.slot_of.get(weights, -1), "row computed with another adapter"
+        token_ids = [self.lanes[row.lane] if t == PENDING else t for t in row.token_ids]
+        for i, token in enumerate(token_ids):
+            self.kv[self._place(row, row.start + i)] = (token, row.start + i, weights)
+        seen = []
+        for position in range(row.start + len(token_ids)):
+            token, at, by = self.kv[self._place(row, position)]
+            assert (at, by) == (position, weights), f"foreign KV at {position}: {(at, by)}"
+            seen.append(token)
+        if row.sample is None:
+            return None
+        assert row.sample.position == len(seen)
+        self.lanes[row.lane] = next_token(seen, weights)
+        return SampledToken(self.lanes[row.lane], -1.0)
+
+    def _place(self, row, position: int) -> int:
+        return row.blocks[position // self.block_size] * self.block_size + (
+            position % self.block_size
+        )
+
+
+@dataclass
+class SimulatedTier:
+    """A device tier of `num_slots` equal adapters, which loads what is demanded, one a step."""
+
+    num_slots: int
+    resident: dict[str, int] = field(default_factory=dict)
+    loading: list[str] = field(default_factory=list)
+    loads: int = 0
+
+    def residency(self) -> Residency:
+        return Residency(
+            resident={r: ResidentAdapter(slot, 1) for r, slot in self.resident.items()},
+            loading=frozenset(self.loading),
+            free_bytes=self._free,
+            free_slots=self._free,
+        )
+
+    def demand(self, demand) -> None:
+        for revision in self.loading:
+            slot = min(set(range(self.num_slots)) - set(self.resident.values()))
+            self.resident[revision] = slot
+        self.loading.clear()
+        for revision in demand.wanted:
+            if revision in self.resident or revision in self.loading:
+                continue
+            if not self._free:
+                idle = [r for r in self.resident if r not in (*demand.in_use, *demand.wanted)]
+                if not idle:
+                    return
+                del self.resident[idle[0]]
+            self.loading.append(revision)
+            self.loads += 1
+
+    @property
+    def _free(self) -> int:
+        return self.num_slots - len(self.resident) - len(self.loading)
+
+
+@dataclass
+class World:
+    """Scheduler, simulated device and tier, stepped as the engine does."""
+
+    scheduler: Scheduler
+    runner: SimulatedRunner
+    tier: SimulatedTier
+    depth: int = 0
+    in_flight: list[tuple[StepPlan, StepResult]] = field(default_factory=list)
+    answers: dict[int, list[int]] = field(default_factory=dict)
+    reasons: dict[int, str] = field(default_factory=dict)
+    preemptions: int = 0
+    hits: int = 0
+
+    def add(self, sequence: Sequence) -> None:
+        self.runner.weights_of[sequence.request_id] = sequence.weights
+        self.answers[sequence.request_id] = []
+        self.scheduler.add(sequence)
+
+    def cancel(self, request_id: int) -> None:
+        if self.scheduler.cancel(request_id, "cancelled") is not None:
+            self._end(request_id, "cancelled")
+
+    def step(self) -> bool:
+        """One step; whether anything ran or committed."""
+        self.runner.slot_of = dict(self.tier.resident)
+        plan, demand = self.scheduler.plan(self.tier.residency())
+        self.preemptions += self.scheduler.counts.preemptions
+        self.hits += self.scheduler.counts.prefix_hits
+        assert plan.num_tokens <= self.scheduler.limits.max_step_tokens
+        assert len(plan.rows) <= self.scheduler.limits.max_batch_rows
+        self.tier.demand(demand)
+        if plan.rows:
+            self.in_flight.append((plan, self.runner.submit(plan)))
+        progressed = bool(self.in_flight) or bool(self.tier.loading)
+        depth = self.depth if plan.rows and not plan.needs_host_tokens else 0
+        while len(self.in_flight) > depth:
+            for committed in self.scheduler.commit(*self.in_flight.pop(0)):
+                self._take(committed)
+        self.scheduler.check()
+        return progressed
+
+    def run(self, max_steps: int = 10_000) -> int:
+        """Steps until all is done; how many it took."""
+        for step in range(max_steps):
+            if not self.scheduler.has_work and not self.in_flight:
+                return step
+            self.step()
+        raise AssertionError(f"not done after {max_steps} steps")
+
+    def _take(self, committed: Committed) -> None:
+        request_id = committed.sequence.request_id
+        assert request_id not in self.reasons, "an event after the terminal one"
+        if committed.token is not None:
+            self.answers[request_id].append(committed.token.token_id)
+        if committed.finish_reason is not None:
+            self._end(request_id, committed.finish_reason)
+
+    def _end(self, request_id: int, reason: str) -> None:
+        assert request_id not in self.reasons, "two terminal events"
+        self.reasons[request_id] = reason

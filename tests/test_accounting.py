@@ -1,0 +1,44 @@
+"""Charges: they sum to the step, follow the work, and depend on nothing else."""
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from lory_server.accounting import CostModel, Share, charge
+
+
+def share(work: float, request_id: int = 0) -> Share:
+    return Share(request_id, "tenant", "adapter", work, 1, 0)
+
+
+@given(
+    wall=st.floats(0, 1e4),
+    works=st.lists(st.floats(1e-6, 1e9), min_size=1, max_size=64),
+)
+def test_charges_sum_to_the_step(wall: float, works: list[float]) -> None:
+    charges = charge(wall, [share(work) for work in works])
+    assert math.isclose(math.fsum(c.seconds for c in charges), wall, rel_tol=1e-9, abs_tol=1e-12)
+    assert all(c.seconds >= 0 for c in charges)
+
+
+def test_a_row_pays_in_proportion_to_its_work() -> None:
+    first, second = charge(4.0, [share(1.0), share(3.0)])
+    assert (first.seconds, second.seconds) == (1.0, 3.0)
+
+
+def test_context_and_rank_make_a_token_dearer() -> None:
+    model = CostModel.of(
+        base_params=1_000_000, num_layers=4, query_width=128, adapter_param_bytes=2
+    )
+    base = model.work(0, 1, 0)
+    assert model.work(1000, 1, 0) > base
+    assert model.work(0, 1, 200_000) == pytest.approx(base + 0.1)
+    assert model.work(int(model.balance_context) - 1, 1, 0) == pytest.approx(2, rel=1e-3)
+
+
+def test_a_prompt_costs_the_same_in_one_chunk_or_many() -> None:
+    model = CostModel.of(1_000_000, 4, 128, 2)
+    whole = model.work(0, 100, 5000)
+    parts = sum(model.work(start, 10, 5000) for start in range(0, 100, 10))
+    assert parts == pytest.approx(whole)

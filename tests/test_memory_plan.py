@@ -1,0 +1,55 @@
+"""The memory plan: parts fill the whole, or the refusal names the flag to change."""
+
+from dataclasses import replace
+
+import pytest
+from lory_server.memory_plan import MemoryNeeds, MemoryPlanError, plan_memory
+
+MIB = 1 << 20
+
+NEEDS = MemoryNeeds(
+    device_bytes=1000 * MIB,
+    weight_bytes=300 * MIB,
+    workspace_bytes=100 * MIB,
+    block_bytes=MIB,
+    block_size=16,
+    max_batch_rows=64,
+    max_model_len=4096,
+)
+
+
+def test_the_parts_fill_the_device() -> None:
+    plan = plan_memory(NEEDS)
+    assert sum(num_bytes for _, num_bytes in plan.table()) == NEEDS.device_bytes
+    assert plan.adapter_pool_bytes == 150 * MIB
+    assert plan.num_blocks == 450
+
+
+def test_a_base_without_adapters_reserves_no_pool() -> None:
+    assert plan_memory(replace(NEEDS, serves_adapters=False)).adapter_pool_bytes == 0
+
+
+def test_the_context_is_lowered_to_what_the_blocks_hold() -> None:
+    plan = plan_memory(replace(NEEDS, kv_bytes=10 * MIB))
+    assert plan.num_blocks == 10
+    assert plan.max_model_len == 160
+
+
+def test_no_more_blocks_than_the_largest_batch_can_use() -> None:
+    plan = plan_memory(replace(NEEDS, max_batch_rows=1, max_model_len=32))
+    assert plan.num_blocks == 2
+    assert plan.unused_bytes == 448 * MIB
+
+
+@pytest.mark.parametrize(
+    ("changes", "flag"),
+    [
+        ({"weight_bytes": 950 * MIB}, "--memory"),
+        ({"adapter_pool_bytes": 600 * MIB}, "--adapter-memory"),
+        ({"kv_bytes": 500 * MIB}, "--kv-memory"),
+        ({"kv_bytes": 1}, "--kv-memory"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_the_fix(changes: dict[str, int], flag: str) -> None:
+    with pytest.raises(MemoryPlanError, match=flag):
+        plan_memory(replace(NEEDS, **changes))

@@ -1,0 +1,252 @@
+"""The scheduler against a simulated device: every answer equals the one the request gets alone."""
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from lory_server.blocks import BlockPool
+from lory_server.messages import Sampling
+from lory_server.plan import PENDING, Residency
+from lory_server.scheduler import Scheduler, SchedulerLimits
+from lory_server.sequence import Sequence
+from simulated import EOS, SimulatedRunner, SimulatedTier, World, alone
+
+
+def world(
+    num_blocks: int = 64,
+    block_size: int = 4,
+    rows: int = 8,
+    step_tokens: int = 32,
+    slots: int = 4,
+    depth: int = 0,
+    **limits,
+) -> World:
+    scheduler = Scheduler(
+        BlockPool(num_blocks, block_size), SchedulerLimits(rows, step_tokens, **limits), [EOS]
+    )
+    return World(scheduler, SimulatedRunner(block_size), SimulatedTier(slots), depth)
+
+
+def sequence(
+    request_id: int, prompt: list[int], max_new_tokens: int = 8, weights: str = "base", **sampling
+) -> Sequence:
+    return Sequence(
+        request_id=request_id,
+        sampling=Sampling(max_new_tokens=max_new_tokens, seed=request_id, **sampling),
+        tokens=list(prompt),
+        tenant="t",
+        weights=weights,
+        revision="" if weights == "base" else weights,
+        adapter_bytes=0 if weights == "base" else 1,
+    )
+
+
+def check_answers(w: World, sequences: list[Sequence]) -> None:
+    for s in sequences:
+        expected = alone(s.tokens[: s.prompt_len], s.sampling, s.weights)
+        assert w.answers[s.request_id] == expected, s
+
+
+request_strategy = st.tuples(
+    st.integers(1, 40),  # prompt length
+    st.integers(1, 24),  # max_new_tokens
+    st.sampled_from(["base", "a", "b", "c", "d", "e"]),
+    st.integers(0, 3),  # which of few prompts: repeats make prefix hits
+    st.integers(0, 12),  # steps before it arrives
+    st.booleans(),  # cancelled on the way
+    st.booleans(),  # needs its history on the host
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    requests=st.lists(request_strategy, min_size=1, max_size=24),
+    num_blocks=st.integers(17, 60),
+    rows=st.integers(1, 8),
+    extra_tokens=st.integers(0, 24),
+    slots=st.integers(1, 4),
+    depth=st.integers(0, 1),
+    seed=st.integers(0, 1000),
+)
+def test_any_trace_ends_with_every_answer_right(
+    requests, num_blocks, rows, extra_tokens, slots, depth, seed
+) -> None:
+    """Random arrivals, adapters, cancellations, tiny pools: invariants hold after every step."""
+    w = world(num_blocks, 4, rows, rows + extra_tokens, slots, depth, max_overtakes=4)
+    rng = random.Random(seed)
+    prompts = [[rng.randrange(1, 50) for _ in range(40)] for _ in range(4)]
+    arrivals: dict[int, list[Sequence]] = {}
+    cancelled: set[int] = set()
+    sequences = []
+    for i, (length, new, weights, which, at, cancels, history) in enumerate(requests):
+        s = sequence(
+            i, prompts[which][:length], new, weights, presence_penalty=0.5 if history else 0.0
+        )
+        sequences.append(s)
+        arrivals.setdefault(at, []).append(s)
+        if cancels:
+            cancelled.add(i)
+    for step in range(16):
+        for s in arrivals.get(step, []):
+            w.add(s)
+        for request_id in [i for i in cancelled if i in w.answers and rng.random() < 0.2]:
+            w.cancel(request_id)
+            cancelled.discard(request_id)
+        w.step()
+    w.run()
+    assert set(w.reasons) == set(w.answers)
+    assert w.scheduler.pool.num_used == 0
+    check_answers(w, [s for s in sequences if w.reasons[s.request_id] != "cancelled"])
+    for s in sequences:  # what a cancelled request got is a prefix of what it would have got
+        expected = alone(s.tokens[: s.prompt_len], s.sampling, s.weights)
+        assert w.answers[s.request_id] == expected[: len(w.answers[s.request_id])]
+
+
+def test_the_simulated_device_catches_a_wrong_block() -> None:
+    """The property above can fail: a scheduler that mixes up blocks is noticed."""
+    w = world()
+    s = sequence(1, list(range(1, 20)))
+    w.add(s)
+    w.step()
+    s.blocks[0], s.blocks[1] = s.blocks[1], s.blocks[0]
+    with pytest.raises(AssertionError, match="foreign KV"):
+        w.run()
+
+
+def test_a_long_prompt_starves_neither_decodes_nor_arrivals() -> None:
+    w = world(num_blocks=400, rows=4, step_tokens=8)
+    w.add(sequence(1, list(range(1, 400)), 4))
+    w.step()
+    w.add(sequence(2, [3], 30, ignore_eos=True))
+    w.step()
+    assert w.answers[2]
+    before = len(w.answers[2])
+    for _ in range(10):
+        w.step()
+    assert len(w.answers[2]) == before + 10
+    assert not w.answers[1]
+
+
+def test_a_second_request_reuses_the_prompt_of_the_first_but_not_across_adapters() -> None:
+    w = world()
+    prompt = list(range(1, 30))
+    w.add(sequence(1, prompt, weights="a"))
+    w.run()
+    w.add(sequence(2, prompt, weights="b"))
+    w.run()
+    assert w.hits == 0
+    w.add(sequence(3, prompt, weights="a"))
+    w.run()
+    assert w.hits == 28
+    check_answers(w, [sequence(i, prompt, weights=x) for i, x in ((1, "a"), (2, "b"), (3, "a"))])
+
+
+def test_prompt_logprobs_bypass_the_prefix_cache_and_name_every_target() -> None:
+    w = world(step_tokens=8)
+    prompt = list(range(1, 30))
+    w.add(sequence(1, prompt))
+    w.run()
+    w.add(sequence(2, prompt, prompt_logprobs=True))
+    targets: list[int] = []
+    while w.scheduler.has_work:
+        plan, _ = w.scheduler.plan(Residency())
+        targets += [t for row in plan.rows for t in row.targets]
+        w.scheduler.commit(plan, w.runner.submit(plan))
+    assert targets == prompt[1:]
+    assert w.hits == 0
+
+
+def test_a_prompt_can_be_scored_without_generating() -> None:
+    w = world(step_tokens=8)
+    w.add(sequence(1, list(range(1, 30)), max_new_tokens=0, prompt_logprobs=True))
+    w.run()
+    assert w.answers[1] == []
+    assert w.reasons[1] == "length"
+
+
+def test_too_few_blocks_preempt_the_latest_and_recompute_it_exactly() -> None:
+    w = world(num_blocks=12, rows=4, step_tokens=16)
+    sequences = [sequence(i, [i + 1] * 8, 30, ignore_eos=True) for i in range(4)]
+    for s in sequences:
+        w.add(s)
+    w.run()
+    assert w.preemptions > 0
+    check_answers(w, sequences)
+
+
+def test_a_sequence_already_in_the_step_is_never_preempted_by_it() -> None:
+    """A decode planned before a prompt's chunk kept its row while its blocks went to the chunk."""
+    for num_blocks in range(9, 14):
+        w = world(num_blocks=num_blocks, rows=3, step_tokens=10)
+        sequences = [sequence(1, [7] * 24, 4), sequence(2, [8] * 3, 9, ignore_eos=True)]
+        w.add(sequences[0])
+        w.step()
+        w.add(sequences[1])
+        w.run()
+        check_answers(w, sequences)
+
+
+def test_a_request_that_can_never_fit_is_refused_at_once() -> None:
+    w = world(num_blocks=4, block_size=4)
+    with pytest.raises(ValueError, match="--kv-memory"):
+        w.scheduler.add(sequence(1, [1] * 10, 8))
+
+
+def test_with_one_slot_a_flood_of_one_adapter_does_not_starve_another() -> None:
+    """Adapter a always has work; b waits, is passed over a bounded number of times, then runs."""
+    w = world(rows=2, slots=1, max_overtakes=4)
+    w.add(sequence(0, [1], 6, "a", ignore_eos=True))
+    w.step()
+    w.step()
+    w.add(sequence(1, [2], 6, "b", ignore_eos=True))
+    request_id = 2
+    while not w.answers[1]:
+        w.add(sequence(request_id, [3], 6, "a", ignore_eos=True))
+        request_id += 1
+        w.step()
+        assert request_id < 100, "b starved"
+    w.run()
+    assert len(w.answers[1]) == 6
+
+
+def test_more_adapters_than_slots_are_all_served() -> None:
+    w = world(rows=8, slots=2)
+    sequences = [sequence(i, [i + 1] * 5, 6, f"adapter-{i}") for i in range(20)]
+    for s in sequences:
+        w.add(s)
+    w.run()
+    check_answers(w, sequences)
+
+
+def test_a_cold_adapter_delays_only_its_own_requests() -> None:
+    w = world(slots=0)
+    w.tier = SimulatedTier(0)
+    w.add(sequence(1, [1, 2], 4, "never"))
+    w.add(sequence(2, [1, 2], 4, ignore_eos=True))
+    for _ in range(8):
+        w.step()
+    assert len(w.answers[2]) == 4
+    assert not w.answers[1]
+
+
+def test_a_pipelined_plan_names_an_unseen_token_by_its_lane() -> None:
+    w = world(depth=1)
+    w.add(sequence(1, [1, 2, 3], 4, ignore_eos=True))
+    w.step()
+    w.step()
+    plan, _ = w.in_flight[-1]
+    assert list(plan.rows[0].token_ids) == [PENDING]
+    w.run()
+    check_answers(w, [sequence(1, [1, 2, 3], 4, ignore_eos=True)])
+
+
+def test_the_row_after_the_end_is_never_streamed() -> None:
+    w = world(depth=1)
+    prompt = next(
+        [p] for p in range(1, 50) if EOS in alone([p], Sampling(max_new_tokens=60, seed=0), "base")
+    )
+    w.add(sequence(1, prompt, 60))
+    w.run()
+    assert w.answers[1][-1] == EOS
+    assert w.reasons[1] == "eos"
