@@ -93,7 +93,7 @@ class SimulatedTier:
 
     def residency(self) -> Residency:
         return Residency(
-            resident={r: ResidentAdapter(slot, 1) for r, slot in self.resident.items()},
+            resident={r: ResidentAdapter(slot, 1, 1) for r, slot in self.resident.items()},
             loading=frozenset(self.loading),
             free_bytes=self._free,
             free_slots=self._free,

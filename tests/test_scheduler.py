@@ -59,7 +59,9 @@ request_strategy = st.tuples(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(
+    max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+)
 @given(
     requests=st.lists(request_strategy, min_size=1, max_size=24),
     num_blocks=st.integers(17, 60),

@@ -52,6 +52,8 @@ class PlanRow:
     """Adapter slot on the device, or BASE_SLOT."""
     sample: SampleRow | None
     """None: a chunk of prefill that ends before the prompt does."""
+    rank: int = 0
+    """The adapter's largest rank."""
     targets: Sequence[int] = ()
     """Prompt tokens whose log-probabilities are wanted: targets[i] follows position start + i."""
 
@@ -91,6 +93,7 @@ class StepResult:
 class ResidentAdapter:
     slot: int
     num_bytes: int
+    max_rank: int
 
 
 @dataclass(frozen=True, slots=True)

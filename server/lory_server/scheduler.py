@@ -202,13 +202,15 @@ class Scheduler:
         targets: list[int] = []
         if sequence.sampling.prompt_logprobs:
             targets = sequence.tokens[start + 1 : min(end + 1, sequence.prompt_len)]
+        adapter = residency.resident[sequence.revision] if sequence.revision else None
         return PlanRow(
             sequence_id=sequence.request_id,
             lane=sequence.lane,
             start=start,
             token_ids=token_ids,
             blocks=sequence.blocks,
-            slot=residency.resident[sequence.revision].slot if sequence.revision else BASE_SLOT,
+            slot=adapter.slot if adapter else BASE_SLOT,
+            rank=adapter.max_rank if adapter else 0,
             sample=self._sample_row(sequence) if end == sequence.num_total else None,
             targets=targets,
         )

@@ -1,0 +1,61 @@
+# Lory: every command a person or CI needs. `make` alone lists them.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PORT ?= 8080
+# Where pip looks for torch, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu on a laptop.
+TORCH_INDEX ?=
+PIP := $(BIN)/pip --disable-pip-version-check -q
+CODE := router server kernels clients/python trainer tests benchmarks demo
+# Tests run in parallel: one thread each, and what can wait does not spin.
+TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo demo-check demo-model check format test test-full bench gpu-check clean
+
+help: ## List the commands
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | column -t -s "$$(printf '\t')"
+
+$(VENV)/.installed: pyproject.toml clients/python/pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(PIP) install -c constraints.txt -e '.[train,dev]' -e clients/python
+	touch $@
+
+setup: $(VENV)/.installed ## Make the virtual environment; starts nothing
+
+demo: setup ## Serve the shipped base and adapters on 127.0.0.1:8080, print three lines to paste
+	$(BIN)/lory demo --port $(PORT)
+
+demo-check: setup ## Start the demo, ask every adapter, check the answers, stop
+	$(BIN)/lory demo --check --port $(PORT)
+
+demo-model: setup ## Train the demo's base and adapters again from scratch (under 15 minutes)
+	$(BIN)/python demo/make_base.py
+	$(BIN)/python demo/make_adapters.py
+
+check: setup ## Format, lint and types; warnings are errors
+	$(BIN)/ruff format --check $(CODE)
+	$(BIN)/ruff check $(CODE)
+	$(BIN)/pyright
+
+format: setup ## Format and fix what can be fixed
+	$(BIN)/ruff format $(CODE)
+	$(BIN)/ruff check --fix $(CODE)
+
+test: setup ## A representative case of everything, in minutes, without a GPU
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile -m 'not full'
+
+test-full: setup ## Whole matrices and long traces
+	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile
+
+bench: setup ## Compare with transformers + PEFT on this machine, in one run
+	$(BIN)/python -m benchmarks.compare
+
+SECTION ?= parity
+gpu-check: ## GPU paths against their references, and their times (SECTION=parity|step)
+	PYTHONPATH=server:kernels:router:clients/python:trainer $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(SECTION)
+
+clean: ## Remove the environment and caches
+	rm -rf $(VENV) .venv-clients .pytest_cache .ruff_cache .hypothesis .bench

@@ -1,0 +1,204 @@
+"""What the client takes and returns: frozen dataclasses, and the parameters by name.
+
+Plain data; this module must not know HTTP, JSON or how a reply becomes one of these
+(`lory_client.replies`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+
+class GenerateParameters(TypedDict, total=False):
+    """Parameters of `generate` and `generate_stream`. Only those given are sent."""
+
+    max_new_tokens: int
+    do_sample: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    typical_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    seed: int
+    stop: Sequence[str]
+    ignore_eos_token: bool
+    return_full_text: bool
+    truncate: int
+    best_of: int
+    decoder_input_details: bool
+    details: bool
+    """Finish reason, tokens and usage; sent as true unless given."""
+    extra: Mapping[str, Any]
+    """More parameters, sent as they are: for a server newer than this client."""
+
+
+class ChatParameters(TypedDict, total=False):
+    """Parameters of `chat` and `chat_stream`. Only those given are sent."""
+
+    max_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    typical_p: float
+    repetition_penalty: float
+    frequency_penalty: float
+    presence_penalty: float
+    logit_bias: Mapping[str, float]
+    seed: int
+    stop: str | Sequence[str]
+    n: int
+    logprobs: bool
+    top_logprobs: int
+    ignore_eos_token: bool
+    user: str
+    extra: Mapping[str, Any]
+    """More fields of the body, sent as they are: for a server newer than this client."""
+
+
+class ChatMessage(TypedDict):
+    """One message of a conversation."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class PromptToken:
+    id: int
+    text: str
+    logprob: float | None
+    """None for the first token: nothing stands before it."""
+
+
+@dataclass(frozen=True)
+class Token:
+    """One generated token."""
+
+    id: int
+    text: str
+    logprob: float | None
+    special: bool
+    """A control token, such as the end of sequence: not part of the answer's text."""
+
+
+@dataclass(frozen=True)
+class Usage:
+    prompt_tokens: int
+    generated_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.generated_tokens
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A sequence that `best_of` did not choose."""
+
+    text: str
+    finish_reason: str
+    tokens: tuple[Token, ...]
+    generated_tokens: int
+    seed: int | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The answer to a prompt. With `details=False` only the text and the ids are known."""
+
+    text: str
+    finish_reason: str | None = None
+    """`length`, `eos_token` or `stop_sequence`."""
+    tokens: tuple[Token, ...] = ()
+    prompt_tokens: tuple[PromptToken, ...] = ()
+    """Filled by `decoder_input_details=True`."""
+    usage: Usage | None = None
+    seed: int | None = None
+    adapter_id: str | None = None
+    request_id: str | None = None
+    other_candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A chat token that was asked for with `logprobs`, and the likeliest ones beside it."""
+
+    text: str
+    logprob: float
+    alternatives: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChatChoice:
+    index: int
+    text: str
+    finish_reason: str | None
+    """`stop` or `length`."""
+    role: str = "assistant"
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class ChatCompletion:
+    """The answer to a conversation."""
+
+    id: str
+    model: str
+    choices: tuple[ChatChoice, ...]
+    usage: Usage | None = None
+    request_id: str | None = None
+
+    @property
+    def text(self) -> str:
+        """The first choice's text."""
+        return self.choices[0].text
+
+    @property
+    def finish_reason(self) -> str | None:
+        return self.choices[0].finish_reason
+
+
+@dataclass(frozen=True)
+class ChatDelta:
+    """A piece of one choice of a streamed chat."""
+
+    index: int
+    text: str
+    finish_reason: str | None = None
+    """Set in the choice's last piece."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True)
+class Model:
+    """The base, or an adapter (whose `parent` is the base)."""
+
+    id: str
+    parent: str | None = None
+    root: str | None = None
+
+
+@dataclass(frozen=True)
+class TextToken:
+    """A token of a text, and where it stands in it."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class ServerInfo:
+    model_id: str
+    model_dtype: str | None
+    model_device_type: str | None
+    max_input_length: int | None
+    max_total_tokens: int | None
+    version: str | None
+    fields: Mapping[str, Any]
+    """The whole reply, for what this version of the client does not name."""

@@ -1,0 +1,170 @@
+/* Template over ELEM: y[rows of g, columns of k] += scale * (x @ A.T) @ B for segments g, slices k.
+ *
+ * A task is (up to TILE_ROWS rows of one segment) x (one slice): it makes h = x @ A.T on the stack
+ * and adds h @ B to y at once, so threads share nothing but the task counter and the result does
+ * not depend on who ran what. Four rows of x share each load of A and B; a single row streams both
+ * front to back. */
+
+#ifndef TILE_ROWS
+#define TILE_ROWS 16
+#define MAX_RANK 256
+#define SUM_COLUMNS 4096
+/* One row meets each byte of A and B once, and the hardware's prefetcher restarts at every page: on
+ * a Zen 5 core, asking four rows (at least 8 KB) ahead lifts 20 GB/s to 31-37. */
+#define AHEAD(n) (4 * (n) > 4096 ? 4 * (n) : 4096)
+
+typedef struct {
+  long in_features;
+  const int64_t *out_offsets, *out_features;
+  const int64_t *a_offset, *b_offset;
+  const int32_t *rank;
+  const float *scale;
+  long slices;
+  const int32_t *starts, *slots;
+  long segments;
+  int tile_rows;
+} sgmv_tables;
+
+/* Walks the tasks in order; `first` is the index of the current segment's first task. */
+typedef struct {
+  long segment, first, count;
+} sgmv_cursor;
+
+INLINE long tasks_of(const sgmv_tables *t, long segment) {
+  if (t->slots[segment] < 0) return 0;
+  long rows = t->starts[segment + 1] - t->starts[segment];
+  return (rows + t->tile_rows - 1) / t->tile_rows * t->slices;
+}
+
+/* Moves to the segment that holds task `index`; 0 if there is none. */
+INLINE int seek_task(const sgmv_tables *t, sgmv_cursor *at, long index) {
+  while (index >= at->first + at->count) {
+    at->first += at->count;
+    if (++at->segment >= t->segments) return 0;
+    at->count = tasks_of(t, at->segment);
+  }
+  return 1;
+}
+#endif
+
+/* h[i][j] = scale * x_i . a_j for `rows` x `ranks` rows of length n. */
+INLINE void FN(shrink_block)(int rows, int ranks, const ELEM *x, long x_stride, const ELEM *a,
+                             long n, float scale, float *h) {
+  vf acc[4][4] = {{{0}}};
+  for (long i = 0; i < n; i += STEP) {
+    OPERAND xs[4];
+    UNROLL for (int r = 0; r < rows; r++) xs[r] = FN(operand)(x + r * x_stride + i, n - i);
+    UNROLL for (int j = 0; j < ranks; j++) {
+      OPERAND as = FN(operand)(a + j * n + i, n - i);
+      if (rows == 1) __builtin_prefetch(a + j * n + i + AHEAD(n));
+      UNROLL for (int r = 0; r < rows; r++) acc[r][j] = FN(dot_step)(acc[r][j], xs[r], as);
+    }
+  }
+  for (int r = 0; r < rows; r++)
+    for (int j = 0; j < ranks; j++) h[r * MAX_RANK + j] = scale * sum_lanes(acc[r][j]);
+}
+
+INLINE void FN(shrink_rows)(int rows, const ELEM *x, long x_stride, const ELEM *a, long n, int rank,
+                            float scale, float *h) {
+  int j = 0;
+  for (; j + 4 <= rank; j += 4)
+    FN(shrink_block)(rows, 4, x, x_stride, a + j * n, n, scale, h + j);
+  for (; j < rank; j++) FN(shrink_block)(rows, 1, x, x_stride, a + j * n, n, scale, h + j);
+}
+
+/* y[i][c] += sum_j h[i][j] * b[j][c] over `vectors` vectors of columns. */
+INLINE void FN(expand_block)(int rows, int vectors, ELEM *y, long y_stride, const ELEM *b, long n,
+                             int rank, const float *h, long left) {
+  vf acc[4][8];
+  UNROLL for (int r = 0; r < rows; r++)
+    UNROLL for (int v = 0; v < vectors; v++)
+      acc[r][v] = FN(load_n)(y + r * y_stride + v * VL, left - v * VL);
+  for (int j = 0; j < rank; j++)
+    UNROLL for (int v = 0; v < vectors; v++) {
+      vf bs = FN(load_n)(b + j * n + v * VL, left - v * VL);
+      UNROLL for (int r = 0; r < rows; r++) acc[r][v] += h[r * MAX_RANK + j] * bs;
+    }
+  UNROLL for (int r = 0; r < rows; r++)
+    UNROLL for (int v = 0; v < vectors; v++)
+      FN(store_n)(y + r * y_stride + v * VL, acc[r][v], left - v * VL);
+}
+
+INLINE void FN(expand_rows)(int rows, int vectors, ELEM *y, long y_stride, const ELEM *b, long n,
+                            int rank, const float *h) {
+  long c = 0;
+  for (; c + vectors * VL <= n; c += vectors * VL)
+    FN(expand_block)(rows, vectors, y + c, y_stride, b + c, n, rank, h, vectors * VL);
+  for (; c < n; c += VL) FN(expand_block)(rows, 1, y + c, y_stride, b + c, n, rank, h, n - c);
+}
+
+/* y[c] += sum_j h[j] * b[j][c] for one row: B is read four rows at a time, front to back, the sums
+ * stay in the first-level cache. */
+INLINE void FN(add_ranks)(int ranks, float *sums, const ELEM *b, long n, const float *h, long width) {
+  for (long c = 0; c < width; c += VL) {
+    vf sum = load_f32(sums + c);
+    UNROLL for (int j = 0; j < ranks; j++) {
+      __builtin_prefetch(b + j * n + c + AHEAD(n));
+      sum += h[j] * FN(load_n)(b + j * n + c, width - c);
+    }
+    store_f32(sums + c, sum);
+  }
+}
+
+static void FN(expand_row)(ELEM *y, const ELEM *b, long n, int rank, const float *h) {
+  float sums[SUM_COLUMNS];
+  for (long c = 0; c < n; c += SUM_COLUMNS) {
+    long width = n - c < SUM_COLUMNS ? n - c : SUM_COLUMNS;
+    int j = 0;
+    for (long i = 0; i < width; i += VL) store_f32(sums + i, FN(load_n)(y + c + i, width - i));
+    for (; j + 4 <= rank; j += 4) FN(add_ranks)(4, sums, b + j * n + c, n, h + j, width);
+    for (; j < rank; j++) FN(add_ranks)(1, sums, b + j * n + c, n, h + j, width);
+    for (long i = 0; i < width; i += VL) FN(store_n)(y + c + i, load_f32(sums + i), width - i);
+  }
+}
+
+static void FN(sgmv_task)(const sgmv_tables *t, const sgmv_cursor *at, long index, ELEM *y,
+                          long y_stride, const ELEM *x, long x_stride, const ELEM *pool) {
+  long local = index - at->first, k = local % t->slices;
+  long entry = t->slots[at->segment] * t->slices + k;
+  int rank = t->rank[entry];
+  if (rank == 0) return;
+  long begin = t->starts[at->segment] + local / t->slices * t->tile_rows;
+  int rows = min_int(t->tile_rows, t->starts[at->segment + 1] - begin), r = 0;
+  const ELEM *a = pool + t->a_offset[entry], *b = pool + t->b_offset[entry];
+  long n = t->in_features, width = t->out_features[k];
+  float scale = t->scale[entry], h[TILE_ROWS * MAX_RANK];
+  x += begin * x_stride;
+  y += begin * y_stride + t->out_offsets[k];
+  for (; r + 4 <= rows; r += 4)
+    FN(shrink_rows)(4, x + r * x_stride, x_stride, a, n, rank, scale, h + r * MAX_RANK);
+  for (; r < rows; r++)
+    FN(shrink_rows)(1, x + r * x_stride, x_stride, a, n, rank, scale, h + r * MAX_RANK);
+  for (r = 0; r + 4 <= rows; r += 4)
+    FN(expand_rows)(4, 4, y + r * y_stride, y_stride, b, width, rank, h + r * MAX_RANK);
+  for (; r < rows; r++)
+    FN(expand_row)(y + r * y_stride, b, width, rank, h + r * MAX_RANK);
+}
+
+EXPORT void FN(sgmv)(ELEM *y, long y_stride, const ELEM *x, long x_stride, const ELEM *pool,
+                     long in_features, const int64_t *out_offsets, const int64_t *out_features,
+                     const int64_t *a_offset, const int64_t *b_offset, const int32_t *rank,
+                     const float *scale, long slices, const int32_t *starts, const int32_t *slots,
+                     long segments, long adapted_rows, int max_rank, int threads) {
+  long width = slices * in_features;
+  for (long k = 0; k < slices; k++) width += out_features[k];
+  threads = threads_for(adapted_rows * max_rank * width, FLOPS_PER_THREAD, threads);
+  int tile_rows = (int)((adapted_rows / threads + 3) / 4 * 4);
+  tile_rows = tile_rows < 4 ? 4 : min_int(tile_rows, TILE_ROWS);
+  sgmv_tables tables = {in_features, out_offsets, out_features, a_offset, b_offset, rank,
+                        scale,       slices,      starts,       slots,    segments, tile_rows};
+  long next = 0;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    sgmv_cursor at = {-1, 0, 0};
+    for (;;) {
+      long index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+      if (!seek_task(&tables, &at, index)) break;
+      FN(sgmv_task)(&tables, &at, index, y, y_stride, x, x_stride, pool);
+    }
+  }
+}

@@ -1,0 +1,120 @@
+"""The HTTP application: which path is answered by what. Here the front is put together.
+
+It must not know what requests mean or how an engine is run.
+"""
+
+import time
+
+import msgspec
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from lory_router import lorax, openai
+from lory_router.endpoint import Endpoint, Front, Handler
+from lory_router.engine import EngineClient, Unavailable
+from lory_router.errors import ApiError, Dialect, MethodNotAllowed, NotFound, Unauthorized
+from lory_router.exchange import Exchange, error_headers
+from lory_router.gate import Gate, authorise
+from lory_router.observe import MetricsSink
+from lory_router.pages import Pages
+from lory_router.settings import RouterSettings
+from lory_router.sse import shown_error
+from lory_router.text import TextModel
+
+GENERATION: tuple[tuple[str, Dialect, Handler], ...] = (
+    ("/", "lorax", lorax.compat_generate),
+    ("/invocations", "lorax", lorax.compat_generate),
+    ("/generate", "lorax", lorax.generate),
+    ("/generate_stream", "lorax", lorax.generate_stream),
+    ("/tokenize", "lorax", lorax.tokenize),
+    ("/v1/completions", "openai", openai.completions),
+    ("/v1/chat/completions", "openai", openai.chat_completions),
+)
+
+
+def create_app(
+    engine: EngineClient, settings: RouterSettings, text: TextModel, metrics: MetricsSink
+) -> ASGIApp:
+    """The front of `engine`, to be served by an ASGI server."""
+    front = Front(engine, settings, text, metrics, Gate(settings))
+    app = Starlette(
+        routes=[*_generation_routes(front), *_page_routes(Pages(front, int(time.time())))],
+        exception_handlers={
+            HTTPException: _on_http_exception,
+            Exception: _on_exception,
+            ApiError: _on_exception,
+            Unavailable: _on_exception,
+        },
+    )
+    app.router.redirect_slashes = False
+    return Guard(app, settings)
+
+
+def _generation_routes(front: Front) -> list[Route]:
+    return [
+        Route(path, Endpoint(front, path, dialect, handle), methods=["POST"])
+        for path, dialect, handle in GENERATION
+    ]
+
+
+def _page_routes(pages: Pages) -> list[Route]:
+    return [
+        Route("/", pages.health),
+        Route("/health", pages.health),
+        Route("/ping", pages.health),
+        Route("/info", pages.info),
+        Route("/metrics", pages.metrics),
+        Route("/v1/models", pages.models),
+        Route("/v1/models/{model_id:path}", pages.model),
+    ]
+
+
+class Guard:
+    """Asks for the key before anything else looks at a request, unknown paths included."""
+
+    def __init__(self, app: ASGIApp, settings: RouterSettings) -> None:
+        self._app = app
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            try:
+                authorise(scope, self._settings)
+            except Unauthorized as error:
+                dialect = dialect_of(scope["path"])
+                exchange = Exchange(scope, receive, send, dialect, self._settings)
+                await exchange.reply_error(error)
+                return
+        await self._app(scope, receive, send)
+
+
+def dialect_of(path: str) -> Dialect:
+    return "openai" if path == "/v1" or path.startswith("/v1/") else "lorax"
+
+
+def _error_response(request: Request, error: ApiError) -> Response:
+    dialect = dialect_of(request.scope["path"])
+    return Response(
+        msgspec.json.encode(error.body_for(dialect)),
+        status_code=error.status_for(dialect),
+        media_type="application/json",
+        headers=error_headers(error),
+    )
+
+
+def _on_exception(request: Request, error: Exception) -> Response:
+    return _error_response(request, shown_error(error))
+
+
+def _on_http_exception(request: Request, error: Exception) -> Response:
+    """What routing itself refuses: a path or method that is not there."""
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        response = _error_response(request, MethodNotAllowed("Method not allowed on this path"))
+        response.headers.update(error.headers or {})
+        return response
+    return _error_response(request, NotFound("No such path"))

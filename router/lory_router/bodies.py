@@ -1,0 +1,76 @@
+"""Request bodies: JSON text to typed values, refusing what is malformed, mistyped or unknown.
+
+It must not know what the fields mean.
+"""
+
+import difflib
+import re
+from collections.abc import Collection, Iterable
+from typing import TypeVar
+
+import msgspec
+
+from lory_router.errors import BadJson, Invalid, shown
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+AT_PATH = re.compile(r"^(?P<what>.*) - at `(?P<path>\$[^`]*)`$", re.DOTALL)
+MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]*)`")
+
+
+def read_object(body: bytes) -> dict[str, object]:
+    """The JSON object in `body`. NaN, Infinity, numbers out of range and lone surrogates are not
+    JSON; of duplicate keys the last counts."""
+    try:
+        value = msgspec.json.decode(body)
+    except RecursionError as error:
+        raise BadJson("The body is not acceptable JSON: nested too deeply") from error
+    except ValueError as error:
+        raise BadJson(f"The body is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise Invalid("The body must be a JSON object")
+    return value
+
+
+def read_struct(value: object, kind: type[T]) -> T:
+    """`value` as a `kind`; a wrong type is refused, naming the field."""
+    try:
+        return msgspec.convert(value, kind)
+    except (msgspec.ValidationError, OverflowError, RecursionError) as error:
+        message, param = explain(str(error))
+        raise Invalid(message, param=param) from error
+
+
+def explain(message: str) -> tuple[str, str | None]:
+    """msgspec's complaint turned round: the field first, without JSON-path marks."""
+    found = AT_PATH.match(message)
+    what = found["what"] if found else message
+    path = found["path"].removeprefix("$").removeprefix(".") if found else ""
+    missing = MISSING.match(what)
+    if missing:
+        param = f"{path}.{missing['name']}".lstrip(".")
+        return f"`{param}` is required", param
+    what = what[:1].lower() + what[1:]
+    return (f"`{path}`: {what}", path) if path else (what, None)
+
+
+def unknown_fields(value: dict[str, object], kind: type[msgspec.Struct]) -> list[str]:
+    return [name for name in value if name not in kind.__struct_fields__]
+
+
+def refuse_unknown(value: dict[str, object], kind: type[msgspec.Struct], inside: str = "") -> None:
+    """Nothing is accepted and ignored: an unknown field is refused, with the likely one."""
+    for name in unknown_fields(value, kind):
+        raise Invalid(
+            f"unknown field {shown(inside + name)}{_hint(name, kind.__struct_fields__)}",
+            param=inside + name[:80],
+        )
+
+
+def _hint(name: str, known: Collection[str]) -> str:
+    near = difflib.get_close_matches(name[:80], known, n=1)
+    return f"; did you mean `{near[0]}`?" if near else f"; known are {_listed(known)}"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(sorted(names))

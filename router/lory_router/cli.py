@@ -1,0 +1,188 @@
+"""The `lory` command: one function per sub-command, each of which calls the module that does it.
+
+It must stay quick to import: what a command needs is imported when it runs.
+"""
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from lory_router import __version__
+from lory_router.config import (
+    CommandError,
+    ServeConfig,
+    caller_key_option,
+    check_environment,
+    serve_parameters,
+    server_url_option,
+)
+
+RENAMED = {
+    "--adapter-memory-fraction": "--adapter-memory",
+    "--enable-prefix-caching": "--prefix-caching",
+    "--gpu-memory-utilization": "--memory",
+    "--hostname": "--host",
+    "--max-active-adapters": "--max-resident-adapters",
+    "--max-batch-prefill-tokens": "--max-step-tokens",
+    "--max-concurrent-requests": "--max-queued",
+    "--max-loras": "--max-resident-adapters",
+    "--max-num-batched-tokens": "--max-step-tokens",
+    "--max-num-queued-reqs": "--max-queued",
+    "--max-num-seqs": "--max-batch-rows",
+    "--max-total-tokens": "--max-model-len",
+    "--model-id": "--model",
+    "--quantization": "--quantize",
+    "--shutdown-timeout": "--drain-timeout",
+}
+"""What LoRAX and vLLM call our flags, for people who come from there."""
+
+PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+"""For commands whose arguments, --help too, belong to another parser."""
+
+
+class _ServeCommand(TyperCommand):
+    """Knows the names other servers give to our flags."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for argument in args:
+            name = argument.partition("=")[0]
+            if name in RENAMED:
+                ctx.fail(f"No such option: {name} (here it is {RENAMED[name]})")
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    name="lory",
+    help="Serve many fine-tunes of one base model from one device.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The console command; what a person got wrong is one line, not a traceback."""
+    try:
+        app(prog_name="lory")
+    except CommandError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"lory {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which.")
+    ] = False,
+) -> None:
+    pass
+
+
+# -- serve and demo -------------------------------------------------------------------------
+
+
+def _serve(**flags: Any) -> None:
+    """Serve a base and its adapters over HTTP.
+
+    Every option can also be set as LORY_<NAME>, as shown beside it.
+    """
+    check_environment()
+    config = ServeConfig.from_flags(flags)
+    from lory_router import serve
+
+    raise typer.Exit(serve.run(config))
+
+
+_serve.__signature__ = inspect.Signature(serve_parameters())  # type: ignore[attr-defined]
+_serve.__annotations__ = {item.name: item.annotation for item in serve_parameters()}
+app.command("serve", cls=_ServeCommand)(_serve)
+
+
+@app.command()
+def demo(
+    base: Annotated[Path | None, typer.Option(help="Folder of the base.")] = None,
+    adapters: Annotated[Path | None, typer.Option(help="Folder of its adapters.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="JSON file of sample prompts.")] = None,
+    port: Annotated[
+        int | None, typer.Option(help="Port to listen on: 8080, and with --check a free one.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Ask every adapter, compare the answers, and stop.")
+    ] = False,
+) -> None:
+    """Serve the small base and adapters that come with the repository."""
+    check_environment()
+    from lory_router.demo import DemoFiles, run_demo
+
+    raise typer.Exit(run_demo(DemoFiles.find(base, adapters, prompts), port=port, check=check))
+
+
+# -- talking to a running server ------------------------------------------------------------
+
+
+@app.command()
+def chat(
+    adapter: Annotated[str, typer.Argument(help="Adapter to talk to; none: the base.")] = "",
+    url: str = server_url_option(),
+    api_key: str = caller_key_option(),
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Continue raw text: no chat template, no memory.")
+    ] = False,
+) -> None:
+    """Talk to an adapter in the terminal. Inside, /help lists what else can be typed."""
+    from lory_router.chat import ChatOptions, run_chat
+
+    options = ChatOptions(adapter, system, max_tokens, temperature, plain)
+    run_chat(url, api_key, options)
+
+
+@app.command()
+def adapters(url: str = server_url_option(), api_key: str = caller_key_option()) -> None:
+    """List the base and the adapters of a running server, and where each one is."""
+    from lory_router.chat import show_adapters
+
+    show_adapters(url, api_key)
+
+
+# -- other parts of the house ---------------------------------------------------------------
+
+
+@app.command(context_settings=PASS_ON)
+def train(context: typer.Context) -> None:
+    """Train an adapter from a YAML file (see lory train --help)."""
+    try:
+        trainer = importlib.import_module("lory_trainer.cli")
+    except ModuleNotFoundError as error:
+        raise CommandError(
+            f"training needs {error.name}; install it with: pip install 'lory-server[train]'"
+        ) from error
+    trainer_app = typer.Typer(
+        add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+    trainer_app.command()(trainer.train)
+    trainer_app(context.args, prog_name="lory train")
+
+
+@app.command(context_settings=PASS_ON)
+def bench(context: typer.Context) -> None:
+    """Measure a running server (see lory bench --help)."""
+    raise typer.Exit(importlib.import_module("lory_router.bench").main(context.args))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,390 @@
+"""What `lory serve` can be told: one frozen value, its flags and its environment variables.
+
+Every field is a flag (`--max-batch-rows`) and a variable (`LORY_MAX_BATCH_ROWS`). This is the only
+module that reads the environment. It must not know HTTP, processes or how a setting is used.
+"""
+
+# ruff: noqa: RUF009 - flag() is dataclasses.field() by another name
+
+import difflib
+import inspect
+import math
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_type_hints
+
+import typer
+from lory_server.messages import DeviceName, DtypeName, EngineOptions, Quantization
+
+from lory_router.settings import RouterSettings
+
+ENVIRONMENT_PREFIX = "LORY_"
+LogLevel = Literal["debug", "info", "warning", "error"]
+T = TypeVar("T")
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B)?", re.IGNORECASE)
+_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
+
+
+class CommandError(Exception):
+    """A command cannot do what it was asked; the message is one line with the fix."""
+
+    exit_code = 1
+
+
+class ConfigError(CommandError):
+    """A setting is wrong; the message names it."""
+
+    exit_code = 2
+
+
+class StartError(CommandError):
+    """The settings are well, but the server cannot start with them."""
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "512MiB" (1024s), "4GB" (1000s) or a bare number."""
+    if isinstance(text, int):
+        return text
+    match = _SIZE.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(f"{text!r} is not a size; write it like 512MiB, 4GB or 1073741824")
+    number, unit = match.group(1), (match.group(2) or "B").lower()
+    base = 1024 if "i" in unit else 1000
+    return int(float(number) * base ** _POWERS.get(unit[0], 0))
+
+
+def flag(
+    default: T,
+    text: str,
+    *,
+    at_least: float | None = None,
+    at_most: float | None = None,
+    parse: Callable[[str], Any] | None = None,
+    secret: bool = False,
+) -> T:
+    """A field that is a flag: its default, its one sentence, its bounds."""
+    metadata = {"help": text, "at_least": at_least, "at_most": at_most, "parse": parse}
+    return field(default=default, repr=not secret, metadata=metadata)
+
+
+def size_flag(default: int, text: str) -> int:
+    return flag(default, text, at_least=0, parse=parse_size)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base and its adapters."""
+
+    model: str = flag("", "Local folder or hub id of the base, in safetensors. Required.")
+    adapters: str = flag("", "Folder whose sub-folders are PEFT adapters; empty: base only.")
+    device: DeviceName = flag("auto", "Where the engine runs; auto takes a GPU if there is one.")
+    dtype: DtypeName = flag("auto", "Number format of weights and activations.")
+    quantize: Quantization = flag("none", "Quantize the base's linears as it loads.")
+    double_quant: bool = flag(False, "Quantize NF4's block scales too.")
+    max_model_len: int = flag(
+        0, "Longest prompt + answer in tokens; 0: what the base and the KV pool allow.", at_least=0
+    )
+    allow_base_mismatch: bool = flag(
+        False, "Serve adapters that name another base of equal shapes."
+    )
+    served_model_name: str = flag(
+        "", "Names the base answers to, comma-separated; empty: the model's own name."
+    )
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """How much one step and its queue hold."""
+
+    max_batch_rows: int = flag(64, "Most sequences in one step.", at_least=1)
+    max_step_tokens: int = flag(512, "Most tokens in one step; long prompts are cut.", at_least=1)
+    max_queued: int = flag(
+        1024, "Most requests waiting or running; one more is refused with 429.", at_least=1
+    )
+    block_size: int = flag(16, "Tokens in one block of KV cache.", at_least=1, at_most=1024)
+    prefix_caching: bool = flag(True, "Reuse the KV of prompts that begin alike.")
+    threads: int = flag(0, "CPU threads of the step; 0: as many as pay.", at_least=0)
+    step_timeout: float = flag(
+        30.0, "Seconds without a step or a heartbeat after which the engine is killed.", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Who gets which bytes. Sizes are written 512MiB or 4GB; 0 means derived from the machine."""
+
+    memory: int = size_flag(0, "All device memory the engine may use; 0: derived.")
+    kv_memory: int = size_flag(0, "Device memory of the KV cache; 0: derived.")
+    adapter_memory: int = size_flag(0, "Device memory of resident adapters; 0: derived.")
+    adapter_host_memory: int = size_flag(
+        0, "Host memory of adapters loaded but not resident; 0: derived."
+    )
+    max_resident_adapters: int = flag(
+        0, "Most adapters on the device at once; 0: as many as its memory holds.", at_least=0
+    )
+
+
+@dataclass(frozen=True)
+class HttpConfig:
+    """The door."""
+
+    host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 is every network.")
+    port: int = flag(8080, "Port to listen on; 0 picks a free one.", at_least=0, at_most=65535)
+    api_key: str = flag(
+        "",
+        "Bearer keys callers must send one of, comma-separated; empty: open to all who reach it.",
+        secret=True,
+    )
+    request_timeout: float = flag(600.0, "Seconds a request may take, queue included.", at_least=0)
+    drain_timeout: float = flag(
+        30.0, "Seconds running requests may take to finish at shutdown.", at_least=0
+    )
+    log_level: LogLevel = flag("info", "How much to log.")
+
+
+@dataclass(frozen=True)
+class LimitConfig:
+    """The most one request may ask for."""
+
+    max_input_length: int = flag(
+        0, "Longest prompt in tokens; 0: the context less one.", at_least=0
+    )
+    max_body_bytes: int = size_flag(2 * 1024 * 1024, "Largest request body.")
+    max_best_of: int = flag(4, "Most sequences for one prompt (best_of, n).", at_least=1)
+    max_stop_sequences: int = flag(16, "Most stop strings of one request.", at_least=0)
+
+
+@dataclass(frozen=True)
+class MetricsConfig:
+    """What is counted."""
+
+    price_per_hour: float = flag(
+        0.0,
+        "What the machine costs in an hour, in any currency; splits into lory_cost_total.",
+        at_least=0,
+    )
+    metrics_adapter_labels: int = flag(
+        200,
+        "Most adapters with figures of their own in /metrics; the rest are 'other'.",
+        at_least=1,
+    )
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """All of it, checked."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    http: HttpConfig = field(default_factory=HttpConfig)
+    limits: LimitConfig = field(default_factory=LimitConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
+
+    def __post_init__(self) -> None:
+        for section, item in _leaves():
+            _check_bounds(item, getattr(getattr(self, section.name), item.name))
+        for check in (_check_model, _check_positive, _check_steps, _check_memory):
+            check(self)
+
+    @classmethod
+    def from_flags(cls, values: Mapping[str, Any]) -> "ServeConfig":
+        """The configuration these flag values (by field name) describe."""
+        groups: dict[str, dict[str, Any]] = {section.name: {} for section in fields(cls)}
+        sections = {item.name: section for section, item in _leaves()}
+        for name, value in values.items():
+            groups[sections[name].name][name] = value
+        return cls(**{name: _section_type(name)(**group) for name, group in groups.items()})
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """What the base is called: the names given, or the model's, without a folder's path."""
+        given = _comma_list(self.model.served_model_name)
+        local = Path(self.model.model)
+        return given or ((local.resolve().name,) if local.is_dir() else (self.model.model,))
+
+    def engine_options(self) -> EngineOptions:
+        """The part the engine is built from."""
+        return EngineOptions(
+            model=self.model.model,
+            adapters_dir=self.model.adapters,
+            device=self.model.device,
+            dtype=self.model.dtype,
+            quantize=self.model.quantize,
+            double_quant=self.model.double_quant,
+            max_model_len=self.model.max_model_len,
+            max_batch_rows=self.step.max_batch_rows,
+            max_step_tokens=self.step.max_step_tokens,
+            max_queued=self.step.max_queued,
+            block_size=self.step.block_size,
+            memory_bytes=self.memory.memory,
+            kv_bytes=self.memory.kv_memory,
+            adapter_pool_bytes=self.memory.adapter_memory,
+            adapter_host_bytes=self.memory.adapter_host_memory,
+            max_resident_adapters=self.memory.max_resident_adapters,
+            prefix_caching=self.step.prefix_caching,
+            threads=self.step.threads,
+            allow_base_mismatch=self.model.allow_base_mismatch,
+        )
+
+    def router_settings(self) -> RouterSettings:
+        """The part the front is built from."""
+        return RouterSettings(
+            model_names=self.model_names,
+            api_keys=_comma_list(self.http.api_key),
+            max_concurrent_requests=self.step.max_queued,
+            max_input_length=self.limits.max_input_length,
+            max_best_of=self.limits.max_best_of,
+            max_stop_sequences=self.limits.max_stop_sequences,
+            max_body_bytes=self.limits.max_body_bytes,
+            request_timeout_s=self.http.request_timeout,
+        )
+
+
+# -- flags and variables --------------------------------------------------------------------
+
+
+def serve_parameters() -> list[inspect.Parameter]:
+    """The signature of `lory serve`: one keyword for each field, as typer reads it."""
+    return [_parameter(section, item) for section, item in _leaves()]
+
+
+def environment_names() -> frozenset[str]:
+    """Every variable that means something."""
+    return frozenset(_variable(item.name) for _, item in _leaves())
+
+
+def server_url_option() -> Any:
+    """The `--url` of commands that talk to a running server."""
+    return typer.Option("http://127.0.0.1:8080", "--url", help="Where the server listens.")
+
+
+def caller_key_option() -> Any:
+    """The `--api-key` of commands that talk to a running server."""
+    text = "Bearer key to send, if the server asks for one."
+    return typer.Option("", "--api-key", help=text, envvar=_variable("api_key"))
+
+
+def check_environment(environ: Mapping[str, str] | None = None) -> None:
+    """Refuse variables that begin with LORY_ and mean nothing: they are misspelt settings."""
+    known = sorted(environment_names())
+    present = os.environ if environ is None else environ
+    for name in sorted(present):
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known:
+            guess = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {guess[0]}?" if guess else "see lory serve --help"
+            raise ConfigError(f"{name}: no such environment variable; {hint}")
+
+
+def engine_environment() -> dict[str, str]:
+    """What the engine's process inherits: everything but our own settings and keys."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(ENVIRONMENT_PREFIX)}
+
+
+def _leaves() -> Iterator[tuple[Field[Any], Field[Any]]]:
+    for section in fields(ServeConfig):
+        for item in fields(_section_type(section.name)):
+            yield section, item
+
+
+def _section_type(name: str) -> Any:
+    return get_type_hints(ServeConfig)[name]
+
+
+def _parameter(section: Field[Any], item: Field[Any]) -> inspect.Parameter:
+    kind = get_type_hints(_section_type(section.name))[item.name]
+    option = typer.Option(
+        item.default,
+        _declaration(item.name, kind),
+        help=item.metadata["help"],
+        envvar=_variable(item.name),
+        parser=item.metadata["parse"],
+        metavar="SIZE" if item.metadata["parse"] is parse_size else None,
+        show_default=item.default != "",
+    )
+    return inspect.Parameter(
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind
+    )
+
+
+def _declaration(name: str, kind: Any) -> str:
+    return f"{_flag_name(name)}/--no-{name.replace('_', '-')}" if kind is bool else _flag_name(name)
+
+
+def _flag_name(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _variable(name: str) -> str:
+    return f"{ENVIRONMENT_PREFIX}{name.upper()}"
+
+
+def _comma_list(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+# -- checks ---------------------------------------------------------------------------------
+
+
+def _check_bounds(item: Field[Any], value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    low, high = item.metadata["at_least"], item.metadata["at_most"]
+    if not math.isfinite(value):
+        raise ConfigError(f"{_flag_name(item.name)}: {value} is not a number to work with")
+    if low is not None and value < low:
+        raise ConfigError(f"{_flag_name(item.name)}: {value} is too small; at least {low}")
+    if high is not None and value > high:
+        raise ConfigError(f"{_flag_name(item.name)}: {value} is too large; at most {high}")
+
+
+def _check_model(config: ServeConfig) -> None:
+    model = config.model
+    if not model.model:
+        raise ConfigError("--model: name the base, a local folder or a hub id")
+    if model.model.startswith((".", "/", "~")) and not Path(model.model).is_dir():
+        raise ConfigError(f"--model: there is no folder {model.model}")
+    if model.adapters and not Path(model.adapters).is_dir():
+        raise ConfigError(f"--adapters: there is no folder {model.adapters}")
+    if model.double_quant and model.quantize == "none":
+        raise ConfigError("--double-quant: needs --quantize nf4")
+
+
+def _check_positive(config: ServeConfig) -> None:
+    timeouts = {
+        "step-timeout": config.step.step_timeout,
+        "request-timeout": config.http.request_timeout,
+        "max-body-bytes": config.limits.max_body_bytes,
+    }
+    for name, value in timeouts.items():
+        if value <= 0:
+            raise ConfigError(f"--{name}: must be more than 0")
+
+
+def _check_steps(config: ServeConfig) -> None:
+    step = config.step
+    if step.max_step_tokens < step.max_batch_rows:
+        raise ConfigError(
+            f"--max-step-tokens: {step.max_step_tokens} cannot hold one token for each of "
+            f"--max-batch-rows {step.max_batch_rows}; raise it or lower the rows"
+        )
+    context = config.model.max_model_len
+    if context and config.limits.max_input_length >= context:
+        raise ConfigError(
+            f"--max-input-length: {config.limits.max_input_length} leaves no room for an answer "
+            f"in --max-model-len {context}"
+        )
+
+
+def _check_memory(config: ServeConfig) -> None:
+    memory = config.memory
+    pools = memory.kv_memory + memory.adapter_memory
+    if memory.memory and pools > memory.memory:
+        raise ConfigError(
+            f"--memory: {memory.memory} bytes cannot hold --kv-memory and --adapter-memory "
+            f"({pools} bytes together)"
+        )

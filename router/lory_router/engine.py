@@ -1,0 +1,86 @@
+"""The seam between the front and an engine: what the routes ask, and what comes back.
+
+Two implementations: a child process (`engine_client`) and scripted engines in tests. This module
+must not know HTTP, text, sockets or processes.
+
+The contract of a stream, which implementations keep and the routes rely on:
+  - at most one `PromptLogprobs` first, then batches of tokens (never an empty one), then exactly
+    one `Finished`, after which iteration stops; also when the engine dies, hangs or drains;
+  - it buffers at most `RouterSettings.stream_buffer_tokens`. When the reader is slower than
+    that, the sequence is cancelled and the stream ends, after what it holds, in a `Finished`
+    with reason "error" and a failure;
+  - `cancel` returns at once, may be called at any time and any number of times, and is not an
+    error after the end. The engine's own `Finished` still follows.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from lory_server.messages import (
+    AdapterEntry,
+    CancelReason,
+    EngineInfo,
+    Finished,
+    PromptLogprobs,
+    Sampling,
+    Token,
+)
+
+StreamEvent = PromptLogprobs | tuple[Token, ...] | Finished
+UnavailableReason = Literal["loading", "draining", "down"]
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """One sequence to generate: `messages.Submit` without the number, which the client assigns."""
+
+    prompt_ids: tuple[int, ...]
+    sampling: Sampling
+    adapter_id: str = ""
+    """Empty: the base."""
+    tenant: str = "default"
+
+
+class Unavailable(Exception):  # noqa: N818 - a state of the engine, told as it is
+    """No engine can take a request now; the caller may try again in `retry_after_s`."""
+
+    def __init__(self, reason: UnavailableReason, message: str, retry_after_s: int = 2) -> None:
+        super().__init__(message)
+        self.reason: UnavailableReason = reason
+        self.message = message
+        self.retry_after_s = retry_after_s
+
+
+class EngineStream(Protocol):
+    """The events of one sequence, in order; see the module's contract."""
+
+    def __aiter__(self) -> "EngineStream": ...
+
+    async def __anext__(self) -> StreamEvent: ...
+
+    def cancel(self, reason: CancelReason = "cancelled") -> None: ...
+
+
+class EngineClient(Protocol):
+    """An engine, or several that look like one."""
+
+    @property
+    def info(self) -> EngineInfo | None:
+        """What the engine said when its base was loaded; None until then. Kept over a restart."""
+        ...
+
+    def is_ready(self) -> bool:
+        """Whether a request sent now would be taken."""
+        ...
+
+    def is_draining(self) -> bool:
+        """Whether the server is shutting down: running requests finish, new ones are refused."""
+        ...
+
+    async def submit(self, request: SequenceRequest) -> EngineStream:
+        """Start one sequence. Raises `Unavailable` when the engine is loading, draining, down."""
+        ...
+
+    async def list_adapters(self) -> tuple[AdapterEntry, ...]:
+        """All adapters that can be named. Raises `Unavailable` as `submit` does."""
+        ...

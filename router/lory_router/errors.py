@@ -1,0 +1,232 @@
+"""What can go wrong for a caller, and how each way looks on the wire.
+
+ApiError
+ |- BadJson 400               |- NotFound 404 (no such path)      |- Overloaded 429
+ |- Unauthorized 401          |- MethodNotAllowed 405             |- GenerationFailed 424 / 500
+ |- AdapterNotFound 404       |- BodyTimeout 408                  |- IncompleteGeneration 500
+ |- BodyTooLarge 413          |- Invalid 422 / 400                |- InternalError 500
+ |- WrongMediaType 415            |- ContextTooLong               |- EngineUnavailable 503
+ |- ClientGone 499                |- AdapterInvalid               |- TimedOut 504
+                                  |- AdapterTooLarge
+
+Where two statuses stand, the first is on LoRAX's routes and the second on OpenAI's. The body is
+`{"error", "error_type"}` on the first, `{"error": {"message", "type", "param", "code"}}` on the
+second. It must not know routes or how a reply is sent.
+"""
+# ruff: noqa: N818 - each is named for what happened; all are `ApiError`s
+
+from typing import Literal
+
+from lory_server.messages import Failure, Finished
+
+from lory_router.engine import Unavailable
+
+Dialect = Literal["lorax", "openai"]
+
+
+class ApiError(Exception):
+    """Base of all; carries what both dialects need."""
+
+    status = 500
+    openai_status: int | None = None
+    """Where OpenAI's routes answer with another status."""
+    error_type = "internal"
+    """LoRAX's `error_type`."""
+    openai_type = "server_error"
+    code: str | None = None
+    """OpenAI's `code`; the same as `error_type` unless given."""
+    lorax_prefix = ""
+
+    def __init__(
+        self, message: str, *, param: str | None = None, retry_after_s: int | None = None
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def status_for(self, dialect: Dialect) -> int:
+        if dialect == "openai" and self.openai_status is not None:
+            return self.openai_status
+        return self.status
+
+    def body_for(self, dialect: Dialect) -> dict[str, object]:
+        if dialect == "lorax":
+            return {"error": self.lorax_prefix + self.message, "error_type": self.error_type}
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.openai_type,
+                "param": self.param,
+                "code": self.code or self.error_type,
+            }
+        }
+
+
+class BadJson(ApiError):
+    status = 400
+    error_type = "invalid_json"
+    openai_type = "invalid_request_error"
+
+
+class Unauthorized(ApiError):
+    status = 401
+    error_type = "unauthorized"
+    openai_type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class NotFound(ApiError):
+    status = 404
+    error_type = "not_found"
+    openai_type = "invalid_request_error"
+
+
+class AdapterNotFound(ApiError):
+    status = 404
+    error_type = "adapter_not_found"
+    openai_type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class MethodNotAllowed(ApiError):
+    status = 405
+    error_type = "method_not_allowed"
+    openai_type = "invalid_request_error"
+
+
+class BodyTimeout(ApiError):
+    status = 408
+    error_type = "body_timeout"
+    openai_type = "invalid_request_error"
+
+
+class BodyTooLarge(ApiError):
+    status = 413
+    error_type = "body_too_large"
+    openai_type = "invalid_request_error"
+
+
+class WrongMediaType(ApiError):
+    status = 415
+    error_type = "wrong_media_type"
+    openai_type = "invalid_request_error"
+
+
+class Invalid(ApiError):
+    """A field is not acceptable; `param` names it."""
+
+    status = 422
+    openai_status = 400
+    error_type = "validation"
+    openai_type = "invalid_request_error"
+    code = "invalid_value"
+    lorax_prefix = "Input validation error: "
+
+
+class ContextTooLong(Invalid):
+    code = "context_length_exceeded"
+
+
+class AdapterInvalid(Invalid):
+    code = "adapter_invalid"
+
+
+class AdapterTooLarge(Invalid):
+    """Larger than the whole adapter pool: trying again does not help."""
+
+    code = "adapter_capacity"
+
+
+class Overloaded(ApiError):
+    status = 429
+    error_type = "overloaded"
+    openai_type = "rate_limit_error"
+
+
+class GenerationFailed(ApiError):
+    status = 424
+    openai_status = 500
+    error_type = "generation"
+    lorax_prefix = "Request failed during generation: Server error: "
+
+
+class IncompleteGeneration(ApiError):
+    error_type = "incomplete_generation"
+
+
+class InternalError(ApiError):
+    pass
+
+
+class ClientGone(ApiError):
+    """Nobody is left to read this; it only names the outcome."""
+
+    status = 499
+    error_type = "client_gone"
+
+
+class Unhealthy(ApiError):
+    status = 503
+    error_type = "healthcheck"
+
+
+class EngineUnavailable(ApiError):
+    status = 503
+    error_type = "unavailable"
+
+
+class TimedOut(ApiError):
+    status = 504
+    error_type = "timeout"
+    openai_type = "timeout"
+
+
+FAILURES: dict[str, type[ApiError]] = {
+    "adapter_not_found": AdapterNotFound,
+    "adapter_invalid": AdapterInvalid,
+    "adapter_capacity": AdapterTooLarge,
+    "context_too_long": ContextTooLong,
+    "bad_request": Invalid,
+    "overloaded": Overloaded,
+    "engine_died": GenerationFailed,
+    "internal": GenerationFailed,
+}
+PARAMS = {
+    "adapter_not_found": "model",
+    "adapter_invalid": "model",
+    "adapter_capacity": "model",
+    "context_too_long": "max_tokens",
+}
+
+
+def from_failure(failure: Failure, retry_after_s: int) -> ApiError:
+    kind = FAILURES[failure.code]
+    wait = retry_after_s if kind is Overloaded else None
+    return kind(failure.message, param=PARAMS.get(failure.code), retry_after_s=wait)
+
+
+def from_finished(finished: Finished, retry_after_s: int) -> ApiError:
+    """Why a sequence that ended in neither a stop nor its length did not succeed."""
+    if finished.failure is not None:
+        return from_failure(finished.failure, retry_after_s)
+    if finished.reason == "timeout":
+        return TimedOut("The request ran past its deadline; ask for fewer tokens or try later")
+    if finished.reason == "cancelled":
+        return IncompleteGeneration("Incomplete generation: the server cancelled the request")
+    return GenerationFailed(f"The engine ended the request with reason {finished.reason!r}")
+
+
+def from_unavailable(error: Unavailable) -> ApiError:
+    wait = min(120, max(1, error.retry_after_s))
+    return EngineUnavailable(error.message, retry_after_s=wait)
+
+
+def adapter_not_found(adapter_id: str) -> ApiError:
+    """The one reply to a name that is unknown, malformed, or not for this caller."""
+    return AdapterNotFound(f"No adapter named {shown(adapter_id)}", param="model")
+
+
+def shown(text: str, longest: int = 80) -> str:
+    """A caller's text as it may stand in a message: quoted, printable, short."""
+    return ascii(text if len(text) <= longest else text[:longest] + "...")

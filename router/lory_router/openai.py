@@ -1,0 +1,280 @@
+"""OpenAI's generation routes: /v1/completions and /v1/chat/completions, whole and streamed.
+
+The two differ in a `Dressing` alone: how a choice and a chunk look. It must not know how requests
+are checked (`plan_openai`) or sequences run (`running`).
+"""
+
+import time
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from typing import Protocol
+
+from lory_router import plan_openai
+from lory_router.endpoint import Front
+from lory_router.exchange import Exchange
+from lory_router.headers import header_text, measured_headers
+from lory_router.openai_shapes import (
+    Json,
+    Shown,
+    chat_logprobs,
+    completion_logprobs,
+    finish_reason,
+    prompt_logprobs,
+    usage_of,
+    visible,
+)
+from lory_router.plan_openai import Context, OpenaiPlan
+from lory_router.running import LiveSequence, merged, run_all, running
+from lory_router.schemas_openai import ChatBody, CompletionBody
+from lory_router.sse import DONE, event, reply_events
+from lory_router.text import TextModel
+from lory_router.transcript import Piece, Transcript
+
+
+class Dressing(Protocol):
+    """How one of the two routes shows an answer."""
+
+    id_prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def choice(
+        self, plan: OpenaiPlan, index: int, transcript: Transcript, text: TextModel
+    ) -> Json: ...
+
+    def first_chunk(self, index: int) -> Json | None: ...
+
+    def chunks(
+        self,
+        plan: OpenaiPlan,
+        index: int,
+        shown: tuple[str, list[Piece]],
+        end: str | None,
+        text: TextModel,
+    ) -> list[Json]: ...
+
+
+async def completions(front: Front, exchange: Exchange, body: bytes) -> None:
+    """POST /v1/completions."""
+    wish, ignored = plan_openai.read_body(body, CompletionBody)
+    _tell_ignored(exchange, ignored)
+    plan = await plan_openai.plan_completion(wish, _context(front))
+    await _reply(front, exchange, plan, CompletionDressing())
+
+
+async def chat_completions(front: Front, exchange: Exchange, body: bytes) -> None:
+    """POST /v1/chat/completions."""
+    wish, ignored = plan_openai.read_body(body, ChatBody)
+    _tell_ignored(exchange, ignored)
+    plan = await plan_openai.plan_chat(wish, _context(front))
+    await _reply(front, exchange, plan, ChatDressing())
+
+
+def _context(front: Front) -> Context:
+    return Context(front.require_ready(), front.settings, front.text)
+
+
+def _tell_ignored(exchange: Exchange, ignored: Sequence[str]) -> None:
+    if ignored:
+        names = ",".join(header_text(name[:64]).replace(",", "%2C") for name in ignored[:16])
+        exchange.extra_headers["x-ignored-params"] = names
+
+
+async def _reply(front: Front, exchange: Exchange, plan: OpenaiPlan, dressing: Dressing) -> None:
+    exchange.adapter_id = plan.adapter_id
+    exchange.ready_at = time.perf_counter()
+    headers = {"x-model-id": header_text(front.settings.model_names[0])}
+    if plan.adapter_id:
+        headers["x-adapter-id"] = header_text(plan.adapter_id)
+    if plan.stream:
+        await reply_events(exchange, _events(front, exchange, plan, dressing), headers)
+    else:
+        await _reply_whole(front, exchange, plan, dressing, headers)
+
+
+def _head(exchange: Exchange, plan: OpenaiPlan, dressing: Dressing, kind: str) -> Json:
+    return {
+        "id": dressing.id_prefix + exchange.request_id,
+        "object": kind,
+        "created": int(time.time()),
+        "model": plan.model,
+        "system_fingerprint": None,
+    }
+
+
+async def _reply_whole(
+    front: Front,
+    exchange: Exchange,
+    plan: OpenaiPlan,
+    dressing: Dressing,
+    headers: Mapping[str, str],
+) -> None:
+    asks = [ask for group in plan.asks for ask in group]
+    async with running(front.engine, asks, front.text, front.settings) as live:
+        exchange.sequences = live
+        await run_all(live)
+    groups = _groups(plan, live)
+    chosen = [t for group in groups for t in _best(group, plan.num_choices)]
+    choices = [dressing.choice(plan, i, t, front.text) for i, t in enumerate(chosen)]
+    head = _head(exchange, plan, dressing, dressing.whole_object)
+    usage = usage_of(groups, plan.answer)
+    whole = {**head, "choices": choices, "usage": usage}
+    await exchange.reply_json(whole, headers={**headers, **measured_headers(exchange)})
+
+
+def _groups(plan: OpenaiPlan, live: Sequence[LiveSequence]) -> list[list[Transcript]]:
+    transcripts = iter([sequence.transcript for sequence in live])
+    return [[next(transcripts) for _ in group] for group in plan.asks]
+
+
+def _best(group: list[Transcript], num: int) -> list[Transcript]:
+    """The likeliest per token, best first, where more were run than are shown."""
+    if num == len(group):
+        return group
+    return sorted(group, key=lambda transcript: transcript.mean_logprob, reverse=True)[:num]
+
+
+async def _events(
+    front: Front, exchange: Exchange, plan: OpenaiPlan, dressing: Dressing
+) -> AsyncGenerator[bytes, None]:
+    """A chunk a batch of tokens, usage if asked for, and [DONE]."""
+    head = _head(exchange, plan, dressing, dressing.chunk_object)
+    asks = [ask for group in plan.asks for ask in group]
+    async with running(front.engine, asks, front.text, front.settings) as live:
+        exchange.sequences = live
+        choices = [_Streamed(i, s.transcript, plan, dressing) for i, s in enumerate(live)]
+        async with aclosing(merged(live)) as batches:
+            async for index, pieces in batches:
+                bodies = choices[index].take(pieces, front.text)
+                tail = _chunk_usage(plan, live)
+                yield b"".join([event({**head, "choices": [b], **tail}, "openai") for b in bodies])
+    if plan.include_usage:
+        usage = usage_of(_groups(plan, live))
+        yield event({**head, "choices": [], "usage": usage}, "openai")
+    yield DONE
+
+
+def _chunk_usage(plan: OpenaiPlan, live: Sequence[LiveSequence]) -> Json:
+    if plan.continuous_usage:
+        return {"usage": usage_of(_groups(plan, live))}
+    return {"usage": None} if plan.include_usage else {}
+
+
+class _Streamed:
+    """One choice of a stream."""
+
+    def __init__(
+        self, index: int, transcript: Transcript, plan: OpenaiPlan, dressing: Dressing
+    ) -> None:
+        self._index = index
+        self._transcript = transcript
+        self._plan = plan
+        self._dressing = dressing
+        self._shown = Shown(transcript)
+        self._begun = False
+
+    def take(self, pieces: Sequence[Piece], text: TextModel) -> list[Json]:
+        bodies: list[Json] = []
+        if not self._begun:
+            first = self._dressing.first_chunk(self._index)
+            bodies += [first] if first else []
+            self._begun = True
+        shown = self._shown.take(pieces)
+        end = finish_reason(self._transcript) if self._transcript.end else None
+        return bodies + self._dressing.chunks(self._plan, self._index, shown, end, text)
+
+
+class CompletionDressing:
+    id_prefix = "cmpl-"
+    whole_object = "text_completion"
+    chunk_object = "text_completion"
+
+    def choice(self, plan: OpenaiPlan, index: int, transcript: Transcript, text: TextModel) -> Json:
+        prompt = plan.prompt_texts[index // plan.num_choices] if plan.prompt_texts else ""
+        return {
+            "index": index,
+            "text": prompt + transcript.stripped_text if plan.answer else prompt,
+            "logprobs": self._logprobs(plan, transcript, prompt, text),
+            "finish_reason": finish_reason(transcript) if plan.answer else "length",
+        }
+
+    def _logprobs(
+        self, plan: OpenaiPlan, transcript: Transcript, prompt: str, text: TextModel
+    ) -> Json | None:
+        if plan.num_top_logprobs is None:
+            return None
+        pieces = visible(transcript, transcript.pieces) if plan.answer else []
+        answer = completion_logprobs(pieces, text, plan.num_top_logprobs, len(prompt))
+        if not plan.prompt_texts:
+            return answer
+        return _joined(prompt_logprobs(transcript, text), answer)
+
+    def first_chunk(self, index: int) -> Json | None:
+        return None
+
+    def chunks(
+        self,
+        plan: OpenaiPlan,
+        index: int,
+        shown: tuple[str, list[Piece]],
+        end: str | None,
+        text: TextModel,
+    ) -> list[Json]:
+        said, pieces = shown
+        logprobs = None
+        if plan.num_top_logprobs is not None:
+            logprobs = completion_logprobs(pieces, text, plan.num_top_logprobs, 0)
+        return [{"index": index, "text": said, "logprobs": logprobs, "finish_reason": end}]
+
+
+def _joined(first: Json, second: Json) -> Json:
+    """Two sets of the older log-probabilities, one after the other."""
+    names = ("tokens", "token_logprobs", "text_offset")
+    lists = {name: [*_list(first[name]), *_list(second[name])] for name in names}
+    return {**lists, "top_logprobs": None}
+
+
+def _list(value: object) -> list[object]:
+    assert isinstance(value, list)
+    return value
+
+
+class ChatDressing:
+    id_prefix = "chatcmpl-"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def choice(self, plan: OpenaiPlan, index: int, transcript: Transcript, text: TextModel) -> Json:
+        said = transcript.stripped_text
+        return {
+            "index": index,
+            "message": {"role": "assistant", "content": said, "refusal": None},
+            "logprobs": _chat_logprobs(plan, visible(transcript, transcript.pieces), text),
+            "finish_reason": finish_reason(transcript),
+        }
+
+    def first_chunk(self, index: int) -> Json | None:
+        return _delta(index, {"role": "assistant", "content": ""}, None, None)
+
+    def chunks(
+        self,
+        plan: OpenaiPlan,
+        index: int,
+        shown: tuple[str, list[Piece]],
+        end: str | None,
+        text: TextModel,
+    ) -> list[Json]:
+        said, pieces = shown
+        found: list[Json] = []
+        if said or pieces or not end:
+            logprobs = _chat_logprobs(plan, pieces, text)
+            found.append(_delta(index, {"content": said}, logprobs, None))
+        return [*found, _delta(index, {}, None, end)] if end else found
+
+
+def _chat_logprobs(plan: OpenaiPlan, pieces: Sequence[Piece], text: TextModel) -> Json | None:
+    return None if plan.num_top_logprobs is None else chat_logprobs(pieces, text)
+
+
+def _delta(index: int, delta: Json, logprobs: Json | None, end: str | None) -> Json:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": end}

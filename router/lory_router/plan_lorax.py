@@ -1,0 +1,192 @@
+"""LoRAX's request to sequences for the engine: its rules, its defaults, its words in refusals.
+
+It must not know HTTP or how a reply is framed.
+"""
+
+import asyncio
+import dataclasses
+from dataclasses import dataclass
+
+import msgspec
+from lory_server.messages import EngineInfo, Sampling
+
+from lory_router import tokenize, validate
+from lory_router.bodies import read_object, read_struct, refuse_unknown
+from lory_router.chat_template import TemplateError
+from lory_router.engine import SequenceRequest
+from lory_router.errors import Invalid
+from lory_router.schemas_lorax import GenerateBody, Parameters
+from lory_router.settings import RouterSettings
+from lory_router.text import TextModel
+from lory_router.validate import Ask
+
+NOT_SUPPORTED = ("merged_adapters", "api_token", "return_k_alternatives", "response_format")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraxPlan:
+    """What is to be generated, and what of it the reply shows."""
+
+    asks: tuple[Ask, ...]
+    """One, or best_of; all of one prompt."""
+    adapter_id: str
+    prompt_ids: tuple[int, ...]
+    prompt_text: str
+    """Put before the answer; empty unless return_full_text."""
+    num_input_chars: int
+    details: bool
+    prefill_details: bool
+    sampled: bool
+    """Whether tokens are drawn, so that the seed matters."""
+
+
+def read_body(body: bytes) -> GenerateBody:
+    value = read_object(body)
+    refuse_unknown(value, GenerateBody)
+    parameters = value.get("parameters", {})
+    if isinstance(parameters, dict):
+        refuse_unknown(parameters, Parameters, inside="parameters.")
+    return read_struct(value, GenerateBody)
+
+
+async def plan(
+    body: GenerateBody, stream: bool, info: EngineInfo, settings: RouterSettings, text: TextModel
+) -> LoraxPlan:
+    wish = body.parameters
+    check_parameters(wish, stream, info, settings)
+    adapter_id = validate.check_adapter_id(wish.adapter_id)
+    prompt_ids = await _prompt_ids(body, settings, text)
+    shown = body.inputs
+    if wish.truncate is not None and len(prompt_ids) > wish.truncate:
+        prompt_ids = prompt_ids[-wish.truncate :]
+        shown = text.decode(prompt_ids)
+    validate.check_prompt("inputs", len(prompt_ids), info, settings)
+    sampling = _sampling(wish, len(prompt_ids), info, settings)
+    stops = validate.check_stops(wish.stop or (), settings)
+    return LoraxPlan(
+        asks=_asks(wish, prompt_ids, adapter_id, sampling, stops, info),
+        adapter_id=adapter_id,
+        prompt_ids=prompt_ids,
+        prompt_text=shown if wish.return_full_text else "",
+        num_input_chars=len(body.inputs),
+        details=bool(wish.details),
+        prefill_details=bool(wish.decoder_input_details),
+        sampled=_samples(wish),
+    )
+
+
+def check_parameters(
+    wish: Parameters, stream: bool, info: EngineInfo, settings: RouterSettings
+) -> None:
+    _check_supported(wish)
+    _check_ranges(wish, info, settings)
+    _check_best_of(wish, stream, settings)
+    if stream and wish.decoder_input_details:
+        raise Invalid(
+            "`decoder_input_details` == true is not supported when streaming tokens",
+            param="decoder_input_details",
+        )
+
+
+def _check_supported(wish: Parameters) -> None:
+    validate.check_adapter_source(wish.adapter_source)
+    for name in NOT_SUPPORTED:
+        if getattr(wish, name) is not None:
+            raise Invalid(f"`{name}` is not supported yet; leave it out or null", param=name)
+    if wish.watermark:
+        raise Invalid("`watermark` is not supported; leave it out or false", param="watermark")
+
+
+def _check_ranges(wish: Parameters, info: EngineInfo, settings: RouterSettings) -> None:
+    validate.TEMPERATURE.check("temperature", wish.temperature)
+    validate.REPETITION.check("repetition_penalty", wish.repetition_penalty)
+    validate.PENALTY.check("frequency_penalty", wish.frequency_penalty)
+    validate.PENALTY.check("presence_penalty", wish.presence_penalty)
+    validate.TOP_P.check("top_p", wish.top_p)
+    validate.TOP_P.check("typical_p", wish.typical_p)
+    validate.check_count("top_k", wish.top_k, 1, 2**31 - 1)
+    validate.check_count("max_new_tokens", wish.max_new_tokens, 1, 2**32 - 1)
+    longest = validate.max_input_length(info, settings)
+    validate.check_count("truncate", wish.truncate, 1, longest)
+    validate.check_seed(wish.seed)
+
+
+def _check_best_of(wish: Parameters, stream: bool, settings: RouterSettings) -> None:
+    validate.check_count("best_of", wish.best_of, 1, settings.max_best_of)
+    if wish.best_of in (None, 1):
+        return
+    if not _samples(wish):
+        raise Invalid("you must use sampling when `best_of` is > 1", param="best_of")
+    if wish.seed is not None:
+        raise Invalid("`seed` must not be set when `best_of` > 1", param="seed")
+    if stream:
+        raise Invalid("`best_of` != 1 is not supported when streaming tokens", param="best_of")
+
+
+def _samples(wish: Parameters) -> bool:
+    """LoRAX samples when told to or when a warper is set; a temperature of 0 never does."""
+    if wish.temperature == 0:
+        return False
+    warped = wish.temperature not in (None, 1.0) or wish.top_k is not None
+    narrowed = (wish.top_p or 1.0) < 1.0 or (wish.typical_p or 1.0) < 1.0
+    return bool(wish.do_sample) or warped or narrowed
+
+
+async def _prompt_ids(
+    body: GenerateBody, settings: RouterSettings, text: TextModel
+) -> tuple[int, ...]:
+    if not body.inputs:
+        raise Invalid("`inputs` cannot be empty", param="inputs")
+    if not body.parameters.apply_chat_template:
+        return await tokenize.encode(text, body.inputs, settings)
+    template = text.chat_template
+    if template is None:
+        raise Invalid(
+            "`apply_chat_template`: this base has no chat template", param="apply_chat_template"
+        )
+    messages = [{"role": "user", "content": body.inputs}]
+    try:
+        prompt = await asyncio.to_thread(template.render, messages)
+    except TemplateError as error:
+        raise Invalid(f"chat template: {error}", param="apply_chat_template") from error
+    return await tokenize.encode(text, prompt, settings, add_special_tokens=False)
+
+
+def _sampling(
+    wish: Parameters, num_prompt: int, info: EngineInfo, settings: RouterSettings
+) -> Sampling:
+    wanted, default = wish.max_new_tokens, settings.default_max_new_tokens
+    return Sampling(
+        max_new_tokens=validate.answer_length("max_new_tokens", wanted, num_prompt, info, default),
+        seed=validate.pick_seeds(wish.seed, 1)[0],
+        temperature=_or(wish.temperature, 1.0) if _samples(wish) else 0.0,
+        top_k=wish.top_k or 0,
+        top_p=_or(wish.top_p, 1.0),
+        typical_p=_or(wish.typical_p, 1.0),
+        repetition_penalty=_or(wish.repetition_penalty, 1.0),
+        frequency_penalty=_or(wish.frequency_penalty, 0.0),
+        presence_penalty=_or(wish.presence_penalty, 0.0),
+        ignore_eos=bool(wish.ignore_eos_token),
+        prompt_logprobs=bool(wish.decoder_input_details),
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _asks(
+    wish: Parameters,
+    prompt_ids: tuple[int, ...],
+    adapter_id: str,
+    sampling: Sampling,
+    stops: tuple[str, ...],
+    info: EngineInfo,
+) -> tuple[Ask, ...]:
+    first = SequenceRequest(prompt_ids=prompt_ids, sampling=sampling, adapter_id=adapter_id)
+    ending = validate.ending_of(sampling, info, stops)
+    asks = []
+    for seed in validate.pick_seeds(sampling.seed, wish.best_of or 1):
+        seeded = msgspec.structs.replace(sampling, seed=seed)
+        asks.append(Ask(dataclasses.replace(first, sampling=seeded), ending))
+    return tuple(asks)

@@ -1,0 +1,377 @@
+"""OpenAI's requests to sequences for the engine: its rules, its defaults, its words in refusals.
+
+It must not know HTTP or how a reply is framed.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+from lory_server.messages import EngineInfo, Sampling
+
+from lory_router import tokenize, validate
+from lory_router.bodies import read_object, read_struct, unknown_fields
+from lory_router.chat_template import RESERVED_NAMES, TemplateError
+from lory_router.engine import SequenceRequest
+from lory_router.errors import Invalid, adapter_not_found, shown
+from lory_router.schemas_openai import (
+    ALLOWED_VALUES,
+    HARMLESS,
+    REFUSED,
+    ChatBody,
+    ChatMessage,
+    CommonBody,
+    CompletionBody,
+    Json,
+)
+from lory_router.settings import RouterSettings
+from lory_router.text import TextModel
+from lory_router.validate import Ask
+
+DEFAULT_COMPLETION_TOKENS = 16
+ROLES = ("system", "developer", "user", "assistant")
+
+B = TypeVar("B", bound=CommonBody)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a plan is made against."""
+
+    info: EngineInfo
+    settings: RouterSettings
+    text: TextModel
+
+
+@dataclass(frozen=True, slots=True)
+class OpenaiPlan:
+    """What is to be generated, and what of it the reply shows."""
+
+    model: str
+    """The name the caller used, or the base's own."""
+    adapter_id: str
+    asks: tuple[tuple[Ask, ...], ...]
+    """For each prompt, its sequences: as many as best_of."""
+    prompt_texts: tuple[str, ...]
+    """Of each prompt, for echo; empty otherwise."""
+    num_choices: int
+    """How many of a prompt's sequences are shown."""
+    num_top_logprobs: int | None
+    """None: no log-probabilities at all."""
+    answer: bool
+    """False where only the prompt is echoed (max_tokens 0)."""
+    stream: bool
+    include_usage: bool
+    continuous_usage: bool
+
+
+def read_body(body: bytes, kind: type[B]) -> tuple[B, list[str]]:
+    """The body and the names of fields nobody knows, which are ignored but told."""
+    value = read_object(body)
+    unknown = unknown_fields(value, kind)
+    for name in unknown:
+        _refuse_meaningful(name, value.pop(name))
+    ignored = [n for n in unknown if n not in HARMLESS | REFUSED and n not in ALLOWED_VALUES]
+    return read_struct(value, kind), ignored
+
+
+def _refuse_meaningful(name: str, value: object) -> None:
+    if value is None:
+        return
+    refused = name in REFUSED or (name in ALLOWED_VALUES and value not in ALLOWED_VALUES[name])
+    if refused:
+        raise Invalid(f"`{name}` is not supported with this value; leave it out", param=name)
+
+
+def adapter_of(model: str, settings: RouterSettings) -> str:
+    """The adapter that `model` names: "adapter" or "base:adapter"; empty for the base."""
+    if model in settings.model_names:
+        return ""
+    for base in settings.model_names:
+        if model.startswith(f"{base}:"):
+            name = validate.check_adapter_id(model.removeprefix(f"{base}:"))
+            if not name:
+                raise adapter_not_found(model)
+            return name
+    return validate.check_adapter_id(model)
+
+
+async def plan_completion(body: CompletionBody, context: Context) -> OpenaiPlan:
+    check_common(body, context)
+    _check_completion(body, context.settings)
+    prompts = _prompts(body.prompt, context.settings)
+    ids = [await _completion_ids(prompt, context) for prompt in prompts]
+    wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    num = body.best_of or body.n or 1
+    return _plan(
+        body,
+        context,
+        asks=_all_asks(body, context, ids, num, max(1, wanted), body.logprobs),
+        prompt_texts=tuple(_echo_text(p, context.text) for p in prompts) if body.echo else (),
+        num_top_logprobs=body.logprobs,
+        answer=wanted > 0,
+    )
+
+
+async def plan_chat(body: ChatBody, context: Context) -> OpenaiPlan:
+    check_common(body, context)
+    wanted = body.max_completion_tokens
+    if wanted is None:
+        wanted = body.max_tokens
+    validate.check_count("max_completion_tokens", wanted, 1, 2**32 - 1)
+    num_top = _chat_logprobs(body, context.settings)
+    ids = await _chat_ids(body, context)
+    return _plan(
+        body,
+        context,
+        asks=_all_asks(body, context, [ids], body.n or 1, wanted, num_top),
+        prompt_texts=(),
+        num_top_logprobs=num_top,
+        answer=True,
+    )
+
+
+def check_common(body: CommonBody, context: Context) -> None:
+    settings = context.settings
+    validate.OPENAI_TEMPERATURE.check("temperature", body.temperature)
+    validate.TOP_P.check("top_p", body.top_p)
+    validate.TOP_P.check("typical_p", body.typical_p)
+    validate.REPETITION.check("repetition_penalty", body.repetition_penalty)
+    validate.PENALTY.check("frequency_penalty", body.frequency_penalty)
+    validate.PENALTY.check("presence_penalty", body.presence_penalty)
+    validate.check_count("top_k", body.top_k, -1, 2**31 - 1)
+    validate.check_count("n", body.n, 1, settings.max_best_of)
+    validate.check_seed(body.seed)
+    validate.check_adapter_source(body.adapter_source)
+    _check_lora_path(body, settings)
+    _check_format(body)
+    if body.stream_options is not None and not body.stream:
+        raise Invalid("`stream_options` needs `stream` to be true", param="stream_options")
+
+
+def _check_lora_path(body: CommonBody, settings: RouterSettings) -> None:
+    """SGLang's name for the adapter: harmless when it says what `model` says."""
+    if body.lora_path in (None, body.model, adapter_of(body.model, settings)):
+        return
+    raise Invalid("`lora_path` differs from `model`; name the adapter in `model`", param="model")
+
+
+def _check_format(body: CommonBody) -> None:
+    if body.response_format not in (None, {"type": "text"}):
+        raise Invalid(
+            '`response_format` other than {"type": "text"} is not supported yet',
+            param="response_format",
+        )
+
+
+def _check_completion(body: CompletionBody, settings: RouterSettings) -> None:
+    validate.check_count("max_tokens", body.max_tokens, 0 if body.echo else 1, 2**32 - 1)
+    validate.check_count("logprobs", body.logprobs, 0, settings.max_top_logprobs)
+    validate.check_count("best_of", body.best_of, body.n or 1, settings.max_best_of)
+    if body.stream and (body.best_of or 1) > (body.n or 1):
+        raise Invalid("`best_of` > `n` cannot be streamed", param="best_of")
+    if body.stream and body.echo:
+        raise Invalid("`echo` cannot be streamed", param="echo")
+    if body.echo and (body.logprobs or 0) > 0:
+        raise Invalid(
+            "`echo` with `logprobs` > 0 is not supported: alternatives of prompt tokens are not"
+            " reported; use `logprobs` 0",
+            param="logprobs",
+        )
+
+
+def _chat_logprobs(body: ChatBody, settings: RouterSettings) -> int | None:
+    validate.check_count("top_logprobs", body.top_logprobs, 0, settings.max_top_logprobs)
+    if not body.logprobs:
+        if body.top_logprobs:
+            raise Invalid("`top_logprobs` needs `logprobs` to be true", param="top_logprobs")
+        return None
+    return body.top_logprobs or 0
+
+
+Prompt = str | tuple[int, ...]
+
+
+def _prompts(prompt: str | list[str | int | list[int]], settings: RouterSettings) -> list[Prompt]:
+    """A text, a list of texts, one list of token ids, or a list of such lists."""
+    if isinstance(prompt, str):
+        return [prompt]
+    ids = [item for item in prompt if isinstance(item, int)]
+    if ids and len(ids) == len(prompt):
+        return [tuple(ids)]
+    if ids or not prompt:
+        raise Invalid("`prompt` must be texts or token ids, one kind, at least one", param="prompt")
+    if len(prompt) > settings.max_prompts:
+        raise Invalid(f"`prompt` may hold at most {settings.max_prompts} prompts", param="prompt")
+    return [item if isinstance(item, str) else tuple(_ints(item)) for item in prompt]
+
+
+def _ints(item: int | list[int]) -> list[int]:
+    return item if isinstance(item, list) else [item]
+
+
+async def _completion_ids(prompt: Prompt, context: Context) -> tuple[int, ...]:
+    if isinstance(prompt, str):
+        ids = await tokenize.encode(context.text, prompt, context.settings)
+    else:
+        ids = prompt
+        validate.check_token_ids("prompt", ids, context.info)
+    validate.check_prompt("prompt", len(ids), context.info, context.settings)
+    return ids
+
+
+def _echo_text(prompt: Prompt, text: TextModel) -> str:
+    return prompt if isinstance(prompt, str) else text.decode(prompt)
+
+
+async def _chat_ids(body: ChatBody, context: Context) -> tuple[int, ...]:
+    messages = chat_messages(body.messages)
+    template = context.text.chat_template
+    if template is None:
+        raise Invalid("this base has no chat template; use /v1/completions", param="messages")
+    options = _template_options(body)
+    try:
+        prompt = await asyncio.to_thread(template.render, messages, options)
+    except TemplateError as error:
+        raise Invalid(f"chat template: {error}", param="messages") from error
+    ids = await tokenize.encode(context.text, prompt, context.settings, add_special_tokens=False)
+    validate.check_prompt("messages", len(ids), context.info, context.settings)
+    return ids
+
+
+def _template_options(body: ChatBody) -> Json:
+    options = body.chat_template_kwargs or {}
+    for name in options:
+        if name in RESERVED_NAMES or not name.isidentifier():
+            raise Invalid(
+                f"`chat_template_kwargs` may not set {shown(name)}", param="chat_template_kwargs"
+            )
+    return options
+
+
+def chat_messages(values: Sequence[Json]) -> list[Json]:
+    if not values:
+        raise Invalid("`messages` must hold at least one message", param="messages")
+    return [_message(value, f"messages[{index}]") for index, value in enumerate(values)]
+
+
+def _message(value: Json, path: str) -> Json:
+    """One message for the template. Null fields are what clients send back of our own replies."""
+    for name in unknown_fields(value, ChatMessage):
+        if value[name] is not None:
+            raise Invalid(
+                f"`{path}`: field {shown(name)} is not supported", param=f"{path}.{name[:80]}"
+            )
+    message = read_struct(value, ChatMessage)
+    if message.role not in ROLES:
+        raise Invalid(f"`{path}.role` must be one of {', '.join(ROLES)}", param=f"{path}.role")
+    role = "system" if message.role == "developer" else message.role
+    read: Json = {"role": role, "content": _content(message, path)}
+    if message.name is not None:
+        read["name"] = message.name
+    return read
+
+
+def _content(message: ChatMessage, path: str) -> str:
+    if message.content is None:
+        raise Invalid(f"`{path}.content` is required", param=f"{path}.content")
+    if isinstance(message.content, str):
+        return message.content
+    return "\n".join(_part(part, f"{path}.content") for part in message.content)
+
+
+def _part(part: Json, path: str) -> str:
+    text = part.get("text")
+    if part.get("type") != "text" or not isinstance(text, str):
+        raise Invalid(f'`{path}` supports only parts {{"type": "text", "text": ...}}', param=path)
+    return text
+
+
+def _plan(
+    body: CommonBody,
+    context: Context,
+    asks: tuple[tuple[Ask, ...], ...],
+    prompt_texts: tuple[str, ...],
+    num_top_logprobs: int | None,
+    answer: bool,
+) -> OpenaiPlan:
+    options = body.stream_options
+    return OpenaiPlan(
+        model=body.model or context.settings.model_names[0],
+        adapter_id=adapter_of(body.model, context.settings),
+        asks=asks,
+        prompt_texts=prompt_texts,
+        num_choices=body.n or 1,
+        num_top_logprobs=num_top_logprobs,
+        answer=answer,
+        stream=bool(body.stream),
+        include_usage=bool(options and options.include_usage),
+        continuous_usage=bool(options and options.continuous_usage_stats),
+    )
+
+
+def _all_asks(
+    body: CommonBody,
+    context: Context,
+    prompts: Sequence[tuple[int, ...]],
+    num: int,
+    wanted: int | None,
+    num_top: int | None,
+) -> tuple[tuple[Ask, ...], ...]:
+    if num * len(prompts) > context.settings.max_sequences:
+        most = context.settings.max_sequences
+        raise Invalid(f"prompts times `best_of` or `n` must be <= {most}", param="n")
+    stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
+    checked = validate.check_stops(stops, context.settings)
+    seeds = iter(validate.pick_seeds(body.seed, num * len(prompts)))
+    adapter_id = adapter_of(body.model, context.settings)
+    found = []
+    for ids in prompts:
+        base = _sampling(body, context, len(ids), wanted, num_top)
+        ending = validate.ending_of(base, context.info, checked)
+        samplings = [msgspec.structs.replace(base, seed=next(seeds)) for _ in range(num)]
+        found.append(tuple(Ask(SequenceRequest(ids, s, adapter_id), ending) for s in samplings))
+    return tuple(found)
+
+
+def _sampling(
+    body: CommonBody, context: Context, num_prompt: int, wanted: int | None, num_top: int | None
+) -> Sampling:
+    info, default = context.info, context.settings.default_max_new_tokens
+    stop_ids = body.stop_token_ids or []
+    validate.check_count("len(stop_token_ids)", len(stop_ids), 0, 64)
+    validate.check_token_ids("stop_token_ids", stop_ids, info)
+    return Sampling(
+        max_new_tokens=validate.answer_length("max_tokens", wanted, num_prompt, info, default),
+        seed=0,
+        temperature=_or(body.temperature, 1.0),
+        top_k=max(0, body.top_k or 0),
+        top_p=_or(body.top_p, 1.0),
+        typical_p=_or(body.typical_p, 1.0),
+        repetition_penalty=_or(body.repetition_penalty, 1.0),
+        frequency_penalty=_or(body.frequency_penalty, 0.0),
+        presence_penalty=_or(body.presence_penalty, 0.0),
+        logit_bias=_logit_bias(body, context),
+        stop_token_ids=tuple(stop_ids),
+        ignore_eos=bool(body.ignore_eos or body.ignore_eos_token),
+        num_top_logprobs=num_top or 0,
+        prompt_logprobs=bool(getattr(body, "echo", False)) and num_top is not None,
+    )
+
+
+def _or(value: float | None, default: float) -> float:
+    return default if value is None else value
+
+
+def _logit_bias(body: CommonBody, context: Context) -> tuple[tuple[int, float], ...]:
+    bias = body.logit_bias or {}
+    validate.check_count("len(logit_bias)", len(bias), 0, context.settings.max_logit_bias)
+    if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in bias):
+        raise Invalid("`logit_bias` keys must be token ids", param="logit_bias")
+    for value in bias.values():
+        validate.BIAS.check("logit_bias", value)
+    pairs = tuple((int(key), value) for key, value in bias.items())
+    validate.check_token_ids("logit_bias", [token_id for token_id, _ in pairs], context.info)
+    return pairs

@@ -1,0 +1,269 @@
+"""`lory serve`, put together: engine, supervisor, metrics, HTTP application and signals.
+
+The one place that knows all of them. What each does is its own module's business.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Iterator
+from dataclasses import dataclass
+
+import uvicorn
+from lory_server.messages import EngineInfo
+
+from lory_router.app import create_app
+from lory_router.config import ServeConfig, StartError, engine_environment
+from lory_router.engine_client import ChildEngine
+from lory_router.engine_process import ENGINE_COMMAND
+from lory_router.metrics import Metrics
+from lory_router.supervisor import GaveUp, RestartPolicy, Supervisor
+from lory_router.text import TextModel, load_text_model
+
+log = logging.getLogger("lory")
+
+FLUSH_GRACE_S = 5.0
+"""How long replies that have ended may take to leave after the drain."""
+EXIT_FAILED = 1
+EXIT_FORCED = 130
+BACKLOG = 2048
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+AfterReady = Callable[[str], Awaitable[int | None]]
+"""Called with the server's URL once it answers; a number ends the server with that code."""
+
+
+class _HttpServer(uvicorn.Server):
+    """uvicorn without its signal handlers: ours drain first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What runs, once everything is built."""
+
+    engine: ChildEngine
+    supervisor: Supervisor
+    server: uvicorn.Server
+    listener: socket.socket
+    url: str
+
+
+def run(
+    config: ServeConfig,
+    *,
+    after_ready: AfterReady | None = None,
+    engine_command: tuple[str, ...] = ENGINE_COMMAND,
+    policy: RestartPolicy | None = None,
+) -> int:
+    """Serve until told to stop; the exit code. Raises `StartError` before anything runs."""
+    _configure_logging(config.http.log_level)
+    listener = _listen(config.http.host, config.http.port)
+    if config.http.host not in LOOPBACK and not config.http.api_key:
+        log.warning("open to everyone who reaches %s; set --api-key", config.http.host)
+    with listener:
+        text = _load_text(config)
+        return asyncio.run(_serve(config, listener, text, after_ready, engine_command, policy))
+
+
+async def _serve(
+    config: ServeConfig,
+    listener: socket.socket,
+    text: TextModel,
+    after_ready: AfterReady | None,
+    engine_command: tuple[str, ...],
+    policy: RestartPolicy | None,
+) -> int:
+    parts = _build(config, listener, text, engine_command, policy)
+    stopping = _Signals(parts)
+    serving = asyncio.ensure_future(parts.server.serve(sockets=[listener]))
+    keeping = asyncio.ensure_future(parts.supervisor.run())
+    visiting = asyncio.ensure_future(_visit(parts, after_ready))
+    asked = asyncio.ensure_future(stopping.wait())
+    with stopping.installed():
+        await asyncio.wait({serving, keeping, visiting, asked}, return_when=asyncio.FIRST_COMPLETED)
+        visiting.cancel()
+        code = await _shut_down(config, parts, keeping, serving)
+    asked.cancel()
+    visited = (await asyncio.gather(visiting, return_exceptions=True))[0]
+    if isinstance(visited, Exception):
+        raise visited
+    if stopping.is_forced:
+        return EXIT_FORCED
+    return code or (visited if isinstance(visited, int) else 0)
+
+
+def _build(
+    config: ServeConfig,
+    listener: socket.socket,
+    text: TextModel,
+    engine_command: tuple[str, ...],
+    policy: RestartPolicy | None,
+) -> _Parts:
+    settings = config.router_settings()
+    metrics = Metrics(
+        model=settings.model_names[0],
+        price_per_hour=config.metrics.price_per_hour,
+        max_adapter_labels=config.metrics.metrics_adapter_labels,
+    )
+    url = _url(listener)
+
+    def on_info(info: EngineInfo) -> None:
+        metrics.engine_up(info)
+        _announce(info, url)
+
+    engine = ChildEngine(
+        config.engine_options(),
+        environment=engine_environment(),
+        on_info=on_info,
+        on_report=metrics.engine_report,
+        step_timeout_s=config.step.step_timeout,
+        stream_buffer_tokens=settings.stream_buffer_tokens,
+        command=engine_command,
+    )
+    app = create_app(engine, settings, text, metrics)
+    http = uvicorn.Config(
+        app,
+        http="h11",
+        ws="none",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=int(FLUSH_GRACE_S),
+    )
+    return _Parts(engine, Supervisor(engine, metrics, policy), _HttpServer(http), listener, url)
+
+
+async def _visit(parts: _Parts, after_ready: AfterReady | None) -> int | None:
+    """Wait until requests are answered, then let the caller of `run` have its turn."""
+    if after_ready is not None:
+        while not (parts.engine.is_ready() and parts.server.started):
+            await asyncio.sleep(0.02)
+        code = await after_ready(parts.url)
+        if code is not None:
+            return code
+    await asyncio.Event().wait()
+    return None
+
+
+async def _shut_down(
+    config: ServeConfig,
+    parts: _Parts,
+    keeping: asyncio.Future[None],
+    serving: asyncio.Future[None],
+) -> int:
+    """The way out: drain, stop the engine, let replies leave, and say what went wrong."""
+    code = 0
+    if not keeping.done():
+        num_left = await parts.supervisor.drain(config.http.drain_timeout)
+        if num_left:
+            log.warning("%d requests did not finish in time and were cancelled", num_left)
+    parts.server.should_exit = True
+    parts.supervisor.stop()
+    for part in (keeping, serving):
+        try:
+            await part
+        except GaveUp as error:
+            log.error("the engine cannot run: %s", error)
+            code = EXIT_FAILED
+    return code
+
+
+class _Signals:
+    """SIGTERM and SIGINT: the first asks, the second insists."""
+
+    def __init__(self, parts: _Parts) -> None:
+        self._parts = parts
+        self._asked = asyncio.Event()
+        self.is_forced = False
+
+    async def wait(self) -> None:
+        await self._asked.wait()
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        loop = asyncio.get_running_loop()
+        signals = (signal.SIGTERM, signal.SIGINT)
+        for number in signals:
+            loop.add_signal_handler(number, self._on_signal)
+        try:
+            yield
+        finally:
+            for number in signals:
+                loop.remove_signal_handler(number)
+
+    def _on_signal(self) -> None:
+        if self._asked.is_set():
+            self.is_forced = True
+            log.warning("asked again: stopping at once")
+            self._parts.engine.kill()
+            self._parts.server.force_exit = True
+            return
+        log.info("stopping: new requests are refused, running ones may finish")
+        self._asked.set()
+
+
+# -- before anything runs -------------------------------------------------------------------
+
+
+def _configure_logging(level: str) -> None:
+    logging.basicConfig(
+        level=level.upper(),
+        format="%(asctime)s %(name)s %(message)s",
+        stream=sys.stderr,
+        force=True,
+    )
+    for chatty in ("httpx", "httpcore", "uvicorn.error", "asyncio"):
+        logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """The listening socket, taken before a model is loaded for nothing."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise StartError(
+            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
+        ) from error
+    return listener
+
+
+def _load_text(config: ServeConfig) -> TextModel:
+    model = config.model.model
+    try:
+        return load_text_model(model)
+    except (OSError, ValueError) as error:
+        line = " ".join(str(error).split())
+        raise StartError(f"--model {model}: its tokenizer cannot be read: {line}") from error
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
+
+
+def _announce(info: EngineInfo, url: str) -> None:
+    for name, num_bytes in info.memory_table:
+        log.info("  %-24s %10.1f MiB", name, num_bytes / 2**20)
+    log.info(
+        "%s on %s, %s, quantize %s, context %d: loaded in %.1f s",
+        info.architecture,
+        info.device,
+        info.dtype,
+        info.quantize,
+        info.max_model_len,
+        info.load_seconds,
+    )
+    log.info("ready on %s", url)

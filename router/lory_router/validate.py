@@ -1,0 +1,158 @@
+"""From what a caller wishes to what the engine is asked: ranges, defaults, and the context's end.
+
+Shared by both dialects; each gives its own field names. It must not know JSON, HTTP or text.
+"""
+
+import re
+import secrets
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lory_server.messages import EngineInfo, Sampling
+
+from lory_router.engine import SequenceRequest, Unavailable
+from lory_router.errors import ContextTooLong, Invalid, adapter_not_found
+from lory_router.settings import RouterSettings
+from lory_router.transcript import Ending
+
+MAX_SEED = 2**64 - 1
+MAX_ADAPTER_ID_CHARS = 256
+BASE_MODEL = "__base_model__"
+UNSAFE_CHARS = re.compile(r"[\x00-\x1f\x7f\\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The values a number may take, and how that reads."""
+
+    low: float
+    high: float
+    open_low: bool = False
+
+    def check(self, name: str, value: float | None) -> None:
+        if value is None:
+            return
+        above = value > self.low if self.open_low else value >= self.low
+        if not (above and value <= self.high):
+            raise Invalid(f"`{name}` must be {self}", param=name)
+
+    def __str__(self) -> str:
+        low = f"> {self.low:g}" if self.open_low else f">= {self.low:g}"
+        return f"{low} and <= {self.high:g}"
+
+
+TEMPERATURE = Range(0, 100)
+OPENAI_TEMPERATURE = Range(0, 2)
+TOP_P = Range(0, 1, open_low=True)
+REPETITION = Range(0, 100, open_low=True)
+PENALTY = Range(-2, 2)
+BIAS = Range(-100, 100)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One sequence to run: what the engine gets, and what ends it."""
+
+    request: SequenceRequest
+    ending: Ending
+
+
+def engine_info(info: EngineInfo | None) -> EngineInfo:
+    if info is None:
+        raise Unavailable("loading", "The base is still loading; try again shortly", 5)
+    return info
+
+
+def check_count(name: str, value: int | None, low: int, high: int) -> None:
+    if value is not None and not low <= value <= high:
+        raise Invalid(f"`{name}` must be between {low} and {high}", param=name)
+
+
+def check_seed(seed: int | None) -> int | None:
+    if seed is not None and not 0 <= seed <= MAX_SEED:
+        raise Invalid("`seed` must be between 0 and 2**64 - 1", param="seed")
+    return seed
+
+
+def pick_seeds(seed: int | None, num: int) -> list[int]:
+    """A seed for each sequence; a request without one still gets seeds it could repeat."""
+    first = secrets.randbits(64) if seed is None else seed
+    return [(first + index) & MAX_SEED for index in range(num)]
+
+
+def check_stops(stops: Sequence[str], settings: RouterSettings) -> tuple[str, ...]:
+    if len(stops) > settings.max_stop_sequences:
+        most = settings.max_stop_sequences
+        raise Invalid(f"`stop` supports up to {most} stop sequences", param="stop")
+    if not all(stops):
+        raise Invalid("`stop` holds an empty string", param="stop")
+    if any(len(stop) > settings.max_stop_chars for stop in stops):
+        most = settings.max_stop_chars
+        raise Invalid(f"`stop` holds a string longer than {most} characters", param="stop")
+    return tuple(stops)
+
+
+def check_adapter_source(source: str | None) -> None:
+    if source is not None and source != "local":
+        raise Invalid(
+            "`adapter_source` other than `local` is not supported yet", param="adapter_source"
+        )
+
+
+def check_adapter_id(adapter_id: str | None) -> str:
+    """The adapter's name, empty for the base. One that cannot be a name is not found."""
+    if adapter_id is None or adapter_id in ("", BASE_MODEL):
+        return ""
+    parts = adapter_id.split("/")
+    unsafe = UNSAFE_CHARS.search(adapter_id) or len(adapter_id) > MAX_ADAPTER_ID_CHARS
+    if unsafe or any(part in ("", ".", "..") for part in parts):
+        raise adapter_not_found(adapter_id)
+    return adapter_id
+
+
+def check_token_ids(name: str, token_ids: Sequence[int], info: EngineInfo) -> None:
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < info.vocab_size):
+        raise Invalid(
+            f"`{name}` holds a token id outside 0..{info.vocab_size - 1}, the base's vocabulary",
+            param=name,
+        )
+
+
+def max_input_length(info: EngineInfo, settings: RouterSettings) -> int:
+    longest = info.max_model_len - 1
+    return min(longest, settings.max_input_length or longest)
+
+
+def check_prompt(name: str, num_tokens: int, info: EngineInfo, settings: RouterSettings) -> None:
+    if num_tokens == 0:
+        raise Invalid(f"`{name}` holds no tokens", param=name)
+    most = max_input_length(info, settings)
+    if num_tokens > most:
+        raise ContextTooLong(
+            f"`{name}` must have at most {most} tokens. Given: {num_tokens}", param=name
+        )
+
+
+def answer_length(
+    name: str, wanted: int | None, num_prompt: int, info: EngineInfo, default: int
+) -> int:
+    """How many tokens may be generated; without a wish, `default` or what the context holds."""
+    room = info.max_model_len - num_prompt
+    if wanted is None:
+        return min(default or room, room)
+    if wanted > room:
+        raise ContextTooLong(
+            f"prompt tokens + `{name}` must be <= {info.max_model_len}, the context of this"
+            f" server. Given: {num_prompt} prompt tokens and {wanted} `{name}`",
+            param=name,
+        )
+    return wanted
+
+
+def ending_of(sampling: Sampling, info: EngineInfo, stops: tuple[str, ...]) -> Ending:
+    return Ending(
+        max_new_tokens=sampling.max_new_tokens,
+        eos_ids=frozenset() if sampling.ignore_eos else frozenset(info.eos_token_ids),
+        stop_ids=frozenset(sampling.stop_token_ids),
+        stops=stops,
+    )

@@ -1,0 +1,362 @@
+"""Where are they now? Adapters on disk, on the host and on the device, for the engine's thread.
+
+    resolve -> [locate] -> poll: on the host already ...............-> Resolved, held
+                           poll: not there -> [load] -> poll .......-> Resolved, held
+    residency -> scheduler -> demand -> [copy] -> residency, and so on until release
+
+What stands in brackets runs on other threads and hands back plain values; all state lives on the
+engine's thread, and no call here waits for a disk, a copy or a lock that is held for long. It must
+not know requests, plans' rows or HTTP.
+"""
+
+import logging
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from typing import Literal
+
+from lory_server.adapters.device import DeviceTier
+from lory_server.adapters.errors import AdapterError
+from lory_server.adapters.format import Base
+from lory_server.adapters.host import HostBudget, HostEntry, HostTier
+from lory_server.adapters.jobs import (
+    IdsListed,
+    Limits,
+    ListJob,
+    Loaded,
+    LoadJob,
+    LoadKey,
+    Located,
+    LocateJob,
+    NeedsRoom,
+)
+from lory_server.adapters.pool import AdapterPool
+from lory_server.adapters.store import AdapterStore
+from lory_server.adapters.workers import JobFailed, Workers
+from lory_server.messages import AdapterEntry, AdapterMove, FailureCode
+from lory_server.plan import AdapterDemand, Residency
+
+NUM_LOADERS = 2
+REFUSAL_MEMORY_S = 2.0
+MAX_REFUSALS = 1024
+COUNT_INTERVAL_S = 10.0
+JOIN_TIMEOUT_S = 5.0
+
+_COUNT_CALL = -1
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A ticket's adapter is on the host and held, until `release(revision)`."""
+
+    ticket: int
+    adapter_id: str
+    revision: str
+    num_bytes: int
+    """What it takes in the device's pool."""
+    max_rank: int
+    load_seconds: float
+    """From `resolve` to now."""
+
+
+@dataclass(frozen=True, slots=True)
+class ResolveFailed:
+    ticket: int
+    adapter_id: str
+    code: FailureCode
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    call_id: int
+    adapters: tuple[AdapterEntry, ...]
+
+
+MoveKind = Literal["load", "evict", "fail"]
+Outcome = Resolved | ResolveFailed | Listed
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCounts:
+    disk: int
+    """As of the last look, at most COUNT_INTERVAL_S and a walk ago."""
+    host: int
+    device: int
+    host_bytes: int
+    device_bytes: int
+
+
+@dataclass(slots=True, eq=False)
+class _Ticket:
+    adapter_id: str
+    asked_s: float
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """One load, and who waits for it. A load that nobody waits for any more ends all the same."""
+
+    order: int
+    tickets: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _Refusal:
+    error: AdapterError
+    until_s: float
+
+
+class AdapterCache:
+    def __init__(
+        self,
+        store: AdapterStore,
+        pool: AdapterPool,
+        base: Base,
+        host_bytes: int,
+        *,
+        num_loaders: int = NUM_LOADERS,
+        on_ready: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`on_ready` is called by other threads whenever `poll` or `residency` has news."""
+        self._store = store
+        self._base = base
+        self._limits = Limits(pool.dtype, pool.total_bytes, pool.needed_bytes)
+        self._outcomes: SimpleQueue[object] = SimpleQueue()
+        self.budget = HostBudget(host_bytes)
+        self.host = HostTier(self.budget)
+        self.device = DeviceTier(pool, self.host, on_ready)
+        self._locators = Workers(
+            "lory-adapter-locate", 1, self._outcomes, on_ready, low_priority=False
+        )
+        self._loaders = Workers(
+            "lory-adapter-load", num_loaders, self._outcomes, on_ready, low_priority=True
+        )
+        self._tickets: dict[int, _Ticket] = {}
+        self._loads: dict[LoadKey, _Load] = {}
+        self._waiting_for_room: list[NeedsRoom] = []
+        self._num_loads = 0
+        self._refusals: dict[LoadKey, _Refusal] = {}
+        self._latest: dict[str, str] = {}
+        self._moves: list[AdapterMove] = []
+        self._num_on_disk = 0
+        self._counted_s = float("-inf")
+
+    # -- requests ---------------------------------------------------------------------------
+
+    def resolve(self, ticket: int, adapter_id: str) -> None:
+        """Ask for an adapter as it is on disk now; `poll` answers."""
+        assert ticket not in self._tickets, f"ticket {ticket} is in use"
+        self._tickets[ticket] = _Ticket(adapter_id, time.monotonic())
+        self._locators.submit(LocateJob(self._store, ticket, adapter_id))
+
+    def cancel(self, ticket: int) -> None:
+        """Forget a ticket that `poll` has not answered; without effect on others."""
+        self._tickets.pop(ticket, None)
+
+    def poll(self) -> list[Outcome]:
+        """What has come of tickets and calls since the last time."""
+        answers: list[Outcome] = []
+        while True:
+            try:
+                outcome = self._outcomes.get_nowait()
+            except Empty:
+                break
+            answers.extend(self._handle(outcome))
+        self._grant_room()
+        return answers
+
+    def release(self, revision: str) -> None:
+        """End one hold."""
+        self.host.release(revision)
+
+    def pin(self, revision: str) -> None:
+        """Keep a revision that is on the host there, and on the device once it is resident."""
+        self.host.hold(revision)
+        self.device.pinned[revision] = self.device.pinned.get(revision, 0) + 1
+
+    def unpin(self, revision: str) -> None:
+        self.device.pinned[revision] -= 1
+        if not self.device.pinned[revision]:
+            del self.device.pinned[revision]
+        self.host.release(revision)
+
+    # -- the device -------------------------------------------------------------------------
+
+    def residency(self) -> Residency:
+        return self.device.residency()
+
+    def demand(self, demand: AdapterDemand) -> None:
+        self.device.demand(demand)
+
+    # -- reports ----------------------------------------------------------------------------
+
+    def counts(self) -> AdapterCounts:
+        if time.monotonic() - self._counted_s > COUNT_INTERVAL_S:
+            self._counted_s = time.monotonic()
+            self.request_list(_COUNT_CALL)
+        return AdapterCounts(
+            disk=self._num_on_disk,
+            host=len(self.host),
+            device=len(self.device),
+            host_bytes=self.budget.used_bytes,
+            device_bytes=self.device.pool.used_bytes,
+        )
+
+    def drain_moves(self) -> list[AdapterMove]:
+        moves = self._moves + self.device.moves
+        self._moves, self.device.moves = [], []
+        return moves
+
+    def request_list(self, call_id: int) -> None:
+        """Ask for all adapters and their tiers; `poll` answers with `Listed`."""
+        self._loaders.submit(ListJob(self._store, call_id))
+
+    def close(self) -> None:
+        """Stop the threads; those in the middle of a read end on their own."""
+        workers = (self._locators, self._loaders, self.device)
+        for worker in workers:
+            worker.stop()
+        for worker in workers:
+            worker.join(JOIN_TIMEOUT_S)
+
+    # -- what came of jobs ------------------------------------------------------------------
+
+    def _handle(self, outcome: object) -> Iterator[Outcome]:
+        if isinstance(outcome, Located):
+            yield from self._on_located(outcome)
+        elif isinstance(outcome, Loaded):
+            yield from self._on_loaded(outcome)
+        elif isinstance(outcome, NeedsRoom):
+            self._waiting_for_room.append(outcome)
+            self._waiting_for_room.sort(key=lambda waiting: self._loads[waiting.key].order)
+            self.budget.hold_back(True)
+        elif isinstance(outcome, IdsListed):
+            yield from self._on_listed(outcome)
+        else:
+            assert isinstance(outcome, JobFailed)
+            yield from self._on_failed(outcome)
+
+    def _on_located(self, located: Located) -> Iterator[Outcome]:
+        if located.ticket not in self._tickets:
+            return
+        revision = self._store.revision_of(located.signature)
+        if revision is not None and revision in self.host:
+            yield self._resolved(located.ticket, revision)
+            return
+        key = LoadKey(located.adapter_id, located.signature)
+        refusal = self._refusals.get(key)
+        if refusal is not None and time.monotonic() < refusal.until_s:
+            yield self._failed(located.ticket, refusal.error)
+            return
+        if key not in self._loads:
+            self._num_loads += 1
+            self._loads[key] = _Load(self._num_loads)
+            self._submit_load(key)
+        self._loads[key].tickets.append(located.ticket)
+
+    def _on_loaded(self, loaded: Loaded) -> Iterator[Outcome]:
+        revision = loaded.blob.revision
+        self.host.put(loaded.key.adapter_id, loaded.blob)
+        if loaded.is_settled:
+            self._store.remember(loaded.signature, revision)
+        self._record("load", loaded.key.adapter_id, loaded.seconds, loaded.blob.num_bytes)
+        for ticket in self._end_load(loaded.key):
+            yield self._resolved(ticket, revision)
+
+    def _on_listed(self, listed: IdsListed) -> Iterator[Outcome]:
+        self._num_on_disk = len(listed.adapter_ids)
+        if listed.call_id != _COUNT_CALL:
+            yield Listed(listed.call_id, tuple(self._entry(i) for i in listed.adapter_ids))
+
+    def _on_failed(self, failed: JobFailed) -> Iterator[Outcome]:
+        job, error = failed.job, failed.error
+        if not isinstance(error, AdapterError):
+            _log.error("adapter work failed: %r", job, exc_info=error)
+        if isinstance(job, LocateJob) and job.ticket in self._tickets:
+            yield self._failed(job.ticket, error)
+        elif isinstance(job, LoadJob):
+            self._record("fail", job.key.adapter_id, 0.0, 0)
+            self._remember_refusal(job.key, error)
+            for ticket in self._end_load(job.key):
+                yield self._failed(ticket, error)
+        elif isinstance(job, ListJob) and job.call_id != _COUNT_CALL:
+            yield Listed(job.call_id, ())
+
+    def _end_load(self, key: LoadKey) -> list[int]:
+        return [ticket for ticket in self._loads.pop(key).tickets if ticket in self._tickets]
+
+    def _resolved(self, ticket: int, revision: str) -> Resolved:
+        asked = self._tickets.pop(ticket)
+        self.host.hold(revision)
+        self._latest[asked.adapter_id] = revision
+        manifest = self.host.entry(revision).blob.manifest
+        return Resolved(
+            ticket=ticket,
+            adapter_id=asked.adapter_id,
+            revision=revision,
+            num_bytes=self._limits.needed_bytes(manifest),
+            max_rank=manifest.max_rank,
+            load_seconds=time.monotonic() - asked.asked_s,
+        )
+
+    def _failed(self, ticket: int, error: Exception) -> ResolveFailed:
+        adapter_id = self._tickets.pop(ticket).adapter_id
+        if isinstance(error, AdapterError):
+            return ResolveFailed(ticket, adapter_id, error.code, str(error))
+        message = f"adapter {adapter_id!r} could not be loaded; the engine's log says why"
+        return ResolveFailed(ticket, adapter_id, "internal", message)
+
+    def _remember_refusal(self, key: LoadKey, error: Exception) -> None:
+        """For a moment, so that a storm of requests does not read a broken file each time."""
+        if not isinstance(error, AdapterError):
+            return
+        now_s = time.monotonic()
+        if len(self._refusals) >= MAX_REFUSALS:
+            self._refusals = {k: r for k, r in self._refusals.items() if r.until_s > now_s}
+        if len(self._refusals) < MAX_REFUSALS:
+            self._refusals[key] = _Refusal(error, now_s + REFUSAL_MEMORY_S)
+
+    def _entry(self, adapter_id: str) -> AdapterEntry:
+        revision = self._latest.get(adapter_id, "")
+        on_device = revision in self.device
+        tier = "device" if on_device else "host" if revision in self.host else "disk"
+        return AdapterEntry(adapter_id=adapter_id, tier=tier, revision=revision)
+
+    # -- room on the host -------------------------------------------------------------------
+
+    def _submit_load(self, key: LoadKey, reserved_bytes: int = 0) -> None:
+        job = LoadJob(self._store, self._base, self._limits, self.budget, key, reserved_bytes)
+        self._loaders.submit(job)
+
+    def _grant_room(self) -> None:
+        """Loads that found the budget taken, first come, first served, as holds end."""
+        while self._waiting_for_room:
+            head = self._waiting_for_room[0]
+            is_wanted = any(ticket in self._tickets for ticket in self._loads[head.key].tickets)
+            if is_wanted and not self._reserve(head.num_bytes):
+                return
+            del self._waiting_for_room[0]
+            if is_wanted:
+                self._submit_load(head.key, head.num_bytes)
+            else:
+                del self._loads[head.key]
+        self.budget.hold_back(False)
+
+    def _reserve(self, num_bytes: int) -> bool:
+        for entry in self.host.make_room(num_bytes):
+            self._record_eviction(entry)
+        return self.budget.try_reserve(num_bytes, is_waiter=True)
+
+    def _record_eviction(self, entry: HostEntry) -> None:
+        self._record("evict", entry.adapter_id, 0.0, entry.blob.num_bytes)
+
+    def _record(self, kind: MoveKind, adapter_id: str, seconds: float, num_bytes: int) -> None:
+        self._moves.append(
+            AdapterMove(
+                adapter_id=adapter_id, kind=kind, tier="host", seconds=seconds, num_bytes=num_bytes
+            )
+        )

@@ -1,0 +1,286 @@
+"""adapter_config.json: what a PEFT LoRA configuration asks for, or why it is refused.
+
+In: bytes. Out: which modules are adapted, and each one's rank and scale, by PEFT's own rules. No
+key is ignored unless it is known to change nothing at inference. It must not know tensors.
+"""
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from lory_server.adapters.errors import AdapterInvalidError
+from lory_server.adapters.pattern import Pattern
+from lory_server.adapters.strict_json import parse_object
+
+CONFIG_NAME = "adapter_config.json"
+MAX_CONFIG_BYTES = 1024 * 1024
+MAX_RANK = 256
+MAX_PATTERNS = 4096
+
+_HARMLESS = frozenset(
+    {
+        "auto_mapping",
+        "corda_config",  # these four say how A and B began; init_lora_weights says if it matters
+        "eva_config",
+        "loftq_config",
+        "lora_ga_config",
+        "ensure_weight_tying",  # acts on embeddings only, and those are refused
+        "inference_mode",
+        "lora_dropout",
+        "megatron_core",  # acts with megatron_config only
+        "peft_version",
+        "qalora_group_size",  # acts with use_qalora only
+        "revision",
+        "runtime_config",
+    }
+)
+_READ = frozenset(
+    {
+        "alpha_pattern",
+        "base_model_name_or_path",
+        "bias",
+        "exclude_modules",
+        "init_lora_weights",
+        "layers_pattern",
+        "layers_to_transform",
+        "lora_alpha",
+        "peft_type",
+        "r",
+        "rank_pattern",
+        "target_modules",
+        "task_type",
+        "use_rslora",
+    }
+)
+_UNSUPPORTED = {
+    "use_dora": "DoRA is not served; merge it into the base or train plain LoRA",
+    "modules_to_save": "full modules are not served; train LoRA on linear layers only",
+    "lora_bias": "biases on B are not served; train with lora_bias=False",
+    "trainable_token_indices": "trained token embeddings are not served",
+    "layer_replication": "replicated layers are not served",
+    "target_parameters": "LoRA on bare parameters is not served; use target_modules",
+    "alora_invocation_tokens": "activated LoRA is not served",
+    "megatron_config": "Megatron layers are not served",
+    "fan_in_fan_out": "transposed (Conv1D) layers are not served",
+}
+_SELF_CONTAINED_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_ALL_LINEAR = "all-linear"
+_FULL_MODULES = ("lm_head", "model.embed_tokens")
+_FIRST_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
+_LAYER_LIST_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+
+Matcher = Callable[[str], bool]
+Number = TypeVar("Number", int, float)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """A validated configuration; modules are named as in the base's checkpoint."""
+
+    base_model_name: str
+    """Empty if the configuration names none."""
+    rank: int
+    alpha: float
+    use_rslora: bool
+    rank_patterns: tuple[tuple[Pattern, int], ...]
+    alpha_patterns: tuple[tuple[Pattern, float], ...]
+    is_selected: Matcher
+    """True for modules that target_modules and its companions choose."""
+
+    def rank_and_scale(self, module: str) -> tuple[int, float]:
+        """By the first pattern that matches, else the defaults."""
+        rank = next((r for p, r in self.rank_patterns if p.matches(module)), self.rank)
+        alpha = next((a for p, a in self.alpha_patterns if p.matches(module)), self.alpha)
+        return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def read_config(raw: bytes) -> AdapterConfig:
+    if len(raw) > MAX_CONFIG_BYTES:
+        raise AdapterInvalidError(f"{CONFIG_NAME}: larger than {MAX_CONFIG_BYTES} bytes")
+    fields = parse_object(raw, CONFIG_NAME)
+    _check_kind(fields)
+    _check_keys(fields)
+    return AdapterConfig(
+        base_model_name=_text(fields, "base_model_name_or_path"),
+        rank=_rank("r", fields.get("r", 8)),
+        alpha=_alpha("lora_alpha", fields.get("lora_alpha", 8)),
+        use_rslora=_flag(fields, "use_rslora"),
+        rank_patterns=_patterns(fields, "rank_pattern", _rank),
+        alpha_patterns=_patterns(fields, "alpha_pattern", _alpha),
+        is_selected=_selection(fields),
+    )
+
+
+def _check_kind(fields: dict[str, Any]) -> None:
+    if fields.get("peft_type") != "LORA":
+        raise _invalid(f"peft_type is {_shown(fields.get('peft_type'))}; only LORA is served")
+    if fields.get("task_type") not in (None, "CAUSAL_LM"):
+        raise _invalid(f"task_type is {_shown(fields['task_type'])}; only CAUSAL_LM is served")
+    if fields.get("bias") not in (None, "none"):
+        raise _invalid(f"bias is {_shown(fields['bias'])}; only 'none' is served")
+    init = fields.get("init_lora_weights", True)
+    if init not in _SELF_CONTAINED_INITS:
+        raise _invalid(
+            f"init_lora_weights is {_shown(init)}, which changes the base's own weights; convert"
+            " it with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+        )
+
+
+def _check_keys(fields: dict[str, Any]) -> None:
+    for key, value in fields.items():
+        if key in _READ or key in _HARMLESS or _is_off(value):
+            continue
+        reason = _UNSUPPORTED.get(key, "this key is not known to be harmless, and is not served")
+        raise _invalid(f"{key[:100]} is {_shown(value)}: {reason}")
+
+
+def _is_off(value: object) -> bool:
+    return value is None or value is False or value in ("", [], {})
+
+
+# -- numbers --------------------------------------------------------------------------------
+
+
+def _rank(field: str, value: object) -> int:
+    if type(value) is not int or not 1 <= value <= MAX_RANK:
+        raise _invalid(f"{field} is {_shown(value)}; ranks are whole numbers of 1 to {MAX_RANK}")
+    return value
+
+
+def _alpha(field: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= 1e30:
+        raise _invalid(f"{field} is {_shown(value)}; a finite number is expected")
+    return float(value)
+
+
+def _flag(fields: dict[str, Any], field: str) -> bool:
+    value = fields.get(field)
+    if value is not None and not isinstance(value, bool):
+        raise _invalid(f"{field} is {_shown(value)}; true or false is expected")
+    return bool(value)
+
+
+def _text(fields: dict[str, Any], field: str) -> str:
+    value = fields.get(field) or ""
+    if not isinstance(value, str):
+        raise _invalid(f"{field} is {_shown(value)}; a string is expected")
+    return value
+
+
+def _patterns(
+    fields: dict[str, Any], field: str, read: Callable[[str, object], Number]
+) -> tuple[tuple[Pattern, Number], ...]:
+    value = fields.get(field) or {}
+    if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
+        raise _invalid(f"{field} must map at most {MAX_PATTERNS} module patterns to numbers")
+    return tuple(
+        (Pattern(field, key, suffix=True), read(f"{field}[{key[:100]!r}]", item))
+        for key, item in value.items()
+    )
+
+
+# -- which modules --------------------------------------------------------------------------
+
+
+def _selection(fields: dict[str, Any]) -> Matcher:
+    """PEFT's `check_target_module_exists`, for the modules of a causal language model."""
+    targets = fields.get("target_modules")
+    is_target = _target_matcher(fields, targets)
+    is_excluded = _exclusion(fields)
+    all_linear = isinstance(targets, str) and targets.lower() == _ALL_LINEAR
+
+    def is_selected(module: str) -> bool:
+        return is_target(module) and not is_excluded(module)
+
+    full = next((name for name in _FULL_MODULES if is_selected(name)), None)
+    if full is not None and not all_linear:
+        raise _invalid(f"target_modules selects {full}; embeddings and heads are not served")
+    return is_selected
+
+
+def _target_matcher(fields: dict[str, Any], targets: object) -> Matcher:
+    if isinstance(targets, str) and targets:
+        for field in ("layers_to_transform", "layers_pattern"):
+            if not _is_off(fields.get(field)):
+                raise _invalid(f"{field} needs target_modules to be a list of names")
+        if targets.lower() == _ALL_LINEAR:
+            return lambda module: True
+        return Pattern("target_modules", targets).matches
+    names = _names("target_modules", targets)
+    if not names:
+        raise _invalid("target_modules is empty: name the modules that the adapter changes")
+    in_layers = _layer_matcher(fields)
+    return lambda module: module in names or (_ends_in(names, module) and in_layers(module))
+
+
+def _exclusion(fields: dict[str, Any]) -> Matcher:
+    excluded = fields.get("exclude_modules")
+    if _is_off(excluded):
+        return lambda module: False
+    if isinstance(excluded, str):
+        return Pattern("exclude_modules", excluded).matches
+    names = _names("exclude_modules", excluded)
+    return lambda module: module in names or _ends_in(names, module)
+
+
+def _ends_in(names: frozenset[str], module: str) -> bool:
+    """Whether a name stands at the end of `module`, after a dot."""
+    rest = module
+    while "." in rest:
+        rest = rest.partition(".")[2]
+        if rest in names:
+            return True
+    return False
+
+
+def _layer_matcher(fields: dict[str, Any]) -> Matcher:
+    wanted = _layers(fields.get("layers_to_transform"))
+    expressions = _layer_expressions(fields.get("layers_pattern"))
+    if not wanted:
+        if expressions != (_FIRST_INDEX,):
+            raise _invalid("layers_pattern needs layers_to_transform")
+        return lambda module: True
+
+    def in_layers(module: str) -> bool:
+        matches = (expression.match(module) for expression in expressions)
+        found = next((match for match in matches if match), None)
+        return found is not None and int(found["index"]) in wanted
+
+    return in_layers
+
+
+def _layers(value: object) -> frozenset[int]:
+    layers = [value] if type(value) is int else [] if value is None else value
+    if not isinstance(layers, list) or not all(type(layer) is int for layer in layers):
+        raise _invalid("layers_to_transform must be a layer number or a list of them")
+    return frozenset(layers)
+
+
+def _layer_expressions(value: object) -> tuple[re.Pattern[str], ...]:
+    names = [value] if isinstance(value, str) and value else value or []
+    if not isinstance(names, list) or len(names) > 64:
+        raise _invalid("layers_pattern must be a name or a list of at most 64")
+    for name in names:
+        if not isinstance(name, str) or not _LAYER_LIST_NAME.fullmatch(name):
+            raise _invalid(f"layers_pattern: {_shown(name)} is not a module name")
+    expressions = (rf"(?:^|.*?\.){name}\.(?P<index>\d+)\." for name in names)
+    return tuple(re.compile(expression) for expression in expressions) or (_FIRST_INDEX,)
+
+
+def _names(field: str, value: object) -> frozenset[str]:
+    if value is None:
+        return frozenset()
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise _invalid(f"{field} must be a string or a list of strings")
+    return frozenset(value)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _invalid(reason: str) -> AdapterInvalidError:
+    return AdapterInvalidError(f"{CONFIG_NAME}: {reason}")

@@ -1,0 +1,212 @@
+"""The device tier: which revisions lie in the pool, which are on their way, which must go.
+
+In: the scheduler's demand and blobs of the host tier. Out: a frozen residency. Only the engine's
+thread calls it; bytes are copied by one worker, and a slot is shown when its copy is complete.
+It must not know files, requests or the host tier's budget.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from queue import Empty, SimpleQueue
+from types import MappingProxyType
+from typing import Literal
+
+from lory_server.adapters.blob import AdapterBlob
+from lory_server.adapters.copier import Copier, make_copier
+from lory_server.adapters.extents import Allocation
+from lory_server.adapters.host import HostTier
+from lory_server.adapters.pool import AdapterPool, SlotRow
+from lory_server.adapters.workers import JobFailed, Workers
+from lory_server.messages import AdapterMove
+from lory_server.plan import AdapterDemand, Residency, ResidentAdapter
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Tenure:
+    """A revision's slot and place, from the start of its load to its eviction."""
+
+    adapter_id: str
+    slot: int
+    allocation: Allocation
+    max_rank: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Copied:
+    revision: str
+    row: SlotRow
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _CopyJob:
+    copier: Copier
+    blob: AdapterBlob
+    allocation: Allocation
+    started_s: float
+
+    def run(self) -> _Copied:
+        row = self.copier.copy(self.blob, self.allocation)
+        return _Copied(self.blob.revision, row, time.monotonic() - self.started_s)
+
+
+class DeviceTier:
+    def __init__(self, pool: AdapterPool, host: HostTier, on_outcome: Callable[[], None]) -> None:
+        self.pool = pool
+        self.pinned: dict[str, int] = {}
+        self.moves: list[AdapterMove] = []
+        self._host = host
+        self._copier = make_copier(pool)
+        self._outcomes: SimpleQueue[object] = SimpleQueue()
+        self._workers = Workers(
+            "lory-adapter-copy", 1, self._outcomes, on_outcome, low_priority=True
+        )
+        self._resident: dict[str, _Tenure] = {}
+        self._loading: dict[str, _Tenure] = {}
+        self._free_slots = list(reversed(range(pool.max_slots)))
+        self._last_use: dict[str, int] = {}
+        self._clock = 0
+        self._largest_chunk = 0
+        self._picture: Residency | None = None
+
+    def __contains__(self, revision: str) -> bool:
+        return revision in self._resident
+
+    def __len__(self) -> int:
+        return len(self._resident)
+
+    def residency(self) -> Residency:
+        """Publish the copies that have ended; raises what a failed copy raised."""
+        for copied in self._drain():
+            self._finish(copied)
+        if self._picture is None:
+            self._picture = self._take_picture()
+        return self._picture
+
+    def demand(self, demand: AdapterDemand) -> None:
+        """Start the loads that fit, most urgent first; the first that does not ends the search,
+        so that no small adapter takes room again and again from a large one."""
+        self._clock += 1
+        for revision in demand.in_use & self._last_use.keys():
+            self._last_use[revision] = self._clock
+        kept = {*demand.in_use, *self.pinned}
+        for urgency, revision in enumerate(demand.wanted):
+            placed = revision in self._resident or revision in self._loading
+            if not placed and not self._try_load(revision, kept, demand.wanted[urgency + 1 :]):
+                break
+            kept.add(revision)
+
+    def stop(self) -> None:
+        self._workers.stop()
+
+    def join(self, timeout_s: float) -> None:
+        self._workers.join(timeout_s)
+
+    def check(self) -> None:
+        """Free + used = total for slots and bytes; no two tenures share anything."""
+        self.pool.extents.check()
+        tenures = [*self._resident.values(), *self._loading.values()]
+        slots = [tenure.slot for tenure in tenures] + self._free_slots
+        assert sorted(slots) == list(range(self.pool.max_slots))
+        extents = [extent for tenure in tenures for extent in tenure.allocation.extents]
+        assert sum(extent.size for extent in extents) == self.pool.used_bytes
+        in_order = sorted(extents, key=lambda extent: extent.start)
+        for before, after in pairwise(in_order):
+            assert before.start + before.size <= after.start
+
+    # -- loading ----------------------------------------------------------------------------
+
+    def _try_load(self, revision: str, kept: set[str], less_urgent: tuple[str, ...]) -> bool:
+        entry = self._host.entry(revision)
+        manifest = entry.blob.manifest
+        needed_bytes = self.pool.needed_bytes(manifest)
+        victims = self._victims(kept, less_urgent)
+        freeable = sum(self._resident[victim].allocation.num_bytes for victim in victims)
+        if self.pool.free_bytes + freeable < needed_bytes or not (self._free_slots or victims):
+            return False
+        allocation = self.pool.allocate(manifest) if self._free_slots else None
+        for victim in victims:
+            if allocation is not None:
+                break
+            self._evict(victim)
+            allocation = self.pool.allocate(manifest)
+        if allocation is None:
+            return False
+        self._start(entry.adapter_id, entry.blob, allocation)
+        return True
+
+    def _victims(self, kept: set[str], less_urgent: tuple[str, ...]) -> list[str]:
+        """Who may go, first those nobody waits for, the least recently used first."""
+        urgency = {revision: -index for index, revision in enumerate(less_urgent, start=1)}
+        candidates = (revision for revision in self._resident if revision not in kept)
+        nobody_waits = -len(urgency) - 1
+        return sorted(
+            candidates,
+            key=lambda r: (urgency.get(r, nobody_waits), self._last_use[r]),
+        )
+
+    def _start(self, adapter_id: str, blob: AdapterBlob, allocation: Allocation) -> None:
+        self._host.hold(blob.revision)
+        slot, max_rank = self._free_slots.pop(), blob.manifest.max_rank
+        self._loading[blob.revision] = _Tenure(adapter_id, slot, allocation, max_rank)
+        self._last_use[blob.revision] = self._clock
+        self._largest_chunk = max(
+            self._largest_chunk, *blob.manifest.chunk_bytes(self.pool.dtype.itemsize)
+        )
+        self._picture = None
+        self._workers.submit(_CopyJob(self._copier, blob, allocation, time.monotonic()))
+
+    def _finish(self, copied: _Copied) -> None:
+        tenure = self._loading.pop(copied.revision)
+        self.pool.publish(tenure.slot, copied.row)
+        self._resident[copied.revision] = tenure
+        self._host.release(copied.revision)
+        self._picture = None
+        self._record("load", tenure, copied.seconds)
+
+    def _evict(self, revision: str) -> None:
+        started_s = time.monotonic()
+        tenure = self._resident.pop(revision)
+        self.pool.free(tenure.allocation)
+        self._free_slots.append(tenure.slot)
+        del self._last_use[revision]
+        self._picture = None
+        self._record("evict", tenure, time.monotonic() - started_s)
+
+    # -- what others see --------------------------------------------------------------------
+
+    def _drain(self) -> Iterator[_Copied]:
+        while True:
+            try:
+                outcome = self._outcomes.get_nowait()
+            except Empty:
+                return
+            if isinstance(outcome, JobFailed):
+                raise RuntimeError("copying an adapter to the device failed") from outcome.error
+            assert isinstance(outcome, _Copied)
+            yield outcome
+
+    def _take_picture(self) -> Residency:
+        resident = {
+            revision: ResidentAdapter(tenure.slot, tenure.allocation.num_bytes, tenure.max_rank)
+            for revision, tenure in self._resident.items()
+        }
+        return Residency(
+            resident=MappingProxyType(resident),
+            loading=frozenset(self._loading),
+            free_bytes=self.pool.extents.placeable_bytes(self._largest_chunk),
+            free_slots=len(self._free_slots),
+        )
+
+    def _record(self, kind: Literal["load", "evict"], tenure: _Tenure, seconds: float) -> None:
+        self.moves.append(
+            AdapterMove(
+                adapter_id=tenure.adapter_id,
+                kind=kind,
+                tier="device",
+                seconds=seconds,
+                num_bytes=tenure.allocation.num_bytes,
+            )
+        )

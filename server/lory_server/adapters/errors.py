@@ -1,0 +1,27 @@
+"""Why an adapter cannot be served: a tree whose leaves map one to one to failure codes.
+
+    AdapterError
+      AdapterNotFoundError   adapter_not_found   nothing of that name in the adapters folder
+      AdapterInvalidError    adapter_invalid     damaged, misshapen, unsupported, for another base
+      AdapterCapacityError   adapter_capacity    larger than a whole tier
+
+Messages are for the caller: they name the field or tensor and the fix, never a machine's paths.
+"""
+
+from lory_server.messages import FailureCode
+
+
+class AdapterError(Exception):
+    code: FailureCode
+
+
+class AdapterNotFoundError(AdapterError, LookupError):
+    code: FailureCode = "adapter_not_found"
+
+
+class AdapterInvalidError(AdapterError, ValueError):
+    code: FailureCode = "adapter_invalid"
+
+
+class AdapterCapacityError(AdapterError):
+    code: FailureCode = "adapter_capacity"

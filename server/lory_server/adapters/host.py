@@ -1,0 +1,105 @@
+"""The host tier: decoded blobs within a budget of bytes, kept while anybody holds them.
+
+    reserve -> load -> put -> hold/release ... -> idle, least recently released first -> evicted
+
+The budget is the one thing that loader threads share; everything else belongs to the engine's
+thread. It must not know files, slots or requests.
+"""
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from lory_server.adapters.blob import AdapterBlob
+
+
+class HostBudget:
+    """Bytes promised and taken. Every call is a few additions under a lock."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.total_bytes = total_bytes
+        self._used_bytes = 0
+        self._reserved_for_waiters = False
+        self._lock = threading.Lock()
+
+    @property
+    def used_bytes(self) -> int:
+        return self._used_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        return self.total_bytes - self._used_bytes
+
+    def hold_back(self, waiters: bool) -> None:
+        """While loads wait for room, newcomers get none: first come, first served."""
+        self._reserved_for_waiters = waiters
+
+    def try_reserve(self, num_bytes: int, *, is_waiter: bool = False) -> bool:
+        with self._lock:
+            if self._reserved_for_waiters and not is_waiter:
+                return False
+            if self._used_bytes + num_bytes > self.total_bytes:
+                return False
+            self._used_bytes += num_bytes
+            return True
+
+    def release(self, num_bytes: int) -> None:
+        with self._lock:
+            self._used_bytes -= num_bytes
+            assert self._used_bytes >= 0
+
+
+@dataclass(slots=True, eq=False)
+class HostEntry:
+    adapter_id: str
+    """The name it was first loaded under."""
+    blob: AdapterBlob
+    holds: int = field(default=0)
+
+
+class HostTier:
+    def __init__(self, budget: HostBudget) -> None:
+        self.budget = budget
+        self._entries: dict[str, HostEntry] = {}
+        self._idle: OrderedDict[str, None] = OrderedDict()
+
+    def __contains__(self, revision: str) -> bool:
+        return revision in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def entry(self, revision: str) -> HostEntry:
+        return self._entries[revision]
+
+    def put(self, adapter_id: str, blob: AdapterBlob) -> None:
+        """Keep a blob whose bytes have been reserved; a second copy is dropped."""
+        if blob.revision in self._entries:
+            self.budget.release(blob.num_bytes)
+            return
+        self._entries[blob.revision] = HostEntry(adapter_id, blob)
+        self._idle[blob.revision] = None
+
+    def hold(self, revision: str) -> None:
+        self._entries[revision].holds += 1
+        self._idle.pop(revision, None)
+
+    def release(self, revision: str) -> None:
+        entry = self._entries[revision]
+        assert entry.holds > 0, f"revision {revision} was released more often than it was held"
+        entry.holds -= 1
+        if not entry.holds:
+            self._idle[revision] = None
+
+    def make_room(self, num_bytes: int) -> list[HostEntry]:
+        """Evict idle blobs until `num_bytes` are free, or none if that cannot be."""
+        idle_bytes = sum(self._entries[revision].blob.num_bytes for revision in self._idle)
+        if self.budget.free_bytes + idle_bytes < num_bytes:
+            return []
+        evicted: list[HostEntry] = []
+        while self.budget.free_bytes < num_bytes and self._idle:
+            revision, _ = self._idle.popitem(last=False)
+            entry = self._entries.pop(revision)
+            self.budget.release(entry.blob.num_bytes)
+            evicted.append(entry)
+        return evicted

@@ -1,0 +1,162 @@
+"""The slow work of the host tier, as jobs for loader threads: look up, load, list.
+
+Each runs start to end on one thread and touches no state of the engine's thread but the budget.
+It must not know tickets' owners, slots or the device.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from lory_server.adapters.blob import AdapterBlob, read_blob
+from lory_server.adapters.errors import AdapterCapacityError
+from lory_server.adapters.format import AdapterManifest, Base, read_manifest
+from lory_server.adapters.host import HostBudget
+from lory_server.adapters.store import AdapterFiles, AdapterStore, Signature
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    ticket: int
+    adapter_id: str
+    signature: Signature
+
+
+@dataclass(frozen=True, slots=True)
+class LocateJob:
+    """Which bytes does a name stand for at this moment?"""
+
+    store: AdapterStore
+    ticket: int
+    adapter_id: str
+
+    def run(self) -> Located:
+        with self.store.locate(self.adapter_id) as files:
+            return Located(self.ticket, self.adapter_id, files.signature)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadKey:
+    """What a load was asked for: all who ask for the same share it."""
+
+    adapter_id: str
+    signature: Signature
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Loaded:
+    key: LoadKey
+    blob: AdapterBlob
+    signature: Signature
+    """Of the files that were read; another one than the key's if they were replaced meanwhile."""
+    is_settled: bool
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class NeedsRoom:
+    """The budget is taken; come back with `num_bytes` reserved."""
+
+    key: LoadKey
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a valid adapter may need at most, and in which dtype."""
+
+    dtype: torch.dtype
+    pool_bytes: int
+    needed_bytes: Callable[[AdapterManifest], int]
+
+    def check(self, adapter_id: str, manifest: AdapterManifest, host_bytes: int) -> None:
+        needed_bytes = self.needed_bytes(manifest)
+        if needed_bytes > self.pool_bytes:
+            raise AdapterCapacityError(
+                f"adapter {adapter_id!r} takes {needed_bytes} bytes on the device, the whole pool"
+                f" holds {self.pool_bytes}; raise adapter_pool_bytes or train a smaller rank"
+            )
+        num_bytes = manifest.num_bytes(self.dtype.itemsize)
+        if num_bytes > host_bytes:
+            raise AdapterCapacityError(
+                f"adapter {adapter_id!r} takes {num_bytes} bytes on the host, all adapters"
+                f" together may take {host_bytes}; raise adapter_host_bytes"
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadJob:
+    """Validate and decode an adapter, if the budget has room for it."""
+
+    store: AdapterStore
+    base: Base
+    limits: Limits
+    budget: HostBudget
+    key: LoadKey
+    reserved_bytes: int = 0
+
+    def run(self) -> Loaded | NeedsRoom:
+        reservation = _Reservation(self.budget, self.reserved_bytes)
+        try:
+            outcome = self._load(reservation)
+        except BaseException:
+            reservation.give_up()
+            raise
+        if isinstance(outcome, NeedsRoom):
+            reservation.give_up()
+        return outcome
+
+    def _load(self, reservation: "_Reservation") -> Loaded | NeedsRoom:
+        started_s = time.monotonic()
+        with self.store.locate(self.key.adapter_id) as files:
+            manifest = read_manifest(files.config_fd, files.weights_fd, self.base)
+            self.limits.check(self.key.adapter_id, manifest, self.budget.total_bytes)
+            num_bytes = manifest.num_bytes(self.limits.dtype.itemsize)
+            if not reservation.cover(num_bytes):
+                return NeedsRoom(self.key, num_bytes)
+            blob = self._read(files, manifest)
+            seconds = time.monotonic() - started_s
+            return Loaded(self.key, blob, files.signature, files.is_settled, seconds)
+
+    def _read(self, files: AdapterFiles, manifest: AdapterManifest) -> AdapterBlob:
+        blob = read_blob(files.config_fd, files.weights_fd, manifest, self.limits.dtype)
+        files.check_unchanged()
+        return blob
+
+
+class _Reservation:
+    """The bytes of the budget that one load holds while it runs."""
+
+    def __init__(self, budget: HostBudget, num_bytes: int) -> None:
+        self._budget = budget
+        self._num_bytes = num_bytes
+
+    def cover(self, num_bytes: int) -> bool:
+        """Hold exactly `num_bytes`, if that can be had."""
+        if num_bytes <= self._num_bytes:
+            self._budget.release(self._num_bytes - num_bytes)
+        elif self._num_bytes or not self._budget.try_reserve(num_bytes):
+            return False
+        self._num_bytes = num_bytes
+        return True
+
+    def give_up(self) -> None:
+        self._budget.release(self._num_bytes)
+        self._num_bytes = 0
+
+
+@dataclass(frozen=True, slots=True)
+class IdsListed:
+    call_id: int
+    adapter_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ListJob:
+    store: AdapterStore
+    call_id: int
+
+    def run(self) -> IdsListed:
+        return IdsListed(self.call_id, self.store.list_ids())

@@ -1,0 +1,230 @@
+"""Which bytes? Adapter folders under one root, found by name at the time of each request.
+
+In: a caller's string. Out: two open files that lie inside the root, and a signature that changes
+when they do. A name is never used as a path before it has been checked; no link leads out of the
+root. It must not know what the files mean.
+"""
+
+import os
+import re
+import stat
+import time
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from lory_server.adapters.config import CONFIG_NAME
+from lory_server.adapters.errors import AdapterError, AdapterInvalidError, AdapterNotFoundError
+from lory_server.adapters.header import WEIGHTS_NAME
+
+MAX_LISTED = 100_000
+MAX_REMEMBERED = 65_536
+SETTLED_NS = 100_000_000
+"""A file changed less than this before it was read may change again within one clock tick."""
+
+_SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+_ADAPTER_ID = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})?")
+_FOLDER_NAME = re.compile(_SEGMENT)
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.ckpt")
+
+Signature = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFiles:
+    """The two files of an adapter, open for reading; use it in a `with` block."""
+
+    adapter_id: str
+    config_fd: int
+    weights_fd: int
+    signature: Signature
+    """Device, inode, size, mtime and ctime of both files."""
+    located_ns: int
+
+    def __enter__(self) -> "AdapterFiles":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        os.close(self.config_fd)
+        os.close(self.weights_fd)
+
+    def check_unchanged(self) -> None:
+        """Raise if a file was written to since it was located, so that no mixture is served."""
+        if _signature(self.config_fd, self.weights_fd) != self.signature:
+            raise AdapterInvalidError(
+                f"adapter {self.adapter_id!r} changed while it was read; write a new version to"
+                " another folder and rename it into place"
+            )
+
+    @property
+    def is_settled(self) -> bool:
+        """False if the signature may fail to show a change made just after it was taken."""
+        changed_ns = max(self.signature[4], self.signature[9])
+        return self.located_ns - changed_ns > SETTLED_NS
+
+
+class AdapterStore:
+    """`locate` and `list_ids` may be called by any thread; the digests belong to one."""
+
+    def __init__(self, root: Path | None) -> None:
+        """Without a root there are no adapters."""
+        self.root = root
+        self._revisions: OrderedDict[Signature, str] = OrderedDict()
+
+    def locate(self, adapter_id: str) -> AdapterFiles:
+        """Open an adapter's files; raises AdapterNotFoundError or AdapterInvalidError."""
+        if self.root is None:
+            raise AdapterNotFoundError("no adapters are served; start with an adapters folder")
+        if not _ADAPTER_ID.fullmatch(adapter_id):
+            raise AdapterNotFoundError(
+                f"no adapter {adapter_id[:100]!r}: names are one or two parts of letters, digits,"
+                " '.', '_' and '-', joined by '/'"
+            )
+        root = os.path.realpath(self.root)
+        config_fd = self._open_config(root, adapter_id)
+        try:
+            weights_fd = self._open_weights(root, adapter_id)
+        except (AdapterError, OSError):
+            os.close(config_fd)
+            raise
+        signature = _signature(config_fd, weights_fd)
+        return AdapterFiles(adapter_id, config_fd, weights_fd, signature, time.time_ns())
+
+    def _open_config(self, root: str, adapter_id: str) -> int:
+        config_fd = _open_inside(root, adapter_id, CONFIG_NAME)
+        if config_fd is None:
+            raise AdapterNotFoundError(f"no adapter {adapter_id!r} in the adapters folder")
+        return config_fd
+
+    def _open_weights(self, root: str, adapter_id: str) -> int:
+        weights_fd = _open_inside(root, adapter_id, WEIGHTS_NAME)
+        if weights_fd is not None:
+            return weights_fd
+        for name in _PICKLES:
+            if os.path.lexists(os.path.join(root, adapter_id, name)):
+                raise AdapterInvalidError(
+                    f"adapter {adapter_id!r} holds {name}; pickles are never read, save it again"
+                    " with save_pretrained(..., safe_serialization=True)"
+                )
+        raise AdapterInvalidError(f"adapter {adapter_id!r}: {WEIGHTS_NAME} is missing")
+
+    def revision_of(self, signature: Signature) -> str | None:
+        """The digest of files with this signature, if they have been read before."""
+        revision = self._revisions.get(signature)
+        if revision is not None:
+            self._revisions.move_to_end(signature)
+        return revision
+
+    def remember(self, signature: Signature, revision: str) -> None:
+        self._revisions[signature] = revision
+        if len(self._revisions) > MAX_REMEMBERED:
+            self._revisions.popitem(last=False)
+
+    def list_ids(self) -> tuple[str, ...]:
+        """Names of the folders, one and two levels deep, that hold a configuration."""
+        if self.root is None:
+            return ()
+        root = os.path.realpath(self.root)
+        found: list[str] = []
+        for name in _folders(root, root):
+            is_adapter = _has_config(os.path.join(root, name))
+            inner = () if is_adapter else _folders(root, os.path.join(root, name))
+            nested = (f"{name}/{leaf}" for leaf in inner)
+            found.extend(
+                [name] if is_adapter else (n for n in nested if _has_config(f"{root}/{n}"))
+            )
+            if len(found) >= MAX_LISTED:
+                break
+        return tuple(sorted(found[:MAX_LISTED]))
+
+
+def _open_inside(root: str, adapter_id: str, name: str) -> int | None:
+    """A regular file under `root`, or None if there is none.
+
+    Links are resolved first, and the resolved path, which has none, is walked from the root
+    without following any: a link swapped in between is an error, not a way out.
+    """
+    try:
+        real = os.path.realpath(os.path.join(root, adapter_id, name))
+        if not _is_inside(root, real):
+            raise AdapterInvalidError(
+                f"adapter {adapter_id!r}: {name} is reached by a link that leaves the adapters"
+                " folder; copy the files instead"
+            )
+        return _open_regular(root, os.path.relpath(real, root).split(os.sep))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except _NotRegularError:
+        raise AdapterInvalidError(f"adapter {adapter_id!r}: {name} is not a regular file") from None
+    except OSError as error:
+        raise AdapterInvalidError(
+            f"adapter {adapter_id!r}: {name} cannot be read ({os.strerror(error.errno or 0)})"
+        ) from None
+
+
+class _NotRegularError(Exception):
+    pass
+
+
+def _open_regular(root: str, parts: list[str]) -> int:
+    folder_fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for part in parts[:-1]:
+            flags = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+            inner_fd = os.open(part, flags, dir_fd=folder_fd)
+            os.close(folder_fd)
+            folder_fd = inner_fd
+        _check_regular(os.stat(parts[-1], dir_fd=folder_fd, follow_symlinks=False))
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        fd = os.open(parts[-1], flags, dir_fd=folder_fd)
+    finally:
+        os.close(folder_fd)
+    try:
+        _check_regular(os.fstat(fd))
+    except _NotRegularError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _check_regular(status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise _NotRegularError
+
+
+def _signature(*fds: int) -> Signature:
+    fields: list[int] = []
+    for fd in fds:
+        s = os.fstat(fd)
+        fields += (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+    return tuple(fields)
+
+
+def _folders(root: str, folder: str) -> Iterator[str]:
+    """Names of the folders in `folder`; links are followed only inside `root`."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [e.name for e in entries if _FOLDER_NAME.fullmatch(e.name) and e.is_dir()]
+    except OSError:
+        return  # it was removed or closed to us since it was seen: nothing to list
+    for name in names:
+        if _is_inside(root, os.path.realpath(os.path.join(folder, name))):
+            yield name
+
+
+def _has_config(folder: str) -> bool:
+    return os.path.isfile(os.path.join(folder, CONFIG_NAME))
+
+
+def _is_inside(root: str, path: str) -> bool:
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)

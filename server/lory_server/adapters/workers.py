@@ -1,0 +1,91 @@
+"""Threads for slow work, so that no step waits for it: a job goes in, what came of it comes out.
+
+A worker owns nothing but its thread. Jobs are plain callables; an exception ends the job, never
+the thread. It must not know what the jobs do.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Protocol
+
+LOWEST_PRIORITY = 19
+
+_log = logging.getLogger(__name__)
+
+
+class Job(Protocol):
+    def run(self) -> object:
+        """What is handed back; called once, on a worker's thread."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class JobFailed:
+    job: Job
+    error: Exception
+
+
+class Workers:
+    """Threads that share one queue of jobs and one of outcomes."""
+
+    def __init__(
+        self,
+        name: str,
+        num_threads: int,
+        outcomes: "SimpleQueue[object]",
+        on_outcome: Callable[[], None],
+        *,
+        low_priority: bool,
+    ) -> None:
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._outcomes = outcomes
+        self._on_outcome = on_outcome
+        self._low_priority = low_priority
+        self._threads = [
+            threading.Thread(target=self._work, name=f"{name}-{index}", daemon=True)
+            for index in range(num_threads)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, job: Job) -> None:
+        self._jobs.put(job)
+
+    def stop(self) -> None:
+        """Let each thread end after its present job; `join` waits for that."""
+        for _ in self._threads:
+            self._jobs.put(None)
+
+    def join(self, timeout_s: float) -> None:
+        for thread in self._threads:
+            thread.join(timeout_s)
+
+    @property
+    def threads(self) -> Sequence[threading.Thread]:
+        return self._threads
+
+    def _work(self) -> None:
+        if self._low_priority:
+            _lower_priority()
+        while (job := self._jobs.get()) is not None:
+            self._outcomes.put(_outcome(job))
+            self._on_outcome()
+
+
+def _outcome(job: Job) -> object:
+    try:
+        return job.run()
+    except Exception as error:  # noqa: BLE001 - the thread's border: the owner reports it
+        return JobFailed(job, error)
+
+
+def _lower_priority() -> None:
+    """On Linux a thread's niceness is its own; elsewhere, or where forbidden, nothing changes."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+    except (AttributeError, PermissionError) as error:
+        _log.info("adapter threads keep the process's priority: %s", error)

@@ -1,0 +1,208 @@
+"""Builds an engine from its options: device, model, memory, adapters, runner, scheduler.
+
+The one place that knows every part. What cannot be built is an EngineError that names the fix.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from lory_kernels import Backend, best_cpu_backend, select
+
+from lory_server.accounting import CostModel
+from lory_server.adapters.cache import AdapterCache
+from lory_server.adapters.format import Base
+from lory_server.adapters.pool import AdapterPool
+from lory_server.adapters.store import AdapterStore
+from lory_server.blocks import BlockPool
+from lory_server.engine import Engine, EngineLimits
+from lory_server.memory_plan import MemoryNeeds, MemoryPlan, MemoryPlanError, plan_memory
+from lory_server.messages import EngineInfo, EngineOptions
+from lory_server.model import lora
+from lory_server.model.checkpoint import locate
+from lory_server.model.decoder import Decoder
+from lory_server.model.errors import ModelError
+from lory_server.model.families import read_spec
+from lory_server.model.kv import KVCache
+from lory_server.model.load import load
+from lory_server.model.packing import Packer
+from lory_server.model.runner import Runner
+from lory_server.scheduler import Scheduler, SchedulerLimits
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+GIB = 1 << 30
+CPU_POOL_BYTES = GIB
+"""On a CPU the adapter pool is host memory again: no more of it than that by default."""
+
+MIN_ADAPTER_BYTES = 64 * 1024
+
+
+class EngineError(RuntimeError):
+    """The engine cannot be built; the message is one line with the fix."""
+
+
+def build(options: EngineOptions, wake: Callable[[], None]) -> tuple[Engine, EngineInfo]:
+    """`wake` is called from loader threads when an adapter's state has changed.
+
+    Raises EngineError.
+    """
+    started = time.monotonic()
+    try:
+        device = resolve_device(options.device)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        dtype = resolve_dtype(options, device)
+        backend: Backend = "triton" if device.type == "cuda" else best_cpu_backend()
+        decoder = load(options, device, dtype, select(backend, threads=torch.get_num_threads()))
+        plan = plan_memory(memory_needs(options, decoder))
+    except (ModelError, MemoryPlanError, ValueError, OSError) as error:
+        raise EngineError(str(error)) from error
+    engine = assemble(options, decoder, plan, wake)
+    return engine, describe(options, decoder, plan, time.monotonic() - started)
+
+
+def resolve_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EngineError("--device cuda: no CUDA device is visible; use --device cpu")
+    return torch.device(name)
+
+
+def resolve_dtype(options: EngineOptions, device: torch.device) -> torch.dtype:
+    """auto: the checkpoint's own, as far as the device computes in it without a detour."""
+    if options.dtype != "auto":
+        return DTYPES[options.dtype]
+    stored = DTYPES[read_spec(locate(options.model)).checkpoint_dtype]
+    if device.type == "cuda":
+        return torch.bfloat16 if stored == torch.float32 else stored
+    has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.bfloat16 if stored != torch.float32 and has_bfloat16 else torch.float32
+
+
+def memory_needs(options: EngineOptions, decoder: Decoder) -> MemoryNeeds:
+    spec, dtype = decoder.spec, decoder.dtype
+    pool_bytes = options.adapter_pool_bytes
+    if decoder.device.type == "cpu" and options.adapters_dir and not pool_bytes:
+        pool_bytes = CPU_POOL_BYTES
+    return MemoryNeeds(
+        device_bytes=options.memory_bytes or available_bytes(decoder),
+        weight_bytes=decoder.num_bytes,
+        workspace_bytes=workspace_bytes(options, decoder),
+        block_bytes=spec.kv_bytes_per_block(options.block_size, dtype.itemsize),
+        block_size=options.block_size,
+        max_batch_rows=options.max_batch_rows,
+        max_model_len=decoder.max_model_len,
+        adapter_pool_bytes=pool_bytes,
+        kv_bytes=options.kv_bytes,
+        serves_adapters=bool(options.adapters_dir),
+    )
+
+
+def available_bytes(decoder: Decoder) -> int:
+    """What the engine may take by default, the weights it has already loaded included."""
+    if decoder.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(decoder.device)
+        return decoder.num_bytes + int(free * 0.9)
+    return decoder.num_bytes + free_host_bytes() // 2
+
+
+def workspace_bytes(options: EngineOptions, decoder: Decoder) -> int:
+    """Activations of the widest layer, and logits with their log-softmax and sorted copies."""
+    spec = decoder.spec
+    widest = max(site.out_features for site in decoder.sites[:4])
+    activations = options.max_step_tokens * (4 * spec.hidden_size + 2 * widest)
+    logits = options.max_batch_rows * spec.vocab_size * 4 * 6
+    return activations * decoder.dtype.itemsize + logits
+
+
+def assemble(
+    options: EngineOptions, decoder: Decoder, plan: MemoryPlan, wake: Callable[[], None]
+) -> Engine:
+    spec, device = decoder.spec, decoder.device
+    pool = AdapterPool(
+        num_bytes=plan.adapter_pool_bytes,
+        dtype=decoder.dtype,
+        device=device,
+        sites=decoder.sites,
+        max_slots=max_slots(options, plan),
+    )
+    lora.attach(decoder, pool.tables, pool.data)
+    adapters = AdapterCache(
+        AdapterStore(Path(options.adapters_dir)),
+        pool,
+        Base(decoder.sites, base_names(options), options.allow_base_mismatch),
+        host_bytes(options, plan),
+        on_ready=wake,
+    )
+    kv = KVCache.allocate(spec, plan.num_blocks, options.block_size, decoder.dtype, device)
+    packer = Packer(options.max_batch_rows, plan.num_blocks, options.block_size)
+    runner = Runner(decoder, kv, packer, options.max_batch_rows, device)
+    scheduler = Scheduler(
+        BlockPool(plan.num_blocks, options.block_size),
+        SchedulerLimits(options.max_batch_rows, options.max_step_tokens, options.prefix_caching),
+        spec.eos_token_ids,
+    )
+    linear_params = sum(site.in_features * site.out_features for site in decoder.sites)
+    return Engine(
+        scheduler,
+        runner,
+        adapters,
+        CostModel.of(linear_params, spec.num_layers, spec.q_size, decoder.dtype.itemsize),
+        EngineLimits(
+            vocab_size=spec.vocab_size,
+            max_model_len=plan.max_model_len,
+            max_queued=options.max_queued,
+            pipeline_depth=1 if device.type == "cuda" else 0,
+            serves_adapters=bool(options.adapters_dir),
+        ),
+        clock=time.monotonic,
+    )
+
+
+def max_slots(options: EngineOptions, plan: MemoryPlan) -> int:
+    """Slots are table entries: by default as many as rank-1 adapters could fill the pool with."""
+    if options.max_resident_adapters:
+        return options.max_resident_adapters
+    return max(options.max_batch_rows, min(plan.adapter_pool_bytes // MIN_ADAPTER_BYTES, 4096))
+
+
+def host_bytes(options: EngineOptions, plan: MemoryPlan) -> int:
+    """By default a quarter of the memory that is free now, but never less than the pool."""
+    if options.adapter_host_bytes:
+        return options.adapter_host_bytes
+    return max(free_host_bytes() // 4, plan.adapter_pool_bytes)
+
+
+def free_host_bytes() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def base_names(options: EngineOptions) -> tuple[str, ...]:
+    """What an adapter's configuration may call this base."""
+    path = Path(options.model)
+    return (options.model, str(path.resolve())) if path.is_dir() else (options.model,)
+
+
+def describe(
+    options: EngineOptions, decoder: Decoder, plan: MemoryPlan, load_seconds: float
+) -> EngineInfo:
+    return EngineInfo(
+        model=options.model,
+        architecture=decoder.spec.architecture,
+        device=str(decoder.device),
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        quantize="nf4" if decoder.spec.prequantized else options.quantize,
+        vocab_size=decoder.spec.vocab_size,
+        max_model_len=plan.max_model_len,
+        eos_token_ids=decoder.spec.eos_token_ids,
+        num_blocks=plan.num_blocks,
+        block_size=options.block_size,
+        max_batch_rows=options.max_batch_rows,
+        max_step_tokens=options.max_step_tokens,
+        pid=os.getpid(),
+        memory_table=plan.table(),
+        load_seconds=load_seconds,
+    )

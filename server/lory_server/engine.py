@@ -1,0 +1,418 @@
+"""The engine of one device: requests in, tokens out, one step at a time.
+
+    step = scheduler.plan(residency) -> runner.submit(plan) -> scheduler.commit(result) -> events
+
+The loop is pipelined: with depth 1 a plan is submitted before the one before it is committed.
+A request's life here: accepted -> its adapter resolved (off the step) -> queued -> running ->
+exactly one Finished. This module must not know sockets, tensors, tokenizers or HTTP.
+"""
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from lory_server.accounting import CostModel, Share, charge
+from lory_server.adapters.cache import AdapterCache, Listed, Resolved
+from lory_server.messages import (
+    AdapterList,
+    Cancel,
+    CancelReason,
+    Charge,
+    Failure,
+    FailureCode,
+    Finished,
+    FinishReason,
+    ListAdapters,
+    PromptLogprobs,
+    StepEvents,
+    StepReport,
+    Submit,
+    Token,
+    Usage,
+)
+from lory_server.plan import StepPlan, StepResult
+from lory_server.scheduler import Committed, Scheduler
+from lory_server.sequence import Sequence
+
+BASE_WEIGHTS = "base"
+
+
+class StepRunner(Protocol):
+    """What computes a plan: the model on its device, or a stand-in in tests."""
+
+    def submit(self, plan: StepPlan) -> Any: ...
+
+    def collect(self, ticket: Any) -> StepResult: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    vocab_size: int
+    max_model_len: int
+    max_queued: int
+    pipeline_depth: int
+    """Steps submitted but not committed when `step` returns: 0 or 1."""
+    serves_adapters: bool
+
+
+@dataclass(slots=True, eq=False)
+class _Request:
+    """What the engine keeps of a request from acceptance to its terminal event."""
+
+    command: Submit
+    arrived: float
+    resolved: float = 0.0
+    first_planned: float = 0.0
+    seconds: float = 0.0
+    sequence: Sequence | None = None
+    scored: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    plan: StepPlan
+    ticket: Any
+    requests: tuple[_Request, ...]
+
+
+@dataclass(slots=True)
+class _Outbox:
+    """What one turn of the loop has to say."""
+
+    prompts: list[PromptLogprobs] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
+    finished: list[Finished] = field(default_factory=list)
+    charges: list[Charge] = field(default_factory=list)
+    wall_seconds: float = 0.0
+    """Between commits, while something ran."""
+    idle_seconds: float = 0.0
+    num_rows: int = 0
+    num_prompt_tokens: int = 0
+    num_sampled: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    preemptions: int = 0
+
+
+class Engine:
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        adapters: AdapterCache,
+        cost_model: CostModel,
+        limits: EngineLimits,
+        clock: Callable[[], float],
+    ) -> None:
+        self._scheduler = scheduler
+        self._runner = runner
+        self._adapters = adapters
+        self._cost_model = cost_model
+        self._limits = limits
+        self._clock = clock
+        self._requests: dict[int, _Request] = {}
+        self._resolving: dict[int, _Request] = {}
+        self._in_flight: deque[_InFlight] = deque()
+        self._outbox = _Outbox()
+        self._lists: list[AdapterList] = []
+        self._steps = 0
+        self._progressed = False
+        self._last_commit = clock()
+
+    # -- commands ---------------------------------------------------------------------------
+
+    def submit(self, command: Submit) -> None:
+        """Accepts a request; whatever is wrong with it becomes its terminal event."""
+        request = _Request(command, arrived=self._clock())
+        failure = self._refusal(command)
+        if failure is not None:
+            self._end(request, "error", failure)
+            return
+        self._requests[command.request_id] = request
+        if command.adapter_id:
+            self._resolving[command.request_id] = request
+            self._adapters.resolve(command.request_id, command.adapter_id)
+        else:
+            self._enqueue(request, revision="", adapter_bytes=0)
+
+    def cancel(self, command: Cancel) -> None:
+        request = self._requests.get(command.request_id)
+        if request is None:
+            return
+        if self._resolving.pop(command.request_id, None) is not None:
+            self._adapters.cancel(command.request_id)
+        else:
+            self._scheduler.cancel(command.request_id, command.reason)
+        self._end(request, command.reason)
+
+    def cancel_all(self, reason: CancelReason) -> None:
+        for request_id in list(self._requests):
+            self.cancel(Cancel(request_id=request_id, reason=reason))
+
+    def list_adapters(self, command: ListAdapters) -> None:
+        if not self._limits.serves_adapters:
+            self._lists.append(AdapterList(call_id=command.call_id, adapters=()))
+            return
+        self._adapters.request_list(command.call_id)
+
+    def close(self) -> None:
+        """Stops the loader threads."""
+        self._adapters.close()
+
+    def check(self) -> None:
+        """Raises AssertionError unless free + used = total everywhere."""
+        self._scheduler.check()
+        self._adapters.device.check()
+
+    @property
+    def num_requests(self) -> int:
+        return len(self._requests)
+
+    @property
+    def can_step(self) -> bool:
+        """Whether the next step has something to do that no command or adapter must bring first."""
+        return self._progressed
+
+    # -- the step ---------------------------------------------------------------------------
+
+    def step(self) -> None:
+        """One turn of the loop; what it has to say is fetched with `events`."""
+        self._take_resolved()
+        plan, demand = self._scheduler.plan(self._adapters.residency())
+        self._adapters.demand(demand)
+        if plan.rows:
+            self._submit_plan(plan)
+        self._progressed = bool(self._in_flight)
+        depth = self._limits.pipeline_depth if plan.rows and not plan.needs_host_tokens else 0
+        while len(self._in_flight) > depth:
+            self._commit(self._in_flight.popleft())
+
+    def events(self) -> StepEvents:
+        """Everything since the last call, with a report. Empty of events: a heartbeat."""
+        outbox, self._outbox = self._outbox, _Outbox()
+        if not self._in_flight:
+            outbox.idle_seconds += self._elapsed()
+        return StepEvents(
+            report=self._report(outbox),
+            prompts=tuple(outbox.prompts),
+            tokens=tuple(outbox.tokens),
+            finished=tuple(outbox.finished),
+        )
+
+    def adapter_lists(self) -> list[AdapterList]:
+        lists, self._lists = self._lists, []
+        return lists
+
+    @property
+    def has_events(self) -> bool:
+        outbox = self._outbox
+        return bool(outbox.finished or outbox.tokens or outbox.prompts or outbox.num_rows)
+
+    def _submit_plan(self, plan: StepPlan) -> None:
+        if not self._in_flight:
+            self._outbox.idle_seconds += self._elapsed()
+        now = self._clock()
+        requests = tuple(self._requests[row.sequence_id] for row in plan.rows)
+        for request in requests:
+            request.first_planned = request.first_planned or now
+        counts = self._scheduler.counts
+        self._outbox.prefix_queries += counts.prefix_queries
+        self._outbox.prefix_hits += counts.prefix_hits
+        self._outbox.preemptions += counts.preemptions
+        self._in_flight.append(_InFlight(plan, self._runner.submit(plan), requests))
+
+    def _commit(self, flight: _InFlight) -> None:
+        result = self._runner.collect(flight.ticket)
+        wall = self._elapsed()
+        self._charge(flight, wall)
+        self._steps += 1
+        for committed in self._scheduler.commit(flight.plan, result):
+            self._report_committed(committed)
+
+    def _report_committed(self, committed: Committed) -> None:
+        sequence = committed.sequence
+        request = self._requests[sequence.request_id]
+        request.scored.extend(committed.target_logprobs)
+        token = committed.token
+        if token is not None:
+            self._tell_scored(request)
+            if committed.finish_reason != "error":
+                self._outbox.tokens.append(
+                    Token(sequence.request_id, token.token_id, token.logprob, token.top)
+                )
+                self._outbox.num_sampled += 1
+        if committed.finish_reason is not None:
+            self._tell_scored(request)
+            self._end(request, committed.finish_reason, _numerical_failure(committed))
+
+    def _tell_scored(self, request: _Request) -> None:
+        if request.scored:
+            scored = PromptLogprobs(
+                request_id=request.command.request_id, logprobs=tuple(request.scored)
+            )
+            self._outbox.prompts.append(scored)
+            request.scored = []
+
+    # -- requests ---------------------------------------------------------------------------
+
+    def _refusal(self, command: Submit) -> Failure | None:
+        """What makes a request impossible, if anything; the router checks everything else."""
+        limits, sampling = self._limits, command.sampling
+        if len(self._requests) >= limits.max_queued:
+            return _failure("overloaded", f"the queue of {limits.max_queued} requests is full")
+        if command.adapter_id and not limits.serves_adapters:
+            return _failure(
+                "adapter_not_found", "this server serves the base alone; start it with --adapters"
+            )
+        if not command.prompt_ids:
+            return _failure("bad_request", "the prompt has no tokens")
+        if max(command.prompt_ids) >= limits.vocab_size or min(command.prompt_ids) < 0:
+            return _failure("bad_request", f"token ids must lie in [0, {limits.vocab_size})")
+        if any(not 0 <= token_id < limits.vocab_size for token_id, _ in sampling.logit_bias):
+            return _failure("bad_request", f"logit_bias ids must lie in [0, {limits.vocab_size})")
+        longest = len(command.prompt_ids) + sampling.max_new_tokens
+        if longest > limits.max_model_len:
+            return _failure(
+                "context_too_long",
+                f"{len(command.prompt_ids)} prompt tokens and max_new_tokens "
+                f"{sampling.max_new_tokens} exceed the context of {limits.max_model_len}",
+            )
+        return None
+
+    def _take_resolved(self) -> None:
+        for outcome in self._adapters.poll():
+            if isinstance(outcome, Listed):
+                self._lists.append(AdapterList(call_id=outcome.call_id, adapters=outcome.adapters))
+                continue
+            request = self._resolving.pop(outcome.ticket, None)
+            if isinstance(outcome, Resolved):
+                self._resolved(request, outcome)
+            elif request is not None:
+                self._end(request, "error", _failure(outcome.code, outcome.message))
+
+    def _resolved(self, request: _Request | None, resolved: Resolved) -> None:
+        if request is None:
+            self._adapters.release(resolved.revision)
+            return
+        request.resolved = self._clock()
+        self._enqueue(request, resolved.revision, resolved.num_bytes)
+
+    def _enqueue(self, request: _Request, revision: str, adapter_bytes: int) -> None:
+        command = request.command
+        sequence = Sequence(
+            request_id=command.request_id,
+            sampling=command.sampling,
+            tokens=list(command.prompt_ids),
+            tenant=command.tenant,
+            weights=revision or BASE_WEIGHTS,
+            revision=revision,
+            adapter_id=command.adapter_id,
+            adapter_bytes=adapter_bytes,
+        )
+        request.sequence = sequence
+        try:
+            self._scheduler.add(sequence)
+        except ValueError as error:
+            self._end(request, "error", _failure("context_too_long", str(error)))
+
+    def _end(self, request: _Request, reason: FinishReason, failure: Failure | None = None) -> None:
+        """The one place where a request gets its terminal event and lets go of its adapter."""
+        request_id = request.command.request_id
+        self._requests.pop(request_id, None)
+        sequence = request.sequence
+        revision = sequence.revision if sequence is not None else ""
+        if revision:
+            self._adapters.release(revision)
+        self._outbox.finished.append(
+            Finished(
+                request_id=request_id,
+                reason=reason,
+                usage=self._usage(request),
+                adapter_revision=revision,
+                failure=failure,
+            )
+        )
+
+    def _usage(self, request: _Request) -> Usage:
+        sequence = request.sequence
+        started = request.first_planned or self._clock()
+        return Usage(
+            prompt_tokens=len(request.command.prompt_ids),
+            generated_tokens=0 if sequence is None else sequence.num_generated,
+            cached_tokens=0 if sequence is None else sequence.num_cached,
+            queue_seconds=started - request.arrived,
+            load_seconds=max(request.resolved - request.arrived, 0.0),
+            engine_seconds=request.seconds,
+        )
+
+    # -- cost and reports -------------------------------------------------------------------
+
+    def _elapsed(self) -> float:
+        now = self._clock()
+        elapsed, self._last_commit = now - self._last_commit, now
+        return elapsed
+
+    def _charge(self, flight: _InFlight, wall: float) -> None:
+        shares = [
+            self._share(request, row.start, len(row.token_ids), row.sample is not None)
+            for request, row in zip(flight.requests, flight.plan.rows, strict=True)
+        ]
+        charges = charge(wall, shares)
+        for request, one in zip(flight.requests, charges, strict=True):
+            request.seconds += one.seconds
+        outbox = self._outbox
+        outbox.charges.extend(charges)
+        outbox.wall_seconds += wall
+        outbox.num_rows += len(shares)
+        outbox.num_prompt_tokens += sum(share.prompt_tokens for share in shares)
+
+    def _share(self, request: _Request, start: int, num_tokens: int, samples: bool) -> Share:
+        command = request.command
+        sequence = request.sequence
+        adapter_bytes = 0 if sequence is None else sequence.adapter_bytes
+        prompt_tokens = max(min(start + num_tokens, len(command.prompt_ids)) - start, 0)
+        return Share(
+            request_id=command.request_id,
+            tenant=command.tenant,
+            adapter_id=command.adapter_id,
+            work=self._cost_model.work(start, num_tokens, adapter_bytes),
+            prompt_tokens=prompt_tokens,
+            generated_tokens=int(samples),
+        )
+
+    def _report(self, outbox: _Outbox) -> StepReport:
+        scheduler, pool, counts = self._scheduler, self._scheduler.pool, self._adapters.counts()
+        return StepReport(
+            step=self._steps,
+            wall_seconds=outbox.wall_seconds + outbox.idle_seconds,
+            idle_seconds=outbox.idle_seconds,
+            num_rows=outbox.num_rows,
+            num_prompt_tokens=outbox.num_prompt_tokens,
+            num_sampled=outbox.num_sampled,
+            num_running=len(scheduler.running),
+            num_waiting=len(self._requests) - len(scheduler.running),
+            blocks_used=pool.num_used,
+            blocks_cached=pool.num_cached,
+            blocks_total=pool.num_blocks,
+            prefix_queries=outbox.prefix_queries,
+            prefix_hits=outbox.prefix_hits,
+            preemptions=outbox.preemptions,
+            adapters_disk=counts.disk,
+            adapters_host=counts.host,
+            adapters_device=counts.device,
+            adapter_host_bytes=counts.host_bytes,
+            adapter_device_bytes=counts.device_bytes,
+            charges=tuple(outbox.charges),
+            moves=tuple(self._adapters.drain_moves()),
+        )
+
+
+def _failure(code: FailureCode, message: str) -> Failure:
+    return Failure(code=code, message=message)
+
+
+def _numerical_failure(committed: Committed) -> Failure | None:
+    if committed.finish_reason != "error":
+        return None
+    return _failure("internal", "the logits were not finite: the adapter or its scale overflows")

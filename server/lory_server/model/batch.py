@@ -1,0 +1,36 @@
+"""What one forward pass computes: packed token rows of several sequences, as tensors.
+
+Legend: T tokens of the step, R sequences (rows of the plan), M blocks of the longest block table,
+L rows whose logits are wanted. This module must not know how a batch is chosen, nor what an
+adapter is: `lora` is passed through the decoder to whatever is attached to its linears.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from lory_server.model.lora import LoraRows
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """Sequence r owns token rows query_starts[r] .. query_starts[r+1], its last tokens so far."""
+
+    token_ids_T: Tensor
+    """int64."""
+    positions_T: Tensor
+    """int64; position of each token in its sequence."""
+    kv_slots_T: Tensor
+    """int64; block * block_size + offset of each token's keys and values; negative: not written."""
+    query_starts_R1: Tensor
+    """int32, from 0 to T."""
+    context_lens_R: Tensor
+    """int32; tokens of each sequence after this step, so positions end at context_lens - 1."""
+    block_tables_RM: Tensor
+    """int32; blocks of each sequence in order, padded with any valid block."""
+    logit_rows_L: Tensor
+    """int64; token rows whose logits are wanted."""
+    lora: "LoraRows | None" = None
+    """None: no row of the batch uses an adapter."""

@@ -1,0 +1,70 @@
+"""Adapters, applied to a decoder from outside: y = base(x), then SGMV adds each row's own part.
+
+    y[rows] += scale * (x[rows] @ A) @ B      for every segment of rows and its slot
+
+A batch without adapted rows carries `lora=None` and pays nothing. This module must not know
+where an adapter came from, who owns a slot, or any model family. Legend: T tokens, K in features.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lory_kernels import Ops, Segments, SiteTable
+from torch import Tensor
+
+from lory_server.model.decoder import Decoder
+from lory_server.model.linear import Linear
+
+
+@dataclass(frozen=True, slots=True)
+class LoraRows:
+    """Which token rows of a batch use which slot."""
+
+    segments: Segments
+
+
+class LoraLinear:
+    """A linear and, on top, what the adapters of its site add."""
+
+    __slots__ = ("_base", "_pool", "_sgmv", "_table")
+
+    def __init__(self, base: Linear, ops: Ops, table: SiteTable, pool: Tensor) -> None:
+        self._base = base
+        self._sgmv = ops.sgmv
+        self._table = table
+        self._pool = pool
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the base; the pool is accounted for by its owner."""
+        return self._base.num_bytes
+
+    def __call__(self, x_TK: Tensor, rows: LoraRows | None) -> Tensor:
+        y_TN = self._base(x_TK, rows)
+        if rows is not None:
+            self._sgmv(y_TN, x_TK, self._table, self._pool, rows.segments)
+        return y_TN
+
+
+def attach(decoder: Decoder, site_tables: Sequence[SiteTable], pool: Tensor) -> None:
+    """Give every linear of `decoder` its site's table, in the order of `decoder.sites`. Once."""
+    _check(decoder, site_tables)
+
+    def wrap(index: int, linear: Linear) -> Linear:
+        assert not isinstance(linear, LoraLinear), "adapters are attached already"
+        return LoraLinear(linear, decoder.ops, site_tables[index], pool)
+
+    decoder.wrap_linears(wrap)
+
+
+def _check(decoder: Decoder, site_tables: Sequence[SiteTable]) -> None:
+    geometry = [
+        (
+            site.in_features,
+            tuple(part.out_offset for part in site.slices),
+            tuple(part.out_features for part in site.slices),
+        )
+        for site in decoder.sites
+    ]
+    given = [(table.in_features, table.out_offsets, table.out_features) for table in site_tables]
+    assert given == geometry, "the tables are not those of the decoder's sites"

@@ -1,0 +1,1 @@
+"""Published clients in environments of their own, and the servers they are run against."""

@@ -1,0 +1,738 @@
+"""Adapters move between disk, host and device while requests hold them; nothing is lost or torn."""
+
+import os
+import random
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_files import BASE, SITES, write_adapter
+from lory_server.adapters import cache as cache_module
+from lory_server.adapters.blob import AdapterBlob
+from lory_server.adapters.cache import AdapterCache, Listed, Outcome, Resolved, ResolveFailed
+from lory_server.adapters.host import HostBudget
+from lory_server.adapters.jobs import LoadJob
+from lory_server.adapters.pool import AdapterPool
+from lory_server.adapters.store import AdapterFiles, AdapterStore
+from lory_server.adapters.workers import Workers
+from lory_server.plan import AdapterDemand, Residency
+
+RANK_4_BYTES = 9_728
+DEADLINE_S = 20.0
+
+MakeCache = Callable[..., "World"]
+
+
+class World:
+    """A cache with the loop that the engine would run around it."""
+
+    def __init__(self, root: Path, pool_bytes: int, max_slots: int, **options: Any) -> None:
+        device = torch.device("cpu")
+        self.pool = AdapterPool(
+            pool_bytes, torch.float32, device, SITES, max_slots, grain_bytes=256
+        )
+        self.store = AdapterStore(root)
+        host_bytes = options.pop("host_bytes", 10_000_000)
+        self.cache = AdapterCache(self.store, self.pool, BASE, host_bytes, **options)
+        self.answers: dict[int, Outcome] = {}
+        self.num_tickets = 0
+
+    def turn(self) -> Residency:
+        for answer in self.cache.poll():
+            assert not isinstance(answer, Listed)
+            assert answer.ticket not in self.answers
+            self.answers[answer.ticket] = answer
+        return self.cache.residency()
+
+    def until(self, condition: Callable[[], object]) -> None:
+        end_s = time.monotonic() + DEADLINE_S
+        while not condition():
+            assert time.monotonic() < end_s, "waited too long"
+            self.turn()
+            time.sleep(0.0005)
+
+    def ask(self, adapter_id: str) -> int:
+        self.num_tickets += 1
+        self.cache.resolve(self.num_tickets, adapter_id)
+        return self.num_tickets
+
+    def answer(self, adapter_id: str) -> Outcome:
+        ticket = self.ask(adapter_id)
+        self.until(lambda: ticket in self.answers)
+        return self.answers[ticket]
+
+    def hold(self, adapter_id: str) -> Resolved:
+        answer = self.answer(adapter_id)
+        assert isinstance(answer, Resolved), answer
+        return answer
+
+    def refusal(self, adapter_id: str) -> ResolveFailed:
+        answer = self.answer(adapter_id)
+        assert isinstance(answer, ResolveFailed), answer
+        return answer
+
+    def bring(self, *revisions: str, in_use: tuple[str, ...] = ()) -> Residency:
+        """Demand revisions until all are resident."""
+
+        def resident() -> bool:
+            self.cache.demand(AdapterDemand(frozenset(in_use), revisions))
+            return all(revision in self.turn().resident for revision in revisions)
+
+        self.until(resident)
+        self.cache.device.check()
+        return self.cache.residency()
+
+    def settle(self) -> None:
+        self.until(lambda: not self.cache.residency().loading)
+
+    def blob(self, revision: str) -> AdapterBlob:
+        return self.cache.host.entry(revision).blob
+
+    def factors_on_device(self, revision: str, like: AdapterBlob) -> torch.Tensor:
+        """What SGMV would read through the slot's tables, laid out as in the blob."""
+        slot = self.cache.residency().resident[revision].slot
+        found = torch.zeros_like(like.data)
+        for index, part in enumerate(like.manifest.slices):
+            table = self.pool.tables[part.site]
+            assert int(table.rank_SK[slot, part.slice]) == part.rank
+            for chunk, offsets in ((0, table.a_offset_SK), (1, table.b_offset_SK)):
+                source = like.chunk_starts[2 * index + chunk]
+                length = like.manifest.chunk_numels()[2 * index + chunk]
+                place = int(offsets[slot, part.slice])
+                found[source : source + length] = self.pool.data[place : place + length]
+        return found
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Eight adapters of two ranks, old enough that their signatures can be trusted."""
+    for index in range(8):
+        write_adapter(tmp_path / f"a{index}", rank=2 if index % 2 else 4, seed=index)
+    time.sleep(0.15)
+    return tmp_path
+
+
+@pytest.fixture
+def make(root: Path) -> Iterator[MakeCache]:
+    worlds: list[World] = []
+
+    def make_world(pool_bytes: int = 100_000, max_slots: int = 8, **options: Any) -> World:
+        worlds.append(World(root, pool_bytes, max_slots, **options))
+        return worlds[-1]
+
+    yield make_world
+    for world in worlds:
+        world.cache.close()
+
+
+class Gate:
+    """Holds up reads of chosen adapters, and counts all of them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.closed: set[str] = set()
+        self.reads: list[str] = []
+        self.opened = threading.Event()
+        read = LoadJob._read
+
+        def slow(job: LoadJob, files: AdapterFiles, manifest: Any) -> AdapterBlob:
+            self.reads.append(files.adapter_id)
+            if files.adapter_id in self.closed:
+                assert self.opened.wait(DEADLINE_S)
+            return read(job, files, manifest)
+
+        monkeypatch.setattr(LoadJob, "_read", slow)
+
+    def open(self) -> None:
+        self.closed.clear()
+        self.opened.set()
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
+    return Gate(monkeypatch)
+
+
+# -- resolving ------------------------------------------------------------------------------
+
+
+def test_a_resolved_adapter_says_what_it_needs(make: MakeCache) -> None:
+    world = make()
+    resolved = world.hold("a0")
+    assert resolved.adapter_id == "a0"
+    assert resolved.max_rank == 4
+    assert resolved.num_bytes == RANK_4_BYTES
+    assert resolved.load_seconds > 0
+    assert resolved.revision == world.hold("a0").revision
+
+
+def test_a_herd_shares_one_load(make: MakeCache, gate: Gate) -> None:
+    world = make()
+    gate.closed.add("a0")
+    tickets = [world.ask("a0") for _ in range(200)]
+    world.until(lambda: gate.reads)
+    gate.open()
+    world.until(lambda: all(ticket in world.answers for ticket in tickets))
+    assert gate.reads == ["a0"]
+    revisions = {
+        answer.revision for answer in world.answers.values() if isinstance(answer, Resolved)
+    }
+    assert len(revisions) == 1
+    assert world.cache.host.entry(revisions.pop()).holds == 200
+
+
+def test_a_warm_adapter_is_not_read_again(make: MakeCache, gate: Gate) -> None:
+    world = make()
+    world.hold("a0")
+    world.hold("a0")
+    assert gate.reads == ["a0"]
+
+
+def test_slow_loads_do_not_delay_warm_adapters_or_other_threads(
+    make: MakeCache, gate: Gate
+) -> None:
+    world = make()
+    world.hold("a0")
+    gate.closed.add("a1")
+    slow = world.ask("a1")
+    world.until(lambda: "a1" in gate.reads)
+    assert world.hold("a2").revision
+    assert world.hold("a0").revision
+    assert slow not in world.answers
+    gate.open()
+    world.until(lambda: slow in world.answers)
+
+
+def test_a_cancelled_ticket_is_not_answered_and_holds_nothing(make: MakeCache, gate: Gate) -> None:
+    world = make()
+    gate.closed.add("a0")
+    ticket, other = world.ask("a0"), world.ask("a0")
+    world.until(lambda: gate.reads)
+    world.cache.cancel(ticket)
+    gate.open()
+    world.until(lambda: other in world.answers)
+    answer = world.answers[other]
+    assert isinstance(answer, Resolved)
+    assert ticket not in world.answers
+    assert world.cache.host.entry(answer.revision).holds == 1
+    world.cache.release(answer.revision)
+    assert world.cache.host.entry(answer.revision).holds == 0
+
+
+def test_failures_name_the_cause_and_leave_others_alone(make: MakeCache, root: Path) -> None:
+    world = make()
+    write_adapter(root / "bad", r=3)
+    assert world.refusal("absent").code == "adapter_not_found"
+    assert world.refusal("../a0").code == "adapter_not_found"
+    bad = world.refusal("bad")
+    assert bad.code == "adapter_invalid"
+    assert "lora_A" in bad.message
+    assert str(root) not in bad.message
+    assert world.hold("a0").revision
+    assert world.cache.budget.used_bytes == world.blob(world.hold("a0").revision).num_bytes
+
+
+def test_a_failed_load_is_tried_again_when_the_file_changes(make: MakeCache, root: Path) -> None:
+    world = make()
+    write_adapter(root / "bad", r=3)
+    assert world.refusal("bad").code == "adapter_invalid"
+    shutil.rmtree(root / "bad")
+    write_adapter(root / "bad")
+    assert world.hold("bad").revision
+
+
+def test_a_broken_file_is_not_read_for_each_of_a_storm(
+    make: MakeCache, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make()
+    write_adapter(root / "bad", change=lambda t: next(iter(t.values())).fill_(float("nan")))
+    gate = Gate(monkeypatch)
+    for _ in range(5):
+        assert "not finite" in world.refusal("bad").message
+    assert gate.reads == ["bad"]
+    monkeypatch.setattr(cache_module, "REFUSAL_MEMORY_S", -1.0)
+    world.cache._refusals.clear()
+    for _ in range(2):
+        assert world.refusal("bad").code == "adapter_invalid"
+    assert gate.reads == ["bad"] * 3
+
+
+def test_an_unexpected_error_is_reported_and_the_thread_lives(
+    make: MakeCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    world = make(num_loaders=1)
+
+    def explode(*_: object) -> None:
+        raise ZeroDivisionError("secret")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoadJob, "_read", explode)
+        failed = world.refusal("a0")
+    assert failed.code == "internal"
+    assert "secret" not in failed.message
+    assert "secret" in caplog.text
+    assert world.cache.budget.used_bytes == 0
+    assert world.hold("a0").revision
+
+
+def test_an_adapter_larger_than_a_tier_is_refused(make: MakeCache) -> None:
+    assert make(pool_bytes=RANK_4_BYTES).hold("a0").num_bytes == RANK_4_BYTES
+    small_pool = make(pool_bytes=RANK_4_BYTES - 256)
+    refusal = small_pool.refusal("a0")
+    assert refusal.code == "adapter_capacity"
+    assert "adapter_pool_bytes" in refusal.message
+    assert small_pool.hold("a1").max_rank == 2
+    refusal = make(host_bytes=RANK_4_BYTES - 1000).refusal("a0")
+    assert refusal.code == "adapter_capacity"
+    assert "adapter_host_bytes" in refusal.message
+
+
+# -- new bytes under an old name ------------------------------------------------------------
+
+
+def replace(root: Path, name: str, seed: int) -> None:
+    write_adapter(root / "staging" / name, rank=4, seed=seed)
+    shutil.rmtree(root / name)
+    (root / "staging" / name).rename(root / name)
+
+
+def test_a_replaced_adapter_serves_new_bytes_to_new_requests_only(
+    make: MakeCache, root: Path
+) -> None:
+    world = make()
+    old = world.hold("a0").revision
+    before = world.blob(old).data.clone()
+    world.bring(old)
+    replace(root, "a0", seed=99)
+    new = world.hold("a0").revision
+    assert new != old
+    world.bring(new, in_use=(old,))
+    for revision in (old, new):
+        blob = world.blob(revision)
+        assert torch.equal(world.factors_on_device(revision, blob), blob.data)
+    assert torch.equal(world.blob(old).data, before)
+    assert not torch.equal(world.blob(new).data, before)
+
+
+def test_a_request_that_comes_after_a_replacement_does_not_join_the_old_load(
+    make: MakeCache, root: Path, gate: Gate
+) -> None:
+    world = make()
+    gate.closed.add("a0")
+    early = world.ask("a0")
+    world.until(lambda: gate.reads)
+    replace(root, "a0", seed=99)
+    late = world.ask("a0")
+    world.until(lambda: len(gate.reads) == 2)
+    gate.open()
+    world.until(lambda: {early, late} <= world.answers.keys())
+    first, second = world.answers[early], world.answers[late]
+    assert isinstance(second, Resolved)
+    assert not isinstance(first, Resolved) or first.revision != second.revision
+    assert second.revision == world.hold("a0").revision
+
+
+def test_a_file_rewritten_at_once_is_read_again(make: MakeCache, root: Path) -> None:
+    """Within a clock tick a rewrite may leave the signature as it was, so it is not trusted."""
+    world = make()
+    revisions: set[str] = set()
+    for seed in range(5):
+        shutil.rmtree(root / "a0")
+        write_adapter(root / "a0", seed=100 + seed)
+        revisions.add(world.hold("a0").revision)
+    assert len(revisions) == 5
+
+
+def test_a_deleted_adapter_is_gone_for_new_requests_and_stays_for_holders(
+    make: MakeCache, root: Path
+) -> None:
+    world = make(max_slots=1)
+    held, other = world.hold("a0").revision, world.hold("a2").revision
+    blob = world.blob(held)
+    world.bring(held)
+    shutil.rmtree(root / "a0")
+    assert world.refusal("a0").code == "adapter_not_found"
+    world.bring(other)
+    assert held not in world.cache.residency().resident
+    world.bring(held)
+    assert torch.equal(world.factors_on_device(held, blob), blob.data)
+
+
+# -- the host tier --------------------------------------------------------------------------
+
+
+def test_the_least_recently_released_blob_makes_room(make: MakeCache) -> None:
+    world = make(host_bytes=2 * RANK_4_BYTES)
+    first, second = world.hold("a0").revision, world.hold("a2").revision
+    world.cache.release(second)
+    world.cache.release(first)
+    world.hold("a4")
+    assert first in world.cache.host
+    assert second not in world.cache.host
+    assert [(m.kind, m.adapter_id) for m in world.cache.drain_moves()][-2:] == [
+        ("evict", "a2"),
+        ("load", "a4"),
+    ]
+
+
+def test_when_all_are_held_loads_wait_their_turn(make: MakeCache) -> None:
+    world = make(host_bytes=2 * RANK_4_BYTES)
+    first, second = world.hold("a0").revision, world.hold("a2").revision
+    waiting = [world.ask("a4"), world.ask("a1"), world.ask("a6")]
+    world.until(lambda: len(world.cache._waiting_for_room) == 3)
+    for _ in range(20):
+        world.turn()
+        time.sleep(0.001)
+    assert not any(ticket in world.answers for ticket in waiting)
+    assert world.hold("a0").revision == first
+    world.cache.release(second)
+    world.until(lambda: waiting[0] in world.answers)
+    assert waiting[2] not in world.answers
+    for _ in range(2):
+        world.cache.release(first)
+    world.until(lambda: waiting[1] in world.answers)
+    answer = world.answers[waiting[0]]
+    assert isinstance(answer, Resolved)
+    world.cache.release(answer.revision)
+    world.until(lambda: waiting[2] in world.answers)
+
+
+def test_a_cancelled_ticket_gives_up_its_place_in_the_queue(make: MakeCache) -> None:
+    world = make(host_bytes=RANK_4_BYTES)
+    held = world.hold("a0").revision
+    gone, patient = world.ask("a2"), world.ask("a4")
+    world.until(lambda: len(world.cache._waiting_for_room) == 2)
+    world.cache.cancel(gone)
+    world.cache.release(held)
+    world.until(lambda: patient in world.answers)
+    assert gone not in world.answers
+    assert not world.cache._loads
+
+
+def test_newcomers_do_not_overtake_those_who_wait_for_room() -> None:
+    budget = HostBudget(100)
+    assert budget.try_reserve(60)
+    budget.hold_back(True)
+    assert not budget.try_reserve(10)
+    assert budget.try_reserve(10, is_waiter=True)
+    budget.hold_back(False)
+    assert budget.try_reserve(10)
+    assert not budget.try_reserve(30)
+
+
+# -- the device tier ------------------------------------------------------------------------
+
+
+def test_more_adapters_than_slots_take_turns_byte_for_byte(make: MakeCache) -> None:
+    world = make(max_slots=2)
+    held = [world.hold(f"a{index}").revision for index in range(8)]
+    for revision in held * 2:
+        world.bring(revision)
+        blob = world.blob(revision)
+        assert torch.equal(world.factors_on_device(revision, blob), blob.data)
+    assert len(world.cache.residency().resident) == 2
+    kinds = [(move.kind, move.tier) for move in world.cache.drain_moves()]
+    assert kinds.count(("load", "device")) == 16
+    assert kinds.count(("evict", "device")) == 14
+    assert world.cache.drain_moves() == []
+
+
+def test_adapters_in_use_or_pinned_are_never_evicted(make: MakeCache) -> None:
+    world = make(max_slots=2)
+    used, pinned, wanted = (world.hold(f"a{index}").revision for index in range(3))
+    world.bring(used, pinned)
+    world.cache.pin(pinned)
+    for _ in range(50):
+        world.cache.demand(AdapterDemand(frozenset({used}), (wanted,)))
+        residency = world.turn()
+        assert residency.resident.keys() == {used, pinned}
+        assert not residency.loading
+    world.cache.unpin(pinned)
+    assert world.bring(wanted, in_use=(used,)).resident.keys() == {used, wanted}
+
+
+def test_the_least_recently_used_is_evicted_first(make: MakeCache) -> None:
+    world = make(max_slots=3)
+    a, b, c, d = (world.hold(f"a{index}").revision for index in range(4))
+    world.bring(a, b, c)
+    for revision in (b, a, c):
+        world.cache.demand(AdapterDemand(frozenset({revision}), ()))
+    assert world.bring(d).resident.keys() == {a, c, d}
+
+
+def test_a_large_adapter_is_not_starved_by_small_ones(make: MakeCache) -> None:
+    """The first demand that does not fit ends the search: later ones leave its room alone."""
+    world = make(pool_bytes=RANK_4_BYTES + 2048)
+    used, large, small = (world.hold(name).revision for name in ("a1", "a0", "a3"))
+    world.bring(used)
+    for _ in range(20):
+        world.cache.demand(AdapterDemand(frozenset({used}), (large, small)))
+        assert world.turn().resident.keys() == {used}
+    assert large in world.bring(large).resident
+
+
+def test_a_more_urgent_demand_may_take_the_place_of_a_less_urgent_one(make: MakeCache) -> None:
+    world = make(max_slots=1)
+    first, second = world.hold("a0").revision, world.hold("a2").revision
+    world.bring(second)
+    assert world.bring(first, in_use=()).resident.keys() == {first}
+    world.cache.demand(AdapterDemand(frozenset(), (first, second)))
+    assert world.turn().resident.keys() == {first}
+
+
+def test_a_slot_is_shown_only_when_its_copy_is_complete(
+    make: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make()
+    revision = world.hold("a0").revision
+    copied, may_go_on = threading.Event(), threading.Event()
+    copier = world.cache.device._copier
+    copy = copier.copy
+
+    def slow(blob: AdapterBlob, allocation: Any) -> Any:
+        row = copy(blob, allocation)
+        copied.set()
+        assert may_go_on.wait(DEADLINE_S)
+        return row
+
+    monkeypatch.setattr(copier, "copy", slow)
+    before = world.cache.residency()
+    world.cache.demand(AdapterDemand(frozenset(), (revision,)))
+    assert copied.wait(DEADLINE_S)
+    residency = world.cache.residency()
+    assert residency.loading == {revision}
+    assert not residency.resident
+    assert residency.free_slots == 7
+    assert not any(table.rank_SK.any() for table in world.pool.tables)
+    may_go_on.set()
+    world.until(lambda: revision in world.cache.residency().resident)
+    assert not before.resident
+    assert not residency.resident
+
+
+def test_a_blob_stays_on_the_host_while_it_is_copied(
+    make: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make(host_bytes=RANK_4_BYTES)
+    revision = world.hold("a0").revision
+    may_go_on = threading.Event()
+    copier = world.cache.device._copier
+    copy = copier.copy
+
+    def slow(blob: AdapterBlob, allocation: Any) -> Any:
+        assert may_go_on.wait(DEADLINE_S)
+        return copy(blob, allocation)
+
+    monkeypatch.setattr(copier, "copy", slow)
+    world.cache.demand(AdapterDemand(frozenset(), (revision,)))
+    world.cache.release(revision)
+    other = world.ask("a2")
+    world.until(lambda: world.cache._waiting_for_room)
+    assert revision in world.cache.host
+    may_go_on.set()
+    world.until(lambda: other in world.answers)
+    assert revision not in world.cache.host
+    assert revision in world.cache.residency().resident
+
+
+def test_a_failed_copy_is_raised_on_the_engines_thread(
+    make: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make()
+    revision = world.hold("a0").revision
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("device error")
+
+    monkeypatch.setattr(world.cache.device._copier, "copy", fail)
+    world.cache.demand(AdapterDemand(frozenset(), (revision,)))
+    with pytest.raises(RuntimeError, match="copying an adapter"):
+        world.until(lambda: False)
+
+
+def test_the_residency_reports_room_that_can_be_had(make: MakeCache) -> None:
+    world = make(pool_bytes=3 * RANK_4_BYTES, max_slots=5)
+    resolved = world.hold("a0")
+    residency = world.bring(resolved.revision)
+    assert residency.resident[resolved.revision].num_bytes == resolved.num_bytes
+    assert residency.free_bytes == 2 * RANK_4_BYTES
+    assert residency.free_slots == 4
+    assert world.cache.residency() is residency
+
+
+# -- reports --------------------------------------------------------------------------------
+
+
+def listed(world: World, call_id: int) -> Listed:
+    world.cache.request_list(call_id)
+    end_s = time.monotonic() + DEADLINE_S
+    while time.monotonic() < end_s:
+        for answer in world.cache.poll():
+            assert isinstance(answer, Listed)
+            return answer
+        time.sleep(0.001)
+    raise AssertionError("no list came")
+
+
+def test_the_list_shows_each_adapters_tier(make: MakeCache, root: Path) -> None:
+    world = make()
+    on_device, on_host = world.hold("a0").revision, world.hold("a1").revision
+    world.bring(on_device)
+    answer = listed(world, 7)
+    assert answer.call_id == 7
+    entries = {entry.adapter_id: (entry.tier, entry.revision) for entry in answer.adapters}
+    assert len(entries) == 8
+    assert entries["a0"] == ("device", on_device)
+    assert entries["a1"] == ("host", on_host)
+    assert entries["a2"] == ("disk", "")
+    shutil.rmtree(root / "a0")
+    assert "a0" not in {entry.adapter_id for entry in listed(world, 8).adapters}
+
+
+def test_counts_are_of_each_tier(make: MakeCache) -> None:
+    world = make()
+    resolved = world.hold("a0")
+    world.hold("a1")
+    world.bring(resolved.revision)
+    world.until(lambda: world.cache.counts().disk == 8)
+    counts = world.cache.counts()
+    assert (counts.host, counts.device) == (2, 1)
+    assert counts.device_bytes == resolved.num_bytes
+    assert counts.host_bytes == world.cache.budget.used_bytes > RANK_4_BYTES
+
+
+def test_moves_are_reported_with_their_time(make: MakeCache, root: Path) -> None:
+    world = make()
+    revision = world.hold("a0").revision
+    world.bring(revision)
+    write_adapter(root / "bad", r=3)
+    world.refusal("bad")
+    moves = world.cache.drain_moves()
+    assert [(m.kind, m.tier, m.adapter_id) for m in moves] == [
+        ("load", "host", "a0"),
+        ("fail", "host", "bad"),
+        ("load", "device", "a0"),
+    ]
+    assert all(move.seconds > 0 for move in moves if move.kind == "load")
+
+
+def test_news_wakes_the_engine(make: MakeCache) -> None:
+    woken = threading.Event()
+    world = make(on_ready=woken.set)
+    world.ask("a0")
+    assert woken.wait(DEADLINE_S)
+
+
+def test_loaders_have_low_priority_and_end_with_the_cache(make: MakeCache) -> None:
+    world = make()
+    world.hold("a0")
+    loaders: Workers = world.cache._loaders
+    for thread in loaders.threads:
+        assert thread.native_id is not None
+        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == 19
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < 19
+    world.cache.close()
+    assert not any(thread.is_alive() for thread in loaders.threads)
+
+
+# -- everything at once ---------------------------------------------------------------------
+
+
+class Soak:
+    """Random requests, cancellations, replacements and demands over one small cache."""
+
+    def __init__(self, world: World, root: Path, seed: int) -> None:
+        self.world = world
+        self.root = root
+        self.rng = random.Random(seed)
+        self.waiting: set[int] = set()
+        self.holds: list[str] = []
+        self.sums: dict[str, torch.Tensor] = {}
+        self.in_use: frozenset[str] = frozenset()
+        self.checked = 0
+
+    def step(self) -> None:
+        rng = self.rng
+        if rng.random() < 0.5 and len(self.waiting) + len(self.holds) < 12:
+            self.waiting.add(self.world.ask(f"a{rng.randrange(9)}"))
+        if self.waiting and rng.random() < 0.1:
+            ticket = self.waiting.pop()
+            self.world.cache.cancel(ticket)
+        if rng.random() < 0.05:
+            replace(self.root, f"a{rng.randrange(8)}", seed=rng.randrange(1000))
+        residency = self.world.turn()
+        self.collect()
+        if self.holds and rng.random() < 0.45:
+            self.world.cache.release(self.holds.pop(rng.randrange(len(self.holds))))
+        held = set(self.holds)
+        runnable = sorted(held & residency.resident.keys())
+        self.in_use = frozenset(rng.sample(runnable, min(len(runnable), 2)))
+        wanted = sorted(held - residency.resident.keys())
+        rng.shuffle(wanted)
+        self.world.cache.demand(AdapterDemand(self.in_use, tuple(wanted)))
+        self.check()
+
+    def collect(self) -> None:
+        for ticket in list(self.waiting & self.world.answers.keys()):
+            self.waiting.remove(ticket)
+            answer = self.world.answers[ticket]
+            if isinstance(answer, Resolved):
+                self.holds.append(answer.revision)
+                data = self.world.blob(answer.revision).data
+                self.sums.setdefault(answer.revision, data.clone())
+            else:
+                assert isinstance(answer, ResolveFailed)
+                assert answer.code in ("adapter_not_found", "adapter_invalid"), answer
+
+    def check(self) -> None:
+        cache = self.world.cache
+        cache.device.check()
+        assert cache.budget.used_bytes <= cache.budget.total_bytes
+        resident = cache.residency().resident
+        assert self.in_use <= resident.keys()
+        for revision in self.in_use:
+            blob = self.world.blob(revision)
+            assert torch.equal(blob.data, self.sums[revision])
+            assert torch.equal(self.world.factors_on_device(revision, blob), blob.data)
+            self.checked += 1
+
+    def finish(self) -> None:
+        world, cache = self.world, self.world.cache
+
+        def all_answered() -> bool:
+            self.collect()
+            for revision in self.holds:
+                cache.release(revision)
+            self.holds.clear()
+            return not self.waiting
+
+        world.until(all_answered)
+        world.settle()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_soak_leaks_nothing_and_never_tears_what_is_held(
+    make: MakeCache, root: Path, seed: int
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    world = make(pool_bytes=4 * RANK_4_BYTES, max_slots=3, host_bytes=6 * RANK_4_BYTES)
+    soak = Soak(world, root, seed)
+    end_s = time.monotonic() + DEADLINE_S
+    for _ in range(600):
+        soak.step()
+    while soak.checked < 100:
+        assert time.monotonic() < end_s
+        soak.step()
+    soak.finish()
+    cache = world.cache
+    world.until(lambda: not cache._loads and not cache._waiting_for_room)
+    world.until(lambda: cache.host.make_room(6 * RANK_4_BYTES) or cache.budget.free_bytes)
+    assert cache.budget.used_bytes == 0
+    assert len(cache.host) == 0
+    assert not cache._tickets
+    cache.device.check()
+    assert len(os.listdir("/proc/self/fd")) <= before

@@ -1,0 +1,511 @@
+"""Which adapter folders are accepted, what is read from them, and how the others are refused."""
+
+import json
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapter_files import BASE, SITES, Tensors, make_config, write_adapter
+from lory_server.adapters.blob import AdapterBlob, read_blob
+from lory_server.adapters.config import MAX_CONFIG_BYTES, read_config
+from lory_server.adapters.errors import AdapterInvalidError
+from lory_server.adapters.format import AdapterManifest, Base, read_manifest
+from lory_server.adapters.header import read_header
+from lory_server.model.sites import Site, Slice
+from safetensors import safe_open
+from tiny_models import random_model, save_adapter
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@contextmanager
+def opened(folder: Path) -> Iterator[tuple[int, int]]:
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    fds = [os.open(folder / name, os.O_RDONLY) for name in names]
+    try:
+        yield fds[0], fds[1]
+    finally:
+        for fd in fds:
+            os.close(fd)
+
+
+def manifest_of(folder: Path, base: Base = BASE) -> AdapterManifest:
+    with opened(folder) as fds:
+        return read_manifest(*fds, base)
+
+
+def blob_of(folder: Path, base: Base = BASE, dtype: torch.dtype = torch.float32) -> AdapterBlob:
+    with opened(folder) as fds:
+        return read_blob(*fds, read_manifest(*fds, base), dtype)
+
+
+def refusal_of(folder: Path, base: Base = BASE, dtype: torch.dtype = torch.float32) -> str:
+    with pytest.raises(AdapterInvalidError) as caught:
+        blob_of(folder, base, dtype)
+    return str(caught.value)
+
+
+def write_raw(folder: Path, header: bytes, data: bytes = b"", length: int | None = None) -> Path:
+    write_adapter(folder)
+    raw = struct.pack("<Q", len(header) if length is None else length) + header + data
+    (folder / "adapter_model.safetensors").write_bytes(raw)
+    return folder
+
+
+# -- equal to PEFT --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model() -> Any:
+    return random_model("llama", num_hidden_layers=3)
+
+
+def sites_of(model: Any) -> tuple[Site, ...]:
+    """A site a linear; heads and embeddings are not served."""
+    return tuple(
+        Site(name, module.in_features, (Slice(name, 0, module.out_features),))
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    )
+
+
+PEFT_CONFIGS: dict[str, dict[str, Any]] = {
+    "plain": {"target_modules": ["q_proj", "v_proj"]},
+    "all-linear": {"target_modules": "all-linear"},
+    "regex": {"target_modules": r"model\.layers\.[02]\..*\.(q|k)_proj"},
+    "rslora": {"target_modules": ["o_proj"], "use_rslora": True},
+    "rank_pattern": {
+        "target_modules": ["q_proj", "k_proj", "down_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 2, "^model.layers.0.*k_proj": 7, "q_proj": 3},
+    },
+    "alpha_pattern": {
+        "target_modules": ["gate_proj", "up_proj"],
+        "alpha_pattern": {"up_proj": 3, r"layers\.[12]\.mlp\.gate_proj": 11},
+    },
+    "both patterns and rslora": {
+        "target_modules": ["q_proj", "v_proj"],
+        "rank_pattern": {"v_proj": 9},
+        "alpha_pattern": {"v_proj": 5, "layers.0.self_attn.(q|v)_proj": 6},
+        "use_rslora": True,
+    },
+    "layers": {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [0, 2]},
+    "layers_pattern": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "layers",
+    },
+    "full names": {
+        "target_modules": ["model.layers.0.self_attn.q_proj", "layers.2.mlp.down_proj"],
+    },
+    "exclude list": {
+        "target_modules": ["q_proj", "v_proj"],
+        "exclude_modules": ["layers.1.self_attn.q_proj"],
+    },
+    "exclude regex": {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*|.*lm_head"},
+    "gaussian": {"target_modules": ["k_proj"], "init_lora_weights": "gaussian"},
+    "orthogonal": {"target_modules": ["k_proj"], "init_lora_weights": "orthogonal"},
+    "bfloat16": {"target_modules": ["q_proj"], "dtype": torch.bfloat16},
+}
+
+
+@pytest.mark.parametrize("name", PEFT_CONFIGS)
+def test_what_peft_saves_is_read_as_peft_reads_it(name: str, model: Any, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    sites = sites_of(model)
+    save_adapter(tmp_path, model, rank=4, alpha=6, seed=1, **PEFT_CONFIGS[name])
+    manifest = manifest_of(tmp_path, Base(sites))
+    blob = blob_of(tmp_path, Base(sites))
+    peft_model = PeftModel.from_pretrained(model, tmp_path)
+    layers = {
+        module.removeprefix("base_model.model."): layer
+        for module, layer in peft_model.named_modules()
+        if hasattr(layer, "lora_A")
+    }
+    assert {sites[part.site].name for part in manifest.slices} == layers.keys()
+    for index, part in enumerate(manifest.slices):
+        layer: Any = layers[sites[part.site].name]
+        assert part.scale == layer.scaling["default"]
+        assert part.rank == layer.r["default"]
+        a, b = chunk_of(blob, 2 * index), chunk_of(blob, 2 * index + 1)
+        assert torch.equal(a, layer.lora_A["default"].weight.float())
+        assert torch.equal(b, layer.lora_B["default"].weight.float().t())
+
+
+def chunk_of(blob: AdapterBlob, index: int) -> torch.Tensor:
+    part = blob.manifest.slices[index // 2]
+    rows, columns = part.a.shape if index % 2 == 0 else part.b.shape[::-1]
+    start = blob.chunk_starts[index]
+    return blob.data[start : start + rows * columns].view(rows, columns)
+
+
+def test_a_scale_other_than_pefts_would_be_seen(model: Any, tmp_path: Path) -> None:
+    """The comparison above is exact: rank-stabilised scaling differs from plain scaling."""
+    save_adapter(tmp_path / "a", model, 4, 6, ["q_proj"], 1, use_rslora=True)
+    save_adapter(tmp_path / "b", model, 4, 6, ["q_proj"], 1)
+    first, second = (manifest_of(tmp_path / x, Base(sites_of(model))).slices[0] for x in "ab")
+    assert (first.scale, second.scale) == (3.0, 1.5)
+
+
+# -- what is read ---------------------------------------------------------------------------
+
+
+def test_slices_are_in_the_order_of_sites_whatever_the_files(tmp_path: Path) -> None:
+    def reverse(tensors: Tensors) -> None:
+        for name in reversed(list(tensors)):
+            tensors[name] = tensors.pop(name)
+
+    manifest = manifest_of(write_adapter(tmp_path, change=reverse))
+    places = [(part.site, part.slice) for part in manifest.slices]
+    assert places == [(i, k) for i, site in enumerate(SITES) for k in range(len(site.slices))]
+    assert manifest.max_rank == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("engine_dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_numbers_are_cast_to_the_engines_dtype(
+    dtype: torch.dtype, engine_dtype: torch.dtype, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path, rank=3, dtype=dtype)
+    blob = blob_of(tmp_path, dtype=engine_dtype)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as saved:
+        for index, part in enumerate(blob.manifest.slices):
+            a, b = saved.get_tensor(part.a.name), saved.get_tensor(part.b.name)
+            assert torch.equal(chunk_of(blob, 2 * index), a.to(engine_dtype))
+            assert torch.equal(chunk_of(blob, 2 * index + 1), b.t().to(engine_dtype))
+    assert blob.num_bytes == blob.manifest.num_bytes(engine_dtype.itemsize)
+    assert all(start * engine_dtype.itemsize % 64 == 0 for start in blob.chunk_starts)
+
+
+def test_tensors_larger_than_one_piece_are_read_whole(tmp_path: Path) -> None:
+    sites = (Site("wide", 3000, (Slice("model.wide", 0, 2000),)),)
+    write_adapter(tmp_path, 64, ("wide",), sites=sites)
+    blob = blob_of(tmp_path, Base(sites))
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as saved:
+        part = blob.manifest.slices[0]
+        assert torch.equal(chunk_of(blob, 0), saved.get_tensor(part.a.name))
+        assert torch.equal(chunk_of(blob, 1), saved.get_tensor(part.b.name).t())
+
+
+def test_names_with_the_adapters_name_are_accepted(tmp_path: Path) -> None:
+    def rename(tensors: Tensors) -> None:
+        for name in list(tensors):
+            tensors[name.replace(".weight", ".default.weight")] = tensors.pop(name)
+
+    assert len(manifest_of(write_adapter(tmp_path, change=rename)).slices) == 14
+
+
+def test_the_revision_is_the_digest_of_both_files(tmp_path: Path) -> None:
+    first = blob_of(write_adapter(tmp_path / "a", seed=1)).revision
+    assert first == blob_of(write_adapter(tmp_path / "b", seed=1)).revision
+    assert first != blob_of(write_adapter(tmp_path / "c", seed=2)).revision
+    assert first != blob_of(write_adapter(tmp_path / "d", seed=1, lora_alpha=1)).revision
+
+
+# -- the base's name ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [None, "", "org/Tiny-Base", "other/tiny-base", "/data/tiny-base/", r"C:\models\Tiny-Base",
+     "/root/.cache/huggingface/hub/models--org--tiny-base/snapshots/0123abc"],
+)  # fmt: skip
+def test_a_base_is_known_by_the_last_part_of_its_name(name: str | None, tmp_path: Path) -> None:
+    manifest_of(write_adapter(tmp_path, base_model_name_or_path=name))
+
+
+def test_another_base_is_refused_unless_allowed(tmp_path: Path) -> None:
+    write_adapter(tmp_path, base_model_name_or_path="org/other-base")
+    message = refusal_of(tmp_path)
+    assert "org/other-base" in message
+    assert "--allow-base-mismatch" in message
+    assert manifest_of(tmp_path, Base(SITES, BASE.names, allow_mismatch=True)).slices
+
+
+# -- configurations that are refused --------------------------------------------------------
+
+REFUSED_FIELDS: list[tuple[dict[str, Any], str]] = [
+    ({"peft_type": "LOHA"}, "peft_type"),
+    ({"peft_type": None}, "peft_type"),
+    ({"task_type": "SEQ_CLS"}, "task_type"),
+    ({"use_dora": True}, "use_dora"),
+    ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+    ({"bias": "all"}, "bias"),
+    ({"bias": "lora_only"}, "bias"),
+    ({"lora_bias": True}, "lora_bias"),
+    ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ({"layer_replication": [[0, 1]]}, "layer_replication"),
+    ({"target_parameters": ["experts.w"]}, "target_parameters"),
+    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+    ({"megatron_config": {"a": 1}}, "megatron_config"),
+    ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+    ({"use_qalora": True}, "use_qalora"),
+    ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+    ({"auto_map": {"AutoModel": "evil.py"}}, "auto_map"),
+    ({"trust_remote_code": True}, "trust_remote_code"),
+    ({"key_of_the_future": 0}, "key_of_the_future"),
+    *[({"init_lora_weights": init}, "path_initial_model_for_weight_conversion")
+      for init in ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga")],
+    *[({"r": r}, "r is") for r in (0, -1, 10**9, 257, 4.0, "4", True, None)],
+    *[({"lora_alpha": a}, "lora_alpha") for a in ("8", None, True, 10**400, 1e300)],
+    ({"use_rslora": 1}, "use_rslora"),
+    ({"rank_pattern": {"q_proj": 0}}, "rank_pattern"),
+    ({"rank_pattern": {"q_proj": 10**9}}, "rank_pattern"),
+    ({"rank_pattern": ["q_proj"]}, "rank_pattern"),
+    ({"rank_pattern": {"(": 4}}, "rank_pattern"),
+    ({"alpha_pattern": {"q_proj": "x"}}, "alpha_pattern"),
+    ({"rank_pattern": {str(i): 4 for i in range(5000)}}, "rank_pattern"),
+    ({"target_modules": None}, "target_modules is empty"),
+    ({"target_modules": []}, "target_modules is empty"),
+    ({"target_modules": [1]}, "target_modules"),
+    ({"target_modules": {"q_proj": 1}}, "target_modules"),
+    ({"target_modules": ["c_attn"]}, "target_modules does not select"),
+    ({"target_modules": ["q_proj", "lm_head"]}, "lm_head"),
+    ({"target_modules": ["embed_tokens"]}, "embed_tokens"),
+    ({"target_modules": ".*"}, "lm_head"),
+    ({"target_modules": ".*(?<!k)_proj"}, "target_modules"),
+    ({"target_modules": "all-linear", "layers_to_transform": [0]}, "layers_to_transform"),
+    ({"layers_pattern": "layers"}, "layers_pattern needs"),
+    ({"layers_pattern": "(a+)+", "layers_to_transform": [0]}, "layers_pattern"),
+    ({"layers_to_transform": "all"}, "layers_to_transform"),
+    ({"layers_to_transform": [0.5]}, "layers_to_transform"),
+    ({"exclude_modules": 3}, "exclude_modules"),
+    ({"base_model_name_or_path": 3}, "base_model_name_or_path"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "named"), REFUSED_FIELDS)
+def test_a_configuration_is_refused_by_field(
+    fields: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    assert named in refusal_of(write_adapter(tmp_path, **fields))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"use_dora": False, "modules_to_save": None, "layer_replication": [], "new_key": None},
+        {"new_key": False, "newer_key": {}, "newest_key": ""},
+        {"lora_dropout": 0.1, "peft_version": "9.9", "inference_mode": True, "revision": "main"},
+        {"megatron_core": "megatron.core", "qalora_group_size": 16, "ensure_weight_tying": True},
+        {"loftq_config": {"loftq_bits": 4}, "eva_config": {"rho": 2.0}, "auto_mapping": {"a": "b"}},
+        {"init_lora_weights": "eva", "task_type": "CAUSAL_LM", "bias": "none"},
+        {"init_lora_weights": False, "lora_alpha": 0.5, "layers_to_transform": []},
+    ],
+)
+def test_what_changes_nothing_at_inference_is_accepted(
+    fields: dict[str, Any], tmp_path: Path
+) -> None:
+    assert len(manifest_of(write_adapter(tmp_path, **fields)).slices) == 14
+
+
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        (b"", "not valid JSON"),
+        (b"[]", "object"),
+        (b"{", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"r": 4, "r": 8}', "'r' stands twice"),
+        (b'{"peft_type": "LORA", "lora_alpha": NaN}', "NaN"),
+        (b'{"peft_type": "LORA", "lora_alpha": -Infinity}', "-Infinity"),
+        (b'{"r": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b" " * (MAX_CONFIG_BYTES + 1), "larger than"),
+    ],
+)
+def test_a_damaged_configuration_is_refused(raw: bytes, named: str, tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(raw)
+    assert named in refusal_of(tmp_path)
+    with pytest.raises(AdapterInvalidError):
+        read_config(raw)
+
+
+# -- tensors that are refused ---------------------------------------------------------------
+
+
+def _drop(name: str) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.pop(name)
+
+
+def _put(name: str, *shape: int, value: float = 1.0) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors.update({name: torch.full(shape, value)})
+
+
+def _poke(name: str, value: float) -> Callable[[Tensors], object]:
+    return lambda tensors: tensors[name].view(-1)[-1].fill_(value)
+
+
+WRONG_TENSORS: list[tuple[Callable[[Tensors], object], str, str]] = [
+    (_drop(f"{Q0}.lora_A.weight"), f"{Q0}.lora_A.weight", "missing"),
+    (_drop(f"{Q0}.lora_B.weight"), f"{Q0}.lora_B.weight", "missing"),
+    (_put(f"{Q0}.lora_A.weight", 5, 16), f"{Q0}.lora_A.weight", "[5, 16]"),
+    (_put(f"{Q0}.lora_A.weight", 4, 17), f"{Q0}.lora_A.weight", "[4, 17]"),
+    (_put(f"{Q0}.lora_B.weight", 4, 16), f"{Q0}.lora_B.weight", "[4, 16]"),
+    (_put(f"{Q0}.lora_B.weight", 16, 4, 1), f"{Q0}.lora_B.weight", "[16, 4, 1]"),
+    (_put(f"{Q0}.lora_B.weight", 0, 4), f"{Q0}.lora_B.weight", "[0, 4]"),
+    (_put(f"{Q0}.lora_A.default.weight", 4, 16), f"{Q0}.lora_A", "stands twice"),
+    (_put(f"{Q0}.lora_magnitude_vector", 16), "lora_magnitude_vector", "not served"),
+    (_put(f"{Q0}.lora_B.bias", 16), "lora_B.bias", "not served"),
+    (_put("base_model.model.lm_head.lora_A.weight", 4, 16), "lm_head", "does not have"),
+    (_put("base_model.model.model.embed_tokens.lora_embedding_A", 4, 9), "embedding_A", "served"),
+    (_put("base_model.model.lm_head.weight", 9, 16), "lm_head.weight", "not served"),
+    (_put("model.layers.0.self_attn.q_proj.lora_A.weight", 4, 16), "layers.0", "not served"),
+    (
+        _put(f"{Q0.replace('layers.0', 'layers.9')}.lora_A.weight", 4, 16),
+        "layers.9",
+        "does not have",
+    ),
+    (_poke(f"{Q0}.lora_A.weight", float("nan")), f"{Q0}.lora_A.weight", "NaN"),
+    (_poke(f"{Q0}.lora_B.weight", float("inf")), f"{Q0}.lora_B.weight", "NaN or infinity"),
+    (_poke(f"{Q0}.lora_B.weight", float("-inf")), f"{Q0}.lora_B.weight", "NaN or infinity"),
+]
+
+
+@pytest.mark.parametrize(("change", "name", "reason"), WRONG_TENSORS)
+def test_a_wrong_tensor_is_refused_by_name(
+    change: Callable[[Tensors], object], name: str, reason: str, tmp_path: Path
+) -> None:
+    message = refusal_of(write_adapter(tmp_path, change=change))
+    assert name in message
+    assert reason in message
+
+
+def test_a_tensor_that_the_configuration_does_not_select_is_refused(tmp_path: Path) -> None:
+    message = refusal_of(write_adapter(tmp_path, layers_to_transform=[1]))
+    assert "layers.0" in message
+    assert "does not select" in message
+
+
+def test_a_rank_other_than_the_configurations_is_refused(tmp_path: Path) -> None:
+    message = refusal_of(write_adapter(tmp_path, rank=4, r=8))
+    assert "[4, 16]" in message
+    assert "[8, 16]" in message
+
+
+def test_numbers_too_large_for_float16_are_refused_there_only(tmp_path: Path) -> None:
+    write_adapter(tmp_path, change=_poke(f"{Q0}.lora_A.weight", 1e6))
+    assert "do not fit float16" in refusal_of(tmp_path, dtype=torch.float16)
+    assert blob_of(tmp_path, dtype=torch.bfloat16).num_bytes > 0
+
+
+def test_integers_are_not_weights(tmp_path: Path) -> None:
+    def change(tensors: Tensors) -> None:
+        tensors[f"{Q0}.lora_A.weight"] = torch.ones(4, 16, dtype=torch.int32)
+
+    assert "I32" in refusal_of(write_adapter(tmp_path, change=change))
+
+
+# -- files that are refused -----------------------------------------------------------------
+
+
+def test_a_file_cut_anywhere_is_refused(tmp_path: Path) -> None:
+    sites = SITES[1:2]
+    write_adapter(tmp_path, 2, ("o_proj",), sites=sites)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    assert manifest_of(tmp_path, Base(sites)).slices
+    for length in range(len(whole)):
+        file.write_bytes(whole[:length])
+        assert "truncated" in refusal_of(tmp_path, Base(sites))
+
+
+def test_every_flipped_bit_is_refused_or_changes_the_revision(tmp_path: Path) -> None:
+    sites = SITES[1:2]
+    write_adapter(tmp_path, 1, ("o_proj",), sites=sites)
+    file = tmp_path / "adapter_model.safetensors"
+    whole = bytearray(file.read_bytes())
+    revision = blob_of(tmp_path, Base(sites)).revision
+    for bit in range(0, 8 * len(whole), 5):
+        whole[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(whole)
+        whole[bit // 8] ^= 1 << bit % 8
+        try:
+            assert blob_of(tmp_path, Base(sites)).revision != revision
+        except AdapterInvalidError:
+            continue
+
+
+def test_a_pickle_by_another_name_is_not_opened_as_one(tmp_path: Path) -> None:
+    write_adapter(tmp_path)
+    torch.save({"a": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
+    assert "really a safetensors file" in refusal_of(tmp_path)
+
+
+@pytest.mark.parametrize("length", [2**63, 2**64 - 1, 4 * 1024 * 1024 + 1])
+def test_a_huge_header_is_refused_before_it_is_read(length: int, tmp_path: Path) -> None:
+    assert "header claims" in refusal_of(write_raw(tmp_path, b"{}", b"\0" * 100, length))
+
+
+def _entry(start: int, end: int, shape: list[Any], dtype: str = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "data", "named"),
+    [
+        ({"x": _entry(0, 8, [2]), "y": _entry(4, 12, [2])}, 12, "'y' overlaps"),
+        ({"x": _entry(0, 8, [2]), "y": _entry(12, 20, [2])}, 20, "'y' leaves a gap"),
+        ({"x": _entry(4, 12, [2])}, 12, "'x' leaves a gap"),
+        ({"x": _entry(0, 8, [2])}, 12, "4 bytes follow"),
+        ({"x": _entry(0, 8, [2])}, 4, "truncated"),
+        ({"x": _entry(0, 8, [3])}, 8, "do not hold"),
+        ({"x": _entry(0, 8, [2**61, 2**61])}, 8, "do not hold"),
+        ({"x": _entry(0, 8, [2**64])}, 8, "shape"),
+        ({"x": _entry(0, 8, [-2])}, 8, "shape"),
+        ({"x": _entry(0, 8, [2.0])}, 8, "shape"),
+        ({"x": _entry(0, 8, [1] * 9)}, 8, "shape"),
+        ({"x": _entry(8, 0, [2])}, 8, "data_offsets"),
+        ({"x": {**_entry(0, 8, [2]), "data_offsets": [0]}}, 8, "data_offsets"),
+        ({"x": {"dtype": "F32", "shape": [2]}}, 8, "expected"),
+        ({"x": {**_entry(0, 8, [2]), "more": 1}}, 8, "expected"),
+        ({"x": [1]}, 8, "expected"),
+        ({"x": _entry(0, 8, [1], "F64")}, 8, "F64"),
+        ({"x": _entry(0, 8, [1], [])}, 8, "dtype"),  # pyright: ignore[reportArgumentType]
+        ({"x" * 600: _entry(0, 8, [2])}, 8, "tensor name"),
+        ({"__metadata__": {"a": 1}}, 0, "__metadata__"),
+        ({"__metadata__": [1]}, 0, "__metadata__"),
+        ({f"t{i}": _entry(0, 0, [0]) for i in range(20_000)}, 0, "20000 tensors"),
+    ],
+)
+def test_a_header_that_lies_is_refused(
+    header: dict[str, Any], data: int, named: str, tmp_path: Path
+) -> None:
+    raw = json.dumps(header).encode()
+    assert named in refusal_of(write_raw(tmp_path, raw, b"\0" * data))
+
+
+@pytest.mark.parametrize(
+    ("header", "named"),
+    [
+        (b"", "not valid JSON"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"x":{},"x":{}}', "'x' stands twice"),
+        (b'{"x":{"dtype":"F32","dtype":"F16"}}', "'dtype' stands twice"),
+        (b'{"x":NaN}', "NaN"),
+    ],
+)
+def test_a_damaged_header_is_refused(header: bytes, named: str, tmp_path: Path) -> None:
+    assert named in refusal_of(write_raw(tmp_path, header))
+
+
+def test_metadata_and_padding_are_allowed(tmp_path: Path) -> None:
+    folder = write_raw(tmp_path, json.dumps({"__metadata__": {"format": "pt"}}).encode() + b"   ")
+    with opened(folder) as (_, weights_fd):
+        assert read_header(weights_fd) == ()
+
+
+def test_an_adapter_without_tensors_is_refused(tmp_path: Path) -> None:
+    write_raw(tmp_path, b"{}")
+    assert "missing" in refusal_of(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(make_config(4, ("c_attn",))))
+    assert "selects no module of the base" in refusal_of(tmp_path)

@@ -1,0 +1,349 @@
+"""The `lory` command, as typed."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import StringIO
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+import httpx
+import pytest
+from lory_router import cli
+from lory_router.chat import ChatOptions, Conversation, connect, show_adapters, stream_answer
+from lory_router.config import CommandError, ServeConfig, StartError
+from lory_router.demo import DemoFiles, Sample, pasteable_lines
+from rich.console import Console
+from typer.testing import CliRunner
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> list[ServeConfig]:
+    """The configurations that `lory serve` ran with; nothing is really served."""
+    from lory_router import serve
+
+    seen: list[ServeConfig] = []
+
+    def run(config: ServeConfig, **_: Any) -> int:
+        seen.append(config)
+        return 0
+
+    monkeypatch.setattr(serve, "run", run)
+    return seen
+
+
+def invoke(*arguments: str, **environment: str) -> tuple[int, str]:
+    """The exit code and all output."""
+    result = CliRunner().invoke(cli.app, list(arguments), env=environment)
+    if isinstance(result.exception, CommandError):
+        return result.exception.exit_code, str(result.exception)
+    return result.exit_code, result.output
+
+
+def test_flags_become_the_configuration(served: list[ServeConfig]) -> None:
+    code, _ = invoke(
+        "serve", "--model", "org/base", "--port", "9", "--memory", "2GiB", "--quantize", "nf4",
+        "--no-prefix-caching", "--double-quant", "--drain-timeout", "2.5",
+    )  # fmt: skip
+    assert code == 0
+    (config,) = served
+    assert config.model.model == "org/base"
+    assert config.http.port == 9
+    assert config.memory.memory == 2 * 1024**3
+    assert config.model.double_quant
+    assert not config.step.prefix_caching
+    assert config.http.drain_timeout == 2.5
+
+
+def test_variables_set_what_flags_do_not(served: list[ServeConfig]) -> None:
+    environment = {
+        "LORY_MODEL": "org/base",
+        "LORY_PORT": "9",
+        "LORY_MEMORY": "1GB",
+        "LORY_PREFIX_CACHING": "false",
+    }
+    assert invoke("serve", "--port", "10", **environment)[0] == 0
+    (config,) = served
+    assert config.model.model == "org/base"
+    assert config.http.port == 10
+    assert config.memory.memory == 10**9
+    assert not config.step.prefix_caching
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--modle", "x"), "--model"),
+        (("--model", "x", "--max-batch-row", "3"), "--max-batch-rows"),
+        (("--model-id", "x"), "here it is --model"),
+        (("--model", "x", "--max-concurrent-requests=3"), "here it is --max-queued"),
+        (("--model", "x", "--port", "many"), "--port"),
+        (("--model", "x", "--memory", "4G"), "512MiB"),
+        (("--model", "x", "--quantize", "gptq"), "nf4"),
+        (("--model", "x", "--port", "70000"), "at most 65535"),
+        (("--model", "x", "stray"), "stray"),
+        ((), "--model"),
+    ],
+)
+def test_a_wrong_flag_exits_with_2_and_says_what_is_right(
+    served: list[ServeConfig], arguments: tuple[str, ...], message: str
+) -> None:
+    code, output = invoke("serve", *arguments)
+    assert code == 2
+    assert message in output
+    assert not served
+
+
+@pytest.mark.parametrize("command", ["serve", "demo"])
+def test_an_unknown_variable_exits_with_2(served: list[ServeConfig], command: str) -> None:
+    arguments = ("--model", "x") if command == "serve" else ()
+    code, output = invoke(command, *arguments, LORY_MAX_BATCH_ROW="3")
+    assert (code, output.endswith("did you mean LORY_MAX_BATCH_ROWS?")) == (2, True)
+    assert not served
+
+
+def test_every_renamed_flag_leads_to_one_that_exists() -> None:
+    real = invoke("serve", "--help")[1]
+    for old, new in cli.RENAMED.items():
+        assert new in real
+        assert f" {old} " not in real
+
+
+def run_lory(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "lory_router", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+
+
+def test_errors_are_one_line_on_stderr_from_a_shell() -> None:
+    done = run_lory("serve", "--model", "./not-there")
+    assert done.returncode == 2
+    assert done.stderr == "error: --model: there is no folder ./not-there\n"
+    assert done.stdout == ""
+
+
+def test_help_and_version_start_without_the_heavy_parts() -> None:
+    script = (
+        "import sys; from lory_router import cli\n"
+        "heavy = {'torch','transformers','rich','uvicorn','starlette','fastapi','httpx',"
+        "'tokenizers','prometheus_client','lory_router.serve'} & set(sys.modules)\n"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    start = time.monotonic()
+    assert "serve" in run_lory("--help").stdout
+    assert time.monotonic() - start < 3
+    assert run_lory("--version").stdout.startswith("lory 0.")
+
+
+def test_train_speaks_with_the_trainers_own_help() -> None:
+    done = run_lory("train", "--help")
+    assert done.returncode == 0
+    assert "CONFIG" in done.stdout
+    assert "--output" in done.stdout
+
+
+def test_training_without_its_packages_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lory_trainer.cli", None)
+    code, output = invoke("train", "run.yaml")
+    assert code == 1
+    assert "pip install 'lory-server[train]'" in output
+
+
+# -- a running server's commands ------------------------------------------------------------
+
+
+class FakeServer(BaseHTTPRequestHandler):
+    """Just enough of the front to be talked to."""
+
+    asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
+
+    def do_GET(self) -> None:
+        models = [{"id": "base"}, {"id": "polite", "parent": "base", "tier": "device"}]
+        self._reply("application/json", json.dumps({"data": models}))
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        self.asked.append(body | {"path": self.path, "key": self.headers.get("authorization")})
+        if body.get("model") == "missing":
+            self._reply("application/json", '{"error": {"message": "no such model"}}', 404)
+        elif self.path == "/generate_stream":
+            events = [{"token": {"text": t, "special": t == "</s>"}} for t in ("He", "y", "</s>")]
+            self._stream(events)
+        elif body.get("model") == "dies":
+            self._stream([_delta("a"), {"error": {"message": "the engine ended"}}])
+        else:
+            self._stream([_delta(None), _delta("Good "), _delta("day"), {"choices": []}])
+
+    def _stream(self, events: list[dict[str, Any]]) -> None:
+        lines = [": hello", *(f"data: {json.dumps(event)}" for event in events), "data: [DONE]"]
+        self._reply("text/event-stream", "\n\n".join(lines) + "\n\n")
+
+    def _reply(self, kind: str, text: str, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, format: str, *args: Any) -> None:
+        return
+
+
+def _delta(text: str | None) -> dict[str, Any]:
+    return {"choices": [{"delta": {"content": text}}]}
+
+
+@contextmanager
+def fake_server() -> Iterator[str]:
+    FakeServer.asked = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), FakeServer) as server:
+        thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def answer(url: str, options: ChatOptions, key: str = "") -> str:
+    with connect(url, key) as client:
+        return "".join(stream_answer(client, options, [{"role": "user", "content": "hi"}]))
+
+
+def test_chat_streams_an_answer_and_sends_the_key() -> None:
+    with fake_server() as url:
+        assert answer(url, ChatOptions("polite", max_tokens=9), "k") == "Good day"
+        (asked,) = FakeServer.asked
+    assert asked["model"] == "polite"
+    assert asked["max_tokens"] == 9
+    assert asked["key"] == "Bearer k"
+
+
+def test_plain_chat_continues_text_without_special_tokens() -> None:
+    with fake_server() as url:
+        assert answer(url, ChatOptions("polite", temperature=0.0, is_plain=True)) == "Hey"
+        (asked,) = FakeServer.asked
+    assert asked["inputs"] == "hi"
+    assert asked["parameters"] == {"max_new_tokens": 512, "adapter_id": "polite"}
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"), [("missing", "404: no such model"), ("dies", "the engine ended")]
+)
+def test_chat_says_what_the_server_said(adapter: str, message: str) -> None:
+    with fake_server() as url, pytest.raises(CommandError, match=message):
+        answer(url, ChatOptions(adapter))
+
+
+def test_a_chat_session_remembers_switches_and_forgets() -> None:
+    lines = "hello\n/adapter polite\nagain\n/clear\nonce\n/adapters\n/help\n/exit\nnever\n"
+    with fake_server() as url:
+        result = CliRunner().invoke(
+            cli.app, ["chat", "--url", url, "--system", "Be kind"], input=lines
+        )
+        asked = list(FakeServer.asked)
+    assert result.exit_code == 0, result.output
+    assert [one["model"] for one in asked] == ["", "polite", "polite"]
+    assert [len(one["messages"]) for one in asked] == [2, 4, 2]
+    assert asked[1]["messages"][2] == {"role": "assistant", "content": "Good day"}
+    assert "device" in result.output
+
+
+def test_a_failed_question_is_not_remembered() -> None:
+    with fake_server() as url:
+        result = CliRunner().invoke(
+            cli.app, ["chat", "missing", "--url", url], input="a\n/adapter\nb\n"
+        )
+        assert "no such model" in result.output
+        assert len(FakeServer.asked[1]["messages"]) == 1
+
+
+def test_a_conversation_starts_with_its_system_message() -> None:
+    conversation = Conversation("Be kind")
+    conversation.add("user", "hi")
+    conversation.clear()
+    assert conversation.messages == [{"role": "system", "content": "Be kind"}]
+
+
+def test_adapters_are_shown_with_their_tier() -> None:
+    console = Console(file=StringIO(), width=80)
+    with fake_server() as url:
+        show_adapters(url, "", console)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "polite" in text
+    assert "device" in text
+
+
+def test_no_server_is_one_line_with_the_way_out() -> None:
+    code, output = invoke("adapters", "--url", "http://127.0.0.1:9")
+    assert code == 1
+    assert "start one with lory serve" in output
+
+
+# -- the demo -------------------------------------------------------------------------------
+
+
+def test_the_demos_commands_can_be_pasted() -> None:
+    sample = Sample("polite", 'it\'s "late"\n', "Good evening")
+    lines = pasteable_lines("http://127.0.0.1:8080", sample).splitlines()
+    curl = subprocess.run(
+        ["bash", "-c", lines[1].replace("curl -s", "printf '%s\\n'")],
+        capture_output=True, text=True, check=True,
+    ).stdout.splitlines()  # fmt: skip
+    assert json.loads(curl[-1]) == sample.body
+    python = subprocess.run(
+        ["bash", "-c", lines[3].replace("python -c", "printf '%s'")],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    compile(python, "pasted", "exec")
+    assert repr(sample.inputs) in python
+
+
+def test_a_demo_without_its_files_says_so(tmp_path: Path) -> None:
+    with pytest.raises(StartError, match="run in a checkout"):
+        DemoFiles.find(tmp_path / "none")
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "nothing", '[{"adapter_id": "a"}]', "[3]", "3"])
+def test_a_demo_whose_prompts_are_wrong_says_so(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "prompts.json"
+    path.write_text(text)
+    with pytest.raises(StartError, match=r"prompts\.json"):
+        DemoFiles.find(tmp_path, tmp_path, path)
+
+
+def test_a_demo_adapter_without_a_prompt_is_found(tmp_path: Path) -> None:
+    (tmp_path / "adapters" / "polite").mkdir(parents=True)
+    (tmp_path / "adapters" / "shout").mkdir()
+    path = tmp_path / "prompts.json"
+    rows = [{"adapter_id": name, "inputs": "x", "expected": "y"} for name in (None, "polite")]
+    path.write_text(json.dumps(rows))
+    with pytest.raises(StartError, match="no prompt for the adapter shout"):
+        DemoFiles.find(tmp_path, tmp_path / "adapters", path)
+    (tmp_path / "adapters" / "shout").rmdir()
+    files = DemoFiles.find(tmp_path, tmp_path / "adapters", path)
+    assert files.shown.adapter_id == "polite"
+    assert "adapter_id" not in files.samples[0].body["parameters"]
+
+
+def test_the_check_compares_exactly(monkeypatch: pytest.MonkeyPatch) -> None:
+    import asyncio
+
+    from lory_router import demo
+
+    def reply(request: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, json={"generated_text": json.loads(request.content)["inputs"]})
+
+    real = httpx.AsyncClient
+
+    def client(**options: Any) -> httpx.AsyncClient:
+        return real(transport=httpx.MockTransport(reply), **options)
+
+    monkeypatch.setattr(demo.httpx, "AsyncClient", client)
+    right, wrong = Sample("a", "x", "x"), Sample("b", "x", "x ")
+    assert asyncio.run(demo.check_answers("http://demo", (right,))) == 0
+    assert asyncio.run(demo.check_answers("http://demo", (right, wrong))) == 1

@@ -1,0 +1,391 @@
+"""The CPU kernels against the reference: every op, by workload and shape, in each dtype."""
+
+import logging
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import lory_kernels
+import pytest
+import torch
+from kernel_cases import (
+    ROWS,
+    TOLERANCE,
+    WORKLOADS,
+    angles,
+    assert_close,
+    attention_case,
+    error_of,
+    sgmv_case,
+)
+from lory_kernels import KernelUnavailableError, Ops, best_cpu_backend, build, select
+
+pytestmark = pytest.mark.skipif(
+    best_cpu_backend() == "torch", reason="no C compiler here: the CPU kernels are not built"
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MIXED_RANKS = (16, 1, 64, 3, 8, 33)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Ops:
+    return select("torch")
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1-thread", "2-threads"])
+def ops(request: pytest.FixtureRequest) -> Ops:
+    return select("cpu", threads=request.param)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Ops:
+    return select("cpu", threads=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("workload", WORKLOADS)
+def test_sgmv_workloads(
+    ops: Ops, reference: Ops, workload: str, rows: int, dtype: torch.dtype
+) -> None:
+    case = sgmv_case(workload, rows, dtype, ranks=MIXED_RANKS)
+    assert_close(case.run(ops), case.run(reference))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 3, 8, 16, 33, 64, 100, 256])
+def test_sgmv_ranks(one_thread: Ops, reference: Ops, rank: int, dtype: torch.dtype) -> None:
+    case = sgmv_case("zipf", 33, dtype, ranks=(rank, 0, 1))
+    assert_close(case.run(one_thread), case.run(reference))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("in_features", "out_features"),
+    [
+        (896, (4864,)),
+        (576, (960, 192, 192)),
+        (4864, (896,)),
+        (37, (5, 1, 61)),
+        (1, (1,)),
+        (50, (70,)),
+    ],
+)
+def test_sgmv_widths(
+    ops: Ops,
+    reference: Ops,
+    in_features: int,
+    out_features: tuple[int, ...],
+    dtype: torch.dtype,
+) -> None:
+    case = sgmv_case(
+        "zipf", 23, dtype, in_features=in_features, out_features=out_features, ranks=(16, 3)
+    )
+    assert_close(case.run(ops), case.run(reference))
+
+
+def test_sgmv_handles_thousands_of_rows(ops: Ops, reference: Ops) -> None:
+    case = sgmv_case("skewed", 2051, torch.float32, ranks=(8, 5))
+    assert_close(case.run(ops), case.run(reference))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_tolerance_catches_one_swapped_adapter(
+    one_thread: Ops, reference: Ops, dtype: torch.dtype
+) -> None:
+    case = sgmv_case("distinct", 33, dtype)
+    slots_G = case.segments.slots_G.clone()
+    slots_G[[5, 6]] = slots_G[[6, 5]]
+    wrong = replace(case, segments=replace(case.segments, slots_G=slots_G))
+    error = error_of(wrong.run(one_thread), case.run(reference))
+    assert error > 3 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_base_rows_keep_every_bit(ops: Ops, dtype: torch.dtype) -> None:
+    case = sgmv_case("half_base", 133, dtype)
+    case.x_TH[:66] = float("nan")
+    actual_TN = case.run(ops)
+    assert torch.equal(actual_TN[:66], case.y_TN[:66])
+    assert not torch.equal(actual_TN[66:], case.y_TN[66:])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sgmv_takes_strided_rows(one_thread: Ops, reference: Ops, dtype: torch.dtype) -> None:
+    case = sgmv_case("zipf", 9, dtype)
+    y_TN, x_TH = torch.full((9, 200), 7.0).to(dtype), torch.randn(9, 111).to(dtype)
+    y_TN[:, :128], x_TH[:, :96] = case.y_TN, case.x_TH
+    one_thread.sgmv(y_TN[:, :128], x_TH[:, :96], case.site, case.pool, case.segments)
+    assert_close(y_TN[:, :128], case.run(reference))
+    assert (y_TN[:, 128:] == 7.0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_results_are_the_same_from_run_to_run_and_for_any_thread_count(dtype: torch.dtype) -> None:
+    sgmv = sgmv_case("zipf", 133, dtype, in_features=512, out_features=(512,), ranks=MIXED_RANKS)
+    attention = attention_case(dtype, head_dim=64)
+    for case in (sgmv, attention):
+        runs = [case.run(select("cpu", threads=threads)) for threads in (1, 2, 3, 2, 1)]
+        assert all(torch.equal(run, runs[0]) for run in runs)
+
+
+def test_a_row_does_not_depend_on_the_batch_around_it(one_thread: Ops) -> None:
+    """A decode row's update is the same alone and among others (one row per segment)."""
+    case = sgmv_case("distinct", 33, torch.float32, ranks=MIXED_RANKS)
+    together_TN = case.run(one_thread)
+    for row in (0, 17, 32):
+        segment = row + 1
+        alone = replace(
+            case.segments,
+            starts_G1=torch.tensor([0, 1]).int(),
+            slots_G=case.segments.slots_G[segment : segment + 1],
+            num_rows=1,
+            num_segments=1,
+            adapted_rows=1,
+        )
+        y_TN = case.y_TN[row : row + 1].clone()
+        one_thread.sgmv(y_TN, case.x_TH[row : row + 1], case.site, case.pool, alone)
+        assert torch.equal(y_TN[0], together_TN[row])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("window", "softcap"), [(0, 0.0), (20, 0.0), (0, 5.0), (70, 30.0), (1, 0.0)]
+)
+@pytest.mark.parametrize("group", [1, 2, 3, 8, 40])
+def test_attention_groups_windows_softcaps(
+    ops: Ops, reference: Ops, group: int, window: int, softcap: float, dtype: torch.dtype
+) -> None:
+    case = attention_case(dtype, group=group, window=window, softcap=softcap)
+    assert_close(case.run(ops), case.run(reference))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("block_size", [8, 16, 32])
+@pytest.mark.parametrize("head_dim", [16, 24, 64, 80, 128, 256])
+def test_attention_head_dims_and_block_sizes(
+    one_thread: Ops, reference: Ops, head_dim: int, block_size: int, dtype: torch.dtype
+) -> None:
+    case = attention_case(dtype, head_dim=head_dim, block_size=block_size)
+    assert_close(case.run(one_thread), case.run(reference))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_over_a_long_context(ops: Ops, reference: Ops, dtype: torch.dtype) -> None:
+    rows = ((1, 4097), (130, 1900), (1, 2))
+    case = attention_case(dtype, rows=rows, num_kv_heads=1, head_dim=64)
+    assert_close(case.run(ops), case.run(reference))
+
+
+def test_attention_survives_large_scores(one_thread: Ops, reference: Ops) -> None:
+    case = attention_case(torch.float32)
+    case = replace(case, qkv_TN=case.qkv_TN * 1e4)
+    assert_close(case.run(one_thread), case.run(reference))
+
+
+def test_attention_leaves_tokens_past_the_last_row_alone(one_thread: Ops) -> None:
+    case = attention_case(torch.float32)
+    padded_TN = torch.cat([case.qkv_TN, torch.randn(3, case.qkv_TN.shape[1])])
+    out_TN = replace(case, qkv_TN=padded_TN).run(one_thread)
+    assert out_TN[-3:].isnan().all()
+    assert not out_TN[:-3].isnan().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tolerance_catches_one_key_too_many(
+    one_thread: Ops, reference: Ops, dtype: torch.dtype
+) -> None:
+    case = attention_case(dtype, rows=((1, 40), (1, 33)))
+    wrong = replace(case, context_lens_R=torch.tensor([39, 33]).int())
+    assert error_of(wrong.run(one_thread), case.run(reference)) > TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 37, 64, 576, 4864])
+@pytest.mark.parametrize("rows", ROWS)
+def test_norms(ops: Ops, reference: Ops, rows: int, width: int, dtype: torch.dtype) -> None:
+    x_TH, residual_TH = torch.randn(2, rows, width).to(dtype)
+    same_H, fp32_H = torch.randn(width).to(dtype), torch.randn(width)
+    for weight_H, in_fp32 in ((same_H, False), (same_H, True), (fp32_H, True)):
+        out_TH = torch.full_like(x_TH, float("nan"))
+        ops.rms_norm(x_TH, weight_H, 1e-6, out_TH, weight_in_fp32=in_fp32)
+        expected_TH = reference.rms_norm(x_TH, weight_H, 1e-6, weight_in_fp32=in_fp32)
+        assert_close(out_TH, expected_TH)
+        sums = residual_TH.clone(), residual_TH.clone()
+        actual_TH = ops.add_rms_norm(sums[0], x_TH, weight_H, 1e-6, weight_in_fp32=in_fp32)
+        expected_TH = reference.add_rms_norm(sums[1], x_TH, weight_H, 1e-6, weight_in_fp32=in_fp32)
+        assert torch.equal(sums[0], sums[1])
+        assert_close(actual_TH, expected_TH)
+
+
+@pytest.mark.parametrize("op", ["silu_mul", "gelu_tanh_mul"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("width", [1, 37, 1408])
+def test_gated_activations(
+    ops: Ops, reference: Ops, op: str, width: int, dtype: torch.dtype
+) -> None:
+    gate_up_TN = (torch.randn(33, 2 * width) * 4).to(dtype)
+    actual_TI, expected_TI = torch.full((2, 33, width), float("nan")).to(dtype)
+    getattr(ops, op)(gate_up_TN, actual_TI)
+    getattr(reference, op)(gate_up_TN, expected_TI)
+    assert_close(actual_TI, expected_TI)
+
+
+def test_activations_are_finite_and_right_at_the_extremes(one_thread: Ops) -> None:
+    gate = torch.tensor([-1e30, -200.0, -88.5, -87.0, -1e-30, 0.0, 1e-30, 87.0, 200.0, 1e30])
+    out_TI = torch.empty(1, 10)
+    for op, exact in (
+        ("silu_mul", torch.nn.functional.silu),
+        ("gelu_tanh_mul", lambda x: torch.nn.functional.gelu(x, approximate="tanh")),
+    ):
+        getattr(one_thread, op)(torch.cat([gate, torch.ones(10)])[None], out_TI)
+        assert torch.allclose(out_TI[0].double(), exact(gate.double()), rtol=1e-6, atol=1e-35)
+
+
+def test_exp_and_tanh_are_accurate_to_the_last_bits(one_thread: Ops) -> None:
+    """silu(g) * (1 + e^-g) = g for every g; softcap near zero is the identity."""
+    gate = torch.linspace(-80, 80, 100_001)
+    out_TI = torch.empty(1, gate.numel())
+    one_thread.silu_mul(torch.cat([gate, torch.ones_like(gate)])[None], out_TI)
+    exact = torch.nn.functional.silu(gate.double())
+    assert float(((out_TI[0] - exact).abs() / exact.abs().clamp_min(1e-30)).max()) < 4e-7
+
+
+def test_nan_is_not_swallowed(one_thread: Ops) -> None:
+    gate_up_TN, out_TI = torch.randn(1, 40), torch.zeros(1, 20)
+    gate_up_TN[0, 3] = float("nan")
+    one_thread.silu_mul(gate_up_TN, out_TI)
+    assert out_TI.isnan().nonzero().tolist() == [[0, 3]]
+    case = attention_case(torch.float32)
+    case.qkv_TN[0] = float("nan")
+    assert case.run(one_thread)[0].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rotary_dim", [8, 24, 32])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_write_kv(
+    ops: Ops, reference: Ops, normed: bool, rotary_dim: int, dtype: torch.dtype
+) -> None:
+    heads, kv_heads, head_dim, tokens, block_size = 6, 2, 32, 133, 16
+    qkv_TN = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim + 9).to(dtype)[:, :-9]
+    positions_T = torch.randint(0, 500, (tokens,))
+    slots_T = torch.randperm(12 * block_size)[:tokens]
+    slots_T[::5] = -1
+    norms = torch.randn(2, head_dim).to(dtype) if normed else (None, None)
+    results = []
+    for each in (ops, reference):
+        row_TN, caches = qkv_TN.clone(), torch.full((2, 12, kv_heads, block_size, head_dim), 9.0)
+        k_cache, v_cache = caches.to(dtype)
+        each.rope_write_kv(
+            row_TN,
+            positions_T,
+            angles(500, rotary_dim),
+            k_cache,
+            v_cache,
+            slots_T,
+            heads,
+            kv_heads,
+            head_dim,
+            q_norm_D=norms[0],
+            k_norm_D=norms[1],
+            norm_eps=1e-6,
+        )
+        results.append((row_TN, k_cache, v_cache))
+    for actual, expected in zip(*results, strict=True):
+        assert_close(actual, expected)
+    assert torch.equal(results[0][2], results[1][2])
+
+
+def test_strided_tensors_are_refused_by_name(one_thread: Ops) -> None:
+    with pytest.raises(ValueError, match="x_TH must be contiguous"):
+        one_thread.rms_norm(torch.randn(4, 8)[:, :4], torch.ones(4), 1e-6)
+
+
+def test_torch_and_the_kernels_share_one_openmp_runtime() -> None:
+    """Linked to the system's libgomp, the kernels ran ten times slower: two pools of spinning
+    threads fought over the cores."""
+    code = (
+        "import torch, lory_kernels\n"
+        "ops = lory_kernels.select('cpu', threads=2)\n"
+        "ops.silu_mul(torch.ones(512, 512), torch.ones(512, 256))\n"
+        "lines = open('/proc/self/maps').read().splitlines()\n"
+        "print(len({line[line.index('/'):] for line in lines if 'omp' in line.split('/')[-1]}))\n"
+    )
+    path = str(Path(lory_kernels.__file__).parents[1])
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == "1"
+
+
+def test_without_a_compiler_the_backend_is_refused_with_the_fix(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(KernelUnavailableError, match="install gcc"):
+        build.load_library(tmp_path)
+    monkeypatch.setattr(build, "compiled_library", lambda: build.load_library(tmp_path))
+    with caplog.at_level(logging.WARNING):
+        assert best_cpu_backend() == "torch"
+    assert "install gcc" in caplog.text
+
+
+@pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])
+def test_older_cpus_get_the_same_results(
+    march: str, reference: Ops, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The plain and the AVX2 builds, run here in place of the native one."""
+    flags = tuple(f"-march={march}" if flag.startswith("-march") else flag for flag in build._FLAGS)
+    monkeypatch.setattr(build, "_FLAGS", flags)
+    library = build.load_library(tmp_path)
+    monkeypatch.setattr("lory_kernels.cpu.compiled_library", lambda: library)
+    ops = select("cpu", threads=2)
+    assert library.lory_vector_lanes() == {"x86-64": 4, "x86-64-v3": 8}[march]
+    for dtype in (torch.float32, torch.bfloat16):
+        for case in (
+            sgmv_case("zipf", 33, dtype, ranks=MIXED_RANKS),
+            sgmv_case("zipf", 33, dtype, in_features=37, out_features=(5, 1, 61)),
+            attention_case(dtype, head_dim=24, window=20, softcap=5.0),
+            attention_case(dtype, head_dim=64, group=8),
+        ):
+            assert_close(case.run(ops), case.run(reference))
+
+
+def test_a_cache_that_cannot_be_written_costs_a_compilation_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    with caplog.at_level(logging.WARNING):
+        library = build.load_library(tmp_path / "file" / "kernels")
+    assert library.lory_vector_lanes() in (4, 8, 16)
+    assert "cannot be written" in caplog.text
+
+
+def test_a_broken_library_is_refused_with_the_fix(tmp_path: Path) -> None:
+    sound_dir, broken_dir = tmp_path / "sound", tmp_path / "broken"
+    build.load_library(sound_dir)
+    (library,) = sound_dir.iterdir()
+    broken_dir.mkdir()
+    (broken_dir / library.name).write_bytes(b"not a library")
+    with pytest.raises(KernelUnavailableError, match="delete it"):
+        build.load_library(broken_dir)
+
+
+def test_a_library_is_compiled_once_and_kept_private(tmp_path: Path) -> None:
+    cache_dir = tmp_path / "kernels"
+    build.load_library(cache_dir)
+    (library,) = cache_dir.iterdir()
+    first = library.stat().st_mtime_ns
+    build.load_library(cache_dir)
+    assert library.stat().st_mtime_ns == first
+    assert stat.S_IMODE(cache_dir.stat().st_mode) == 0o700
