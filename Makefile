@@ -32,13 +32,16 @@ demo-check: setup ## Start the demo, ask every adapter, check the answers, stop
 	$(BIN)/lory demo --check --port $(PORT)
 
 demo-model: setup ## Train the demo's base and adapters again from scratch (under 15 minutes)
+	$(BIN)/python demo/make_data.py
 	$(BIN)/python demo/make_base.py
 	$(BIN)/python demo/make_adapters.py
+	$(BIN)/python demo/make_prompts.py
+	$(BIN)/python demo/evaluate.py --output demo/accuracy.json
 
 check: setup ## Format, lint and types; warnings are errors
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
-	$(BIN)/pyright
+	$(BIN)/pyright --warnings
 
 format: setup ## Format and fix what can be fixed
 	$(BIN)/ruff format $(CODE)

@@ -17,9 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lory_router.config import CommandError
-from lory_router.machine import CpuWatch, tree_resident_bytes, wait_until_quiet
-from lory_router.workload import Popularity, Workload
 from rich.console import Console
 from rich.table import Table
 
@@ -28,6 +25,9 @@ from benchmarks.contenders import Contender, HttpContender, peft_contender
 from benchmarks.models import ROOT as MODELS
 from benchmarks.models import SHAPES, Adapters, ensure_adapters, ensure_base
 from benchmarks.server import serving
+from lory_router.config import CommandError
+from lory_router.machine import CpuWatch, tree_resident_bytes, wait_until_quiet
+from lory_router.workload import Popularity, Workload
 
 Scenario = Literal["base", "one", "distinct"]
 SCENARIOS: tuple[Scenario, ...] = ("base", "one", "distinct")

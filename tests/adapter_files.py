@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lory_server.adapters.format import Base
-from lory_server.model.sites import Site, Slice
 from safetensors.torch import save_file
 from torch import Tensor
+
+from lory_server.adapters.format import Base
+from lory_server.model.sites import Site, Slice
 
 HIDDEN = 16
 ALL_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 import msgspec
+
 from lory_server.messages import (
     AdapterEntry,
     AdapterList,

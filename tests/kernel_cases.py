@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from lory_kernels import BASE_SLOT, Ops, Segments, SiteTable
 from torch import Tensor
+
+from lory_kernels import BASE_SLOT, Ops, Segments, SiteTable
 
 # Largest error allowed, as a fraction of the largest magnitude in the expected result.
 TOLERANCE = {torch.float32: 3e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}

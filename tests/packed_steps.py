@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
+
 from lory_server.model.batch import ForwardBatch
 from lory_server.model.decoder import Decoder
 from lory_server.model.kv import KVCache

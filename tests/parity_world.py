@@ -14,8 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import tiny_models
 import torch
+
+import tiny_models
 from lory_server.build import build
 from lory_server.engine import Engine
 from lory_server.messages import (

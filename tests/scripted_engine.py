@@ -14,8 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import tiny_tokenizers
 import uvicorn
+from starlette.types import ASGIApp
+
+import tiny_tokenizers
 from lory_router.app import create_app
 from lory_router.engine import SequenceRequest, StreamEvent, Unavailable
 from lory_router.observe import RequestRecord
@@ -33,7 +35,6 @@ from lory_server.messages import (
     Token,
     Usage,
 )
-from starlette.types import ASGIApp
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258

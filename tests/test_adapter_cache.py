@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from adapter_files import BASE, SITES, write_adapter
 from lory_server.adapters import cache as cache_module
 from lory_server.adapters.blob import AdapterBlob

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+
 from adapter_files import BASE, SITES, Tensors, make_config, write_adapter
 from lory_server.adapters.blob import AdapterBlob, read_blob
 from lory_server.adapters.config import MAX_CONFIG_BYTES, read_config
@@ -17,7 +19,6 @@ from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.format import AdapterManifest, Base, read_manifest
 from lory_server.adapters.header import read_header
 from lory_server.model.sites import Site, Slice
-from safetensors import safe_open
 from tiny_models import random_model, save_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

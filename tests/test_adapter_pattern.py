@@ -6,6 +6,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.pattern import Pattern
 

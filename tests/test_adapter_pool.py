@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_files import BASE, HIDDEN, SITES, write_adapter
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from adapter_files import BASE, HIDDEN, SITES, write_adapter
 from lory_server.adapters.blob import read_blob
 from lory_server.adapters.copier import HostCopier, StagedCopier, runs
 from lory_server.adapters.extents import Allocation, ExtentAllocator

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from adapter_files import write_adapter
 from lory_server.adapters.errors import AdapterInvalidError, AdapterNotFoundError
 from lory_server.adapters.store import SETTLED_NS, AdapterStore, Signature

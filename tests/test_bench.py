@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from bench_stub import ADAPTERS, Stub, running_stub
 from lory_router import machine
 from lory_router.bench import main

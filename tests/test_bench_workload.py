@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
+
 from lory_router.workload import Popularity, Workload, WorkloadError, adapter_names
 
 NAMES = tuple(f"a{number:02d}" for number in range(8))

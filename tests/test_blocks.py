@@ -1,6 +1,7 @@
 """The block pool: references, reuse and order of eviction."""
 
 import pytest
+
 from lory_server.blocks import BlockPool, chain_hash, root_hash
 
 

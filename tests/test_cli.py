@@ -14,12 +14,13 @@ from typing import Any
 
 import httpx
 import pytest
+from rich.console import Console
+from typer.testing import CliRunner
+
 from lory_router import cli
 from lory_router.chat import ChatOptions, Conversation, connect, show_adapters, stream_answer
 from lory_router.config import CommandError, ServeConfig, StartError
 from lory_router.demo import DemoFiles, Sample, pasteable_lines
-from rich.console import Console
-from typer.testing import CliRunner
 
 
 @pytest.fixture

@@ -5,10 +5,11 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any
 
-import lory_client
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import lory_client
 from lory_client import errors
 from lory_client.replies import Head, status_error, stream_error
 from lory_client.retry import RetryPolicy, parse_retry_after

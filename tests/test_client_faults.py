@@ -1,4 +1,4 @@
-"""The SDK when things go wrong: retries, streams and replies that break, servers that are silent."""
+"""The SDK when things go wrong: retries, replies that break, servers that are silent or gone."""
 
 import asyncio
 import json
@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import httpx
-import lory_client
 import pytest
+
+import lory_client
 from lory_client import AsyncClient, Client
 
 PROMPT = "why is the sky"

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import lory_client
 import pytest
-from lory_client import AsyncClient, Client
 
+import lory_client
 from clients import stub_server
+from lory_client import AsyncClient, Client
 
 PROMPT = "why is the sky"
 MESSAGES: list[lory_client.ChatMessage] = [{"role": "user", "content": PROMPT}]

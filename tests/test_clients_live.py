@@ -9,12 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import lory_client
 import pytest
 
+import lory_client
 from clients import environments, server_process
-
-pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 PROMPT = "The order arrived late and the box was damaged"
 

@@ -1,9 +1,10 @@
 """Incremental detokenisation: pieces are the decoding of the whole, never half characters."""
 
 import pytest
-import tiny_tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+import tiny_tokenizers
 from lory_router.detokenize import Detokenizer
 from lory_router.stops import StopFinder
 from lory_router.text import TextModel
@@ -18,6 +19,7 @@ BYTE_PAIRS = tiny_tokenizers.byte_pairs(CORPUS * 20)
 WORDS = tiny_tokenizers.words()
 SENTENCE_PIECES = tiny_tokenizers.sentence_pieces()
 METASPACE = tiny_tokenizers.metaspace()
+FUSED_BYTES = tiny_tokenizers.fused_bytes()
 
 LIMITED = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -72,13 +74,18 @@ def test_byte_fallback_gives_any_text_back(text: str):
 
 @LIMITED
 @given(st.text(min_size=1, max_size=30))
-@pytest.mark.parametrize("model", [BYTE_LEVEL, BYTE_PAIRS, SENTENCE_PIECES])
+@pytest.mark.parametrize("model", [BYTE_LEVEL, BYTE_PAIRS, SENTENCE_PIECES, FUSED_BYTES])
 def test_no_piece_of_valid_text_holds_half_a_character(model: TextModel, text: str):
     if "\ufffd" in text:
         return
     detokenizer = Detokenizer(model)
     for token_id in model.encode(text):
         assert "\ufffd" not in detokenizer.push(token_id)
+
+
+def test_malformed_bytes_are_not_held_for_ever_in_a_window():
+    detokenizer = Detokenizer(FUSED_BYTES)
+    assert any(detokenizer.push(0xE4) for _ in range(8))
 
 
 def test_a_malformed_byte_spoils_only_its_own_character():

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+
 import tiny_models
 from lory_server.build import EngineError, build
 from lory_server.messages import EngineOptions, ListAdapters

@@ -13,6 +13,7 @@ from pathlib import Path
 import msgspec
 import psutil
 import pytest
+
 from lory_router.engine import SequenceRequest, Unavailable
 from lory_router.engine_client import ChildEngine
 from lory_router.metrics import Metrics

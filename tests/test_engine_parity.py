@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_models
 import torch
+
+import tiny_models
 from parity_world import ParityWorld, Reference, Session, compare
 
 BASE = ""

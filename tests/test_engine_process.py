@@ -10,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
 import tiny_models
 from lory_server.messages import (
     EngineInfo,

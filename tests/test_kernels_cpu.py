@@ -9,9 +9,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import lory_kernels
 import pytest
 import torch
+
+import lory_kernels
 from kernel_cases import (
     ROWS,
     TOLERANCE,

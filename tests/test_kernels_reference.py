@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
+
 from kernel_cases import (
     MIXED_ROWS,
     ROWS,
@@ -13,8 +16,6 @@ from kernel_cases import (
     sgmv_case,
 )
 from lory_kernels import BASE_SLOT, Ops, select
-from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm, apply_rotary_pos_emb
 
 
 @pytest.fixture(scope="module")

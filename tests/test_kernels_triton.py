@@ -13,9 +13,10 @@ import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-import lory_kernels
 import pytest
 import torch
+
+import lory_kernels
 from kernel_cases import TOLERANCE, WORKLOADS, error_of, sgmv_case
 
 pytestmark = [
@@ -122,9 +123,10 @@ def _interpret() -> dict[str, dict[str, float]]:
 
 def _compile() -> dict[str, dict[str, float]]:
     import triton
-    from lory_kernels import triton_sgmv as kernels
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+
+    from lory_kernels import triton_sgmv as kernels
 
     found: dict[str, dict[str, float]] = {"shared_bytes": {}, "spilled_bytes": {}}
     for dtype, block_r in COMPILED:

@@ -5,6 +5,7 @@ import json
 from typing import Any
 
 import pytest
+
 import tiny_tokenizers
 from scripted_engine import BASE, Answer, Front, events
 
@@ -122,6 +123,7 @@ def test_a_stop_string_stays_in_the_text_and_ends_the_sequence_in_the_engine():
     assert reply["details"]["finish_reason"] == "stop_sequence"
     assert reply["details"]["generated_tokens"] == 8
     assert front.engine.streams[0].cancels[0] == "cancelled"
+    assert front.engine.streams[0].num_told == 8
 
 
 def test_tokens_past_a_stop_in_one_batch_are_withheld():
@@ -458,6 +460,7 @@ def test_a_name_that_is_no_adapters_gets_the_same_404_whatever_is_wrong_with_it(
         assert response.status_code == 404
         assert response.json()["error_type"] == "adapter_not_found"
         assert len(response.text) < 400
+    assert bool(front.engine.streams) == (name == "nobody")
 
 
 # -- tokenize -------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+
 from lory_server.memory_plan import MemoryNeeds, MemoryPlanError, plan_memory
 
 MIB = 1 << 20

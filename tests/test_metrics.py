@@ -7,11 +7,12 @@ from typing import Literal
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from prometheus_client.parser import text_string_to_metric_families
+
 from lory_router.ledger import Ledger
 from lory_router.metrics import ROUTES, Metrics
 from lory_router.observe import RequestRecord
 from lory_server.messages import AdapterMove, Charge, EngineInfo, StepReport
-from prometheus_client.parser import text_string_to_metric_families
 
 PRICE = 3.6
 """An hour's price that makes a second cost 0.001."""

@@ -4,11 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lory_kernels
 import pytest
-import tiny_models
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
+
+import lory_kernels
+import tiny_models
 from lory_server.messages import EngineOptions
 from lory_server.model import checkpoint as checkpoint_module
 from lory_server.model.checkpoint import Checkpoint, locate
@@ -16,7 +18,6 @@ from lory_server.model.decoder import Decoder
 from lory_server.model.errors import ModelError
 from lory_server.model.load import load
 from packed_steps import random_ids, run
-from safetensors.torch import load_file, save_file
 
 ATOL = 2e-5
 IDS = random_ids(11, tiny_models.VOCAB_SIZE, 4)

@@ -7,16 +7,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lory_kernels
 import pytest
-import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
+
+import lory_kernels
+import tiny_models
 from lory_server.messages import EngineOptions
 from lory_server.model.decoder import Decoder
 from lory_server.model.kv import KVCache, bytes_per_block
 from lory_server.model.load import load
 from packed_steps import make_batch, make_kv, random_ids, run
-from safetensors.torch import load_file, save_file
 
 ATOL_FP32 = 2e-5
 

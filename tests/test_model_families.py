@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
+
 import tiny_models
 from lory_server.model.errors import ModelError
 from lory_server.model.families import FAMILIES, parse_spec, read_spec
-from transformers import AutoConfig
 
 PLAIN: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lory_server.model.linear import DenseLinear, PrepackedLinear, can_prepack, dense_linear
 
 needs_prepacking = pytest.mark.skipif(

@@ -4,10 +4,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lory_kernels
 import pytest
-import tiny_models
 import torch
+from safetensors.torch import load_file, save_file
+
+import lory_kernels
+import tiny_models
 from lory_kernels import BASE_SLOT, Segments, SiteTable
 from lory_server.messages import EngineOptions
 from lory_server.model.decoder import Decoder
@@ -15,7 +17,6 @@ from lory_server.model.load import load
 from lory_server.model.lora import LoraRows, attach
 from lory_server.model.sites import Site
 from packed_steps import make_batch, make_kv, random_ids
-from safetensors.torch import load_file, save_file
 
 ATOL = 5e-5
 NUM_SLOTS = 2

@@ -3,20 +3,21 @@
 from pathlib import Path
 from typing import Any
 
-import lory_kernels
 import pytest
-import tiny_models
 import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.nn.modules import Linear4bit
+from safetensors.torch import load_file, save_file
+from transformers import BitsAndBytesConfig
+
+import lory_kernels
+import tiny_models
 from lory_server.messages import EngineOptions
 from lory_server.model import nf4
 from lory_server.model.decoder import Decoder
 from lory_server.model.errors import ModelError
 from lory_server.model.load import load
 from packed_steps import random_ids, run
-from safetensors.torch import load_file, save_file
-from transformers import BitsAndBytesConfig
 
 ATOL_FP32 = 2e-5
 IDS = random_ids(21, tiny_models.VOCAB_SIZE, 4)

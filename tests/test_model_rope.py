@@ -4,10 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lory_kernels
 import pytest
-import tiny_models
 import torch
+
+import lory_kernels
+import tiny_models
 from lory_server.messages import EngineOptions
 from lory_server.model.families import read_spec
 from lory_server.model.load import load

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 import pytest
+
 import tiny_tokenizers
 from scripted_engine import BASE, Answer, Front, events
 

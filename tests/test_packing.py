@@ -1,6 +1,7 @@
 """Packing: rows of one adapter side by side, and every index right."""
 
 import numpy as np
+
 from lory_server.messages import Sampling
 from lory_server.model.packing import Packer
 from lory_server.plan import PENDING, PlanRow, SampleRow, StepPlan

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+
 from lory_router.engine import Unavailable
 from lory_router.settings import RouterSettings
 from scripted_engine import BASE, Answer, Front, ScriptedEngine, events, wait_until

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 import tiny_tokenizers
 from lory_router.chat_template import ChatTemplate, TemplateError
 from lory_router.text import load_text_model

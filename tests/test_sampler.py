@@ -5,6 +5,7 @@ from collections import Counter
 
 import pytest
 import torch
+
 from lory_server.messages import Sampling
 from lory_server.model.sampler import sample, uniform
 from lory_server.plan import SampleRow

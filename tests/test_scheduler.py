@@ -5,6 +5,7 @@ import random
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from lory_server.blocks import BlockPool
 from lory_server.messages import Sampling
 from lory_server.plan import PENDING, Residency

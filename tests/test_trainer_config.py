@@ -1,6 +1,7 @@
 """The trainer's YAML: every mistake is named, every default written out."""
 
 import pytest
+
 from lory_trainer.config import load_options, parse_options
 from lory_trainer.errors import ConfigError
 from lory_trainer.template import render, template_fields

@@ -5,6 +5,9 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
+
 from lory_trainer.data import (
     IGNORED,
     Example,
@@ -15,8 +18,6 @@ from lory_trainer.data import (
     read_rows,
 )
 from lory_trainer.errors import DataError
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
 
 
 def char_tokenizer(*, pad_is_eos: bool = False) -> PreTrainedTokenizerFast:

@@ -11,6 +11,11 @@ from typing import Any
 import pytest
 import torch
 import typer
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
 from lory_trainer import cli, export
 from lory_trainer.config import TrainOptions, parse_options
 from lory_trainer.data import Example, collate
@@ -25,11 +30,7 @@ from lory_trainer.train import (
     load_base,
     train_adapter,
 )
-from peft import PeftModel
-from safetensors import safe_open
 from test_trainer_data import char_tokenizer
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
 
 # peft still reads a name that transformers is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")

@@ -1,9 +1,10 @@
 """Small tokenizers of every decoding kind, built in memory, and a chat template."""
 
-from lory_router.chat_template import ChatTemplate
-from lory_router.text import BYTE_OF_CHAR, TextModel
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
+
+from lory_router.chat_template import ChatTemplate
+from lory_router.text import BYTE_OF_CHAR, TextModel
 
 EOS = "</s>"
 TEMPLATE = (
@@ -24,6 +25,13 @@ def byte_level(merges: tuple[tuple[str, str], ...] = (), template: str | None = 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return _text_model(_with_specials(tokenizer), template)
+
+
+def fused_bytes() -> TextModel:
+    """Bytes behind a decoder that is none of the known kinds."""
+    text = byte_level()
+    text.tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Fuse()])
+    return TextModel(text.tokenizer)
 
 
 def byte_pairs(texts: tuple[str, ...]) -> TextModel:

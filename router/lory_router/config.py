@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
 
 import typer
-from lory_server.messages import DeviceName, DtypeName, EngineOptions, Quantization
 
 from lory_router.settings import RouterSettings
+from lory_server.messages import DeviceName, DtypeName, EngineOptions, Quantization
 
 ENVIRONMENT_PREFIX = "LORY_"
 LogLevel = Literal["debug", "info", "warning", "error"]

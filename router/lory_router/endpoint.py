@@ -7,7 +7,6 @@ import logging
 from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass
 
-from lory_server.messages import EngineInfo
 from starlette.types import Receive, Scope, Send
 
 from lory_router import validate
@@ -19,6 +18,7 @@ from lory_router.observe import MetricsSink, Outcome
 from lory_router.settings import RouterSettings
 from lory_router.sse import shown_error
 from lory_router.text import TextModel
+from lory_server.messages import EngineInfo
 
 logger = logging.getLogger(__name__)
 

@@ -11,6 +11,10 @@ from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from lory_router.engine import SequenceRequest, Unavailable
+from lory_router.engine_process import ENGINE_COMMAND, EngineProcess, describe_exit
+from lory_router.sequence_stream import SequenceStream
+from lory_router.wire import EventDecoder, WireError, encode_frame
 from lory_server.messages import (
     PROTOCOL_VERSION,
     AdapterEntry,
@@ -28,11 +32,6 @@ from lory_server.messages import (
     StepReport,
     Submit,
 )
-
-from lory_router.engine import SequenceRequest, Unavailable
-from lory_router.engine_process import ENGINE_COMMAND, EngineProcess, describe_exit
-from lory_router.sequence_stream import SequenceStream
-from lory_router.wire import EventDecoder, WireError, encode_frame
 
 READ_BYTES = 256 * 1024
 MAX_UNSENT_BYTES = 64 * 1024 * 1024

@@ -17,9 +17,8 @@ second. It must not know routes or how a reply is sent.
 
 from typing import Literal
 
-from lory_server.messages import Failure, Finished
-
 from lory_router.engine import Unavailable
+from lory_server.messages import Failure, Finished
 
 Dialect = Literal["lorax", "openai"]
 

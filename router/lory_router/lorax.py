@@ -7,8 +7,6 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from lory_server.messages import EngineInfo
-
 from lory_router import plan_lorax
 from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.endpoint import Front
@@ -34,6 +32,7 @@ from lory_router.sse import event, reply_events
 from lory_router.text import TextModel
 from lory_router.tokenize import locate
 from lory_router.transcript import EndReason, Piece, Transcript
+from lory_server.messages import EngineInfo
 
 FINISH_REASONS: dict[EndReason, FinishReason] = {
     "length": "length",

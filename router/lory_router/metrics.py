@@ -10,7 +10,6 @@ from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 
-from lory_server.messages import AdapterMove, EngineInfo, StepReport
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -24,6 +23,7 @@ from prometheus_client.registry import Collector
 from lory_router import __version__
 from lory_router.ledger import Ledger
 from lory_router.observe import RequestRecord
+from lory_server.messages import AdapterMove, EngineInfo, StepReport
 
 BASE = "base"
 OTHER = "other"

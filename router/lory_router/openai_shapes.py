@@ -6,12 +6,11 @@ It must not know HTTP or how sequences run.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from lory_server.messages import Usage
-
 from lory_router.detokenize import Detokenizer
 from lory_router.errors import IncompleteGeneration
 from lory_router.text import TextModel
 from lory_router.transcript import EndReason, Piece, Transcript
+from lory_server.messages import Usage
 
 Json = dict[str, object]
 

@@ -4,7 +4,6 @@ It must not know generation.
 """
 
 import msgspec
-from lory_server.messages import AdapterEntry
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -12,6 +11,7 @@ from lory_router import validate
 from lory_router.endpoint import Front
 from lory_router.errors import Unhealthy, adapter_not_found
 from lory_router.plan_openai import adapter_of
+from lory_server.messages import AdapterEntry
 
 VERSION = "0.1.0"
 

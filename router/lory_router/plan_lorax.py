@@ -8,7 +8,6 @@ import dataclasses
 from dataclasses import dataclass
 
 import msgspec
-from lory_server.messages import EngineInfo, Sampling
 
 from lory_router import tokenize, validate
 from lory_router.bodies import read_object, read_struct, refuse_unknown
@@ -19,6 +18,7 @@ from lory_router.schemas_lorax import GenerateBody, Parameters
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_router.validate import Ask
+from lory_server.messages import EngineInfo, Sampling
 
 NOT_SUPPORTED = ("merged_adapters", "api_token", "return_k_alternatives", "response_format")
 

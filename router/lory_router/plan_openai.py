@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
-from lory_server.messages import EngineInfo, Sampling
 
 from lory_router import tokenize, validate
 from lory_router.bodies import read_object, read_struct, unknown_fields
@@ -29,6 +28,7 @@ from lory_router.schemas_openai import (
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_router.validate import Ask
+from lory_server.messages import EngineInfo, Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
 ROLES = ("system", "developer", "user", "assistant")

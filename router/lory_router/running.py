@@ -9,14 +9,13 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 
-from lory_server.messages import CancelReason, Finished
-
 from lory_router.engine import EngineClient, EngineStream
 from lory_router.errors import IncompleteGeneration, from_finished
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_router.transcript import Piece, Transcript
 from lory_router.validate import Ask
+from lory_server.messages import CancelReason, Finished
 
 
 class LiveSequence:

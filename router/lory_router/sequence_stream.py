@@ -7,6 +7,8 @@ import asyncio
 from collections.abc import Callable
 
 import msgspec
+
+from lory_router.engine import StreamEvent
 from lory_server.messages import (
     CancelReason,
     Failure,
@@ -16,8 +18,6 @@ from lory_server.messages import (
     Token,
     Usage,
 )
-
-from lory_router.engine import StreamEvent
 
 
 class SequenceStream:

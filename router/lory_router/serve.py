@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 
 import uvicorn
-from lory_server.messages import EngineInfo
 
 from lory_router.app import create_app
 from lory_router.config import ServeConfig, StartError, engine_environment
@@ -22,6 +21,7 @@ from lory_router.engine_process import ENGINE_COMMAND
 from lory_router.metrics import Metrics
 from lory_router.supervisor import GaveUp, RestartPolicy, Supervisor
 from lory_router.text import TextModel, load_text_model
+from lory_server.messages import EngineInfo
 
 log = logging.getLogger("lory")
 

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from lory_server.messages import Finished, FinishReason, Token, Usage
-
 from lory_router.detokenize import Detokenizer
 from lory_router.stops import StopFinder
 from lory_router.text import TextModel
+from lory_server.messages import Finished, FinishReason, Token, Usage
 
 EndReason = Literal["length", "eos", "stop"]
 """Why a sequence ended well; "stop" is a stop string or a stop token."""

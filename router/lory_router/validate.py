@@ -8,12 +8,11 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lory_server.messages import EngineInfo, Sampling
-
 from lory_router.engine import SequenceRequest, Unavailable
 from lory_router.errors import ContextTooLong, Invalid, adapter_not_found
 from lory_router.settings import RouterSettings
 from lory_router.transcript import Ending
+from lory_server.messages import EngineInfo, Sampling
 
 MAX_SEED = 2**64 - 1
 MAX_ADAPTER_ID_CHARS = 256

@@ -6,6 +6,7 @@ It turns bytes into messages and back. It must not know sockets, processes or wh
 import struct
 
 import msgspec
+
 from lory_server.messages import MAX_FRAME_BYTES, Command, Event
 
 HEADER = struct.Struct(">I")

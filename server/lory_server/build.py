@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from lory_kernels import Backend, best_cpu_backend, select
 
+from lory_kernels import Backend, best_cpu_backend, select
 from lory_server.accounting import CostModel
 from lory_server.adapters.cache import AdapterCache
 from lory_server.adapters.format import Base
@@ -131,7 +131,7 @@ def assemble(
     )
     lora.attach(decoder, pool.tables, pool.data)
     adapters = AdapterCache(
-        AdapterStore(Path(options.adapters_dir)),
+        AdapterStore(Path(options.adapters_dir) if options.adapters_dir else None),
         pool,
         Base(decoder.sites, base_names(options), options.allow_base_mismatch),
         host_bytes(options, plan),

@@ -11,8 +11,9 @@ import sys
 import warnings
 from typing import Any
 
-import lory_client
 import stub_server
+
+import lory_client
 from lory_client import AsyncClient, Client
 
 PROMPT = "why is the sky"

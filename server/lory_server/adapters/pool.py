@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from lory_kernels.contract import SiteTable
 from torch import Tensor
 
+from lory_kernels.contract import SiteTable
 from lory_server.adapters.extents import GRAIN_BYTES, Allocation, ExtentAllocator
 from lory_server.adapters.format import CHUNK_ALIGN_BYTES, AdapterManifest
 from lory_server.model.sites import Site

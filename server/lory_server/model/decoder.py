@@ -14,10 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
-from lory_kernels import Ops
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from lory_kernels import Ops
 from lory_server.model.batch import ForwardBatch
 from lory_server.model.kv import KVCache
 from lory_server.model.linear import DenseLinear, Linear

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from lory_kernels import Ops
 from torch import Tensor
 
+from lory_kernels import Ops
 from lory_server.messages import EngineOptions
 from lory_server.model.checkpoint import Checkpoint, locate
 from lory_server.model.decoder import Decoder, Layer

@@ -9,9 +9,9 @@ where an adapter came from, who owns a slot, or any model family. Legend: T toke
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lory_kernels import Ops, Segments, SiteTable
 from torch import Tensor
 
+from lory_kernels import Ops, Segments, SiteTable
 from lory_server.model.decoder import Decoder
 from lory_server.model.linear import Linear
 

@@ -8,9 +8,9 @@ time `submit` returns. This module must not know requests, queues or where adapt
 from dataclasses import dataclass
 
 import torch
-from lory_kernels.contract import Segments
 from torch import Tensor
 
+from lory_kernels.contract import Segments
 from lory_server.model.batch import ForwardBatch
 from lory_server.model.decoder import Decoder
 from lory_server.model.kv import KVCache

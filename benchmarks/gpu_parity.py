@@ -1,0 +1,316 @@
+"""Every GPU path against the CPU reference, each with the proof that its tolerance can fail.
+
+A check has an error, the most that it may be, and the error that a wrong answer makes (another
+adapter, another weight): it passes if the first is within the tolerance and the last far outside.
+Errors are relative: largest difference over largest magnitude for an op, root mean square of the
+difference over the standard deviation for log-probabilities. It must not know what is done with
+the findings.
+
+Legend: T tokens, K in features, N out features, S slots.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks import gpu_world
+from benchmarks.gpu_world import FAMILIES, Answer, World
+from lory_kernels import BASE_SLOT, Segments, SiteTable, select
+from lory_server.messages import DtypeName
+from lory_server.model import nf4
+from lory_server.model.families import read_spec
+
+CAUGHT_FACTOR = 3.0
+"""A wrong answer must be this much further off than the tolerance."""
+FEW_BLOCKS = 10
+"""Of 8 float32 positions: one long request's worth and a little, so that others are preempted."""
+NEAR_TIE = 1e-3
+"""Tokens may differ first where the reference's two best log-probabilities are this close."""
+
+OP_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+LOGPROB_TOLERANCE: dict[DtypeName, float] = {"float32": 1e-3, "float16": 2e-2, "bfloat16": 0.12}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison."""
+
+    name: str
+    error: float
+    tolerance: float
+    wrong_error: float
+    """What a wrong answer gives; infinite where equality is asked for."""
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        far = self.wrong_error > CAUGHT_FACTOR * self.tolerance
+        return math.isfinite(self.error) and self.error <= self.tolerance and far
+
+
+@dataclass(frozen=True)
+class Scope:
+    """Where and how much is checked."""
+
+    device: torch.device
+    is_tiny: bool
+    """A dry run of the script: fewer and smaller cases."""
+
+    @property
+    def backend(self) -> str:
+        return "triton" if self.device.type == "cuda" else "torch"
+
+    @property
+    def device_name(self) -> str:
+        return self.device.type
+
+
+def every_check(scope: Scope) -> Iterator[Check]:
+    yield from sgmv_checks(scope)
+    yield from nf4_checks(scope)
+    with tempfile.TemporaryDirectory() as folder:
+        families = ["llama"] if scope.is_tiny else list(FAMILIES)
+        worlds = {name: gpu_world.make_world(name, Path(folder)) for name in families}
+        for name, world in worlds.items():
+            yield from logprob_checks(scope, name, world)
+        yield from engine_checks(scope, worlds["llama"])
+
+
+# -- ops --------------------------------------------------------------------------------------
+
+
+def op_error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over largest magnitude; not finite if anything in them is not."""
+    actual, expected = actual.double().cpu(), expected.double().cpu()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+MIXES = {
+    "distinct": lambda rows: [1] * rows,
+    "identical": lambda rows: [rows],
+    "uniform": lambda rows: _deal(rows, [1.0] * max(1, round(rows**0.5))),
+    "zipf": lambda rows: _deal(rows, [place**-1.5 for place in range(1, min(rows, 20) + 1)]),
+    "half base": lambda rows: [rows - rows // 2, rows // 2],
+}
+
+
+def sgmv_checks(scope: Scope) -> Iterator[Check]:
+    """The update alone, onto zeros: what the base adds would hide an error."""
+    shapes = [(4096, (4096, 1024, 1024)), (14336, (4096,))]
+    sizes = (1, 7, 64, 133)
+    if scope.is_tiny:
+        shapes, sizes = [(96, (64, 32))], (1, 7)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for in_features, out_features in shapes:
+            for mix in MIXES:
+                for rows in sizes:
+                    case = SgmvCase.draw(mix, rows, in_features, out_features, dtype)
+                    yield case.check(scope)
+
+
+@dataclass(frozen=True)
+class SgmvCase:
+    """One call of SGMV, on the CPU."""
+
+    name: str
+    x_TK: Tensor
+    site: SiteTable
+    pool: Tensor
+    segments: Segments
+
+    @classmethod
+    def draw(
+        cls,
+        mix: str,
+        rows: int,
+        in_features: int,
+        out_features: tuple[int, ...],
+        dtype: torch.dtype,
+    ) -> "SgmvCase":
+        generator = torch.Generator().manual_seed(rows)
+        counts = MIXES[mix](rows)
+        slots = list(range(len(counts)))
+        if mix == "half base":
+            slots[0] = BASE_SLOT
+        num_slots = max(len(slots), 2)
+        site, pool = _random_site(num_slots, in_features, out_features, generator)
+        adapted = sum(n for n, slot in zip(counts, slots, strict=True) if slot != BASE_SLOT)
+        starts = torch.tensor([0, *counts]).cumsum(0).int()
+        segments = Segments(
+            starts, torch.tensor(slots).int(), rows, len(counts), max(_RANKS), adapted
+        )
+        x_TK = torch.randn(rows, in_features, generator=generator)
+        kind = str(dtype).removeprefix("torch.")
+        name = f"sgmv {kind} {in_features}->{sum(out_features)} {mix} {rows} rows"
+        return cls(name, x_TK.to(dtype), site, pool.to(dtype), segments)
+
+    def check(self, scope: Scope) -> Check:
+        expected = self._run(torch.device("cpu"), "torch", self.segments)
+        actual = self._run(scope.device, scope.backend, self.segments)
+        wrong = self._run(torch.device("cpu"), "torch", self._mixed_up())
+        if not self.segments.adapted_rows:
+            return Check(self.name, float(actual.abs().max()), 0.0, math.inf, "base rows only")
+        tolerance = OP_TOLERANCE[self.x_TK.dtype]
+        return Check(self.name, op_error(actual, expected), tolerance, op_error(wrong, expected))
+
+    def _mixed_up(self) -> Segments:
+        """Every adapted segment on the next slot."""
+        slots, num_slots = self.segments.slots_G, self.site.rank_SK.shape[0]
+        following = torch.where(slots == BASE_SLOT, slots, (slots + 1) % num_slots)
+        return replace(self.segments, slots_G=following.int())
+
+    def _run(self, device: torch.device, backend: str, segments: Segments) -> Tensor:
+        ops = select(backend)  # pyright: ignore[reportArgumentType]
+        site, out_features = self.site, sum(self.site.out_features)
+        x_TK = self.x_TK.to(device)
+        y_TN = torch.zeros(x_TK.shape[0], out_features, dtype=x_TK.dtype, device=device)
+        there = replace(
+            site,
+            a_offset_SK=site.a_offset_SK.to(device),
+            b_offset_SK=site.b_offset_SK.to(device),
+            rank_SK=site.rank_SK.to(device),
+            scale_SK=site.scale_SK.to(device),
+        )
+        moved = replace(
+            segments,
+            starts_G1=segments.starts_G1.to(device),
+            slots_G=segments.slots_G.to(device),
+        )
+        ops.sgmv(y_TN, x_TK, there, self.pool.to(device), moved)
+        return y_TN.cpu()
+
+
+_RANKS = (16, 3, 64, 8)
+
+
+def _random_site(
+    num_slots: int, in_features: int, out_features: tuple[int, ...], generator: torch.Generator
+) -> tuple[SiteTable, Tensor]:
+    """Slots of mixed ranks, one after the other in one pool."""
+    slices = len(out_features)
+    ranks = [[_RANKS[(slot + k) % len(_RANKS)] for k in range(slices)] for slot in range(num_slots)]
+    a_offset, b_offset = torch.zeros(2, num_slots, slices, dtype=torch.int64)
+    place = 0
+    for slot in range(num_slots):
+        for k, width in enumerate(out_features):
+            a_offset[slot, k] = place
+            b_offset[slot, k] = place + ranks[slot][k] * in_features
+            place += ranks[slot][k] * (in_features + width)
+    pool = torch.randn(place, generator=generator) / math.sqrt(in_features)
+    offsets = tuple(sum(out_features[:k]) for k in range(slices))
+    scale_SK = torch.rand(num_slots, slices, generator=generator) + 0.5
+    rank_SK = torch.tensor(ranks, dtype=torch.int32)
+    site = SiteTable(in_features, offsets, out_features, a_offset, b_offset, rank_SK, scale_SK)
+    return site, pool
+
+
+def _deal(rows: int, shares: Sequence[float]) -> list[int]:
+    counts = [int(rows * share / sum(shares)) for share in shares]
+    counts[0] += rows - sum(counts)
+    return counts
+
+
+def nf4_checks(scope: Scope) -> Iterator[Check]:
+    """The linear against a float32 product with the same decoded weights."""
+    shapes = [(128, 64)] if scope.is_tiny else [(6144, 4096), (4096, 14336)]
+    sizes = (1, 5) if scope.is_tiny else (1, 5, 16, 64, 256)
+    for out_features, in_features in shapes:
+        weights = [_random_nf4(out_features, in_features, seed) for seed in (0, 1)]
+        right_NK, wrong_NK = (weight.dequantize(torch.float32) for weight in weights)
+        linear = nf4.nf4_linear(weights[0].to(scope.device), None, torch.bfloat16)
+        for rows in sizes:
+            x_TK = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows))
+            x_TK = x_TK.bfloat16()
+            actual = linear(x_TK.to(scope.device), None)
+            expected, wrong = x_TK.float() @ right_NK.T, x_TK.float() @ wrong_NK.T
+            yield Check(
+                f"nf4 linear {in_features}->{out_features} {rows} rows",
+                op_error(actual, expected),
+                OP_TOLERANCE[torch.bfloat16],
+                op_error(wrong, expected),
+            )
+
+
+def _random_nf4(out_features: int, in_features: int, seed: int) -> nf4.NF4Weight:
+    generator = torch.Generator().manual_seed(seed)
+    weight_NK = torch.randn(out_features, in_features, generator=generator)
+    return nf4.quantize(weight_NK / math.sqrt(in_features), "random", double_quant=False)
+
+
+# -- whole engines ----------------------------------------------------------------------------
+
+
+def logprob_checks(scope: Scope, family: str, world: World) -> Iterator[Check]:
+    """Log-probabilities of the prompts' tokens: base rows and adapters mixed in one batch."""
+    commands = gpu_world.requests(world, 10, scored=True)
+    swapped = gpu_world.rotated(world, commands)
+    for quantize in ("none", "nf4"):
+        plain = world.options(device="cpu", dtype="float32", quantize=quantize)
+        expected = _logprobs(gpu_world.answer(plain, commands).answers)
+        wrong = _logprobs(gpu_world.answer(plain, swapped).answers)
+        for dtype, tolerance in LOGPROB_TOLERANCE.items():
+            options = world.options(device=scope.device_name, dtype=dtype, quantize=quantize)
+            actual = _logprobs(gpu_world.answer(options, commands).answers)
+            yield Check(
+                f"log-probabilities {family} {dtype} quantize={quantize}",
+                _rms_error(actual, expected),
+                tolerance,
+                _rms_error(wrong, expected),
+            )
+
+
+def _logprobs(answers: Sequence[Answer]) -> Tensor:
+    return torch.tensor([value for one in answers for value in one.prompt_logprobs])
+
+
+def _rms_error(actual: Tensor, expected: Tensor) -> float:
+    return float((actual - expected).double().pow(2).mean().sqrt() / expected.double().std())
+
+
+def engine_checks(scope: Scope, world: World) -> Iterator[Check]:
+    """Greedy answers in float32, under every pressure, against the CPU's without any."""
+    commands = gpu_world.requests(world, 6 if scope.is_tiny else 20, scored=False)
+    calm = world.options(device="cpu", dtype="float32")
+    expected = gpu_world.answer(calm, commands).answers
+    wrong = gpu_world.answer(calm, gpu_world.rotated(world, commands)).answers
+    wrong_share = _share_of_answers_that_differ(wrong, expected)
+    there = {"device": scope.device_name, "dtype": "float32"}
+    if wrong_share < 0.5:
+        raise RuntimeError(f"only {wrong_share:.0%} of the answers change with the adapter")
+    few_blocks = FEW_BLOCKS * read_spec(world.base).kv_bytes_per_block(8, 4)
+    cases = {
+        "pipelined": (world.options(**there), 1),
+        "not pipelined": (world.options(**there), 0),
+        "two slots": (world.options(**there, max_resident_adapters=2), 1),
+        "few blocks": (world.options(**there, kv_bytes=few_blocks), 1),
+        "few blocks, not pipelined": (world.options(**there, kv_bytes=few_blocks), 0),
+    }
+    for name, (options, depth) in cases.items():
+        run = gpu_world.answer(options, commands, depth)
+        note = f"{run.evictions} evictions, {run.preemptions} preemptions"
+        pressed = {"two slots": run.evictions > 0, "few blocks": run.preemptions > 0}
+        if not pressed.get(name.partition(",")[0], True):
+            raise RuntimeError(f"engine, {name}: there was no pressure ({note})")
+        error = _share_of_answers_that_differ(run.answers, expected)
+        # Any answer that differs beyond a near tie fails; a mix-up must change most of them.
+        yield Check(f"engine float32 greedy, {name}", error, 0.0, wrong_share, note)
+
+
+def _share_of_answers_that_differ(actual: Sequence[Answer], expected: Sequence[Answer]) -> float:
+    pairs = list(zip(actual, expected, strict=True))
+    return sum(not _same(ours, theirs) for ours, theirs in pairs) / len(pairs)
+
+
+def _same(ours: Answer, theirs: Answer) -> bool:
+    """Up to the first near tie of the reference, if they part there."""
+    if len(ours.tokens) != len(theirs.tokens):
+        return False
+    for place, (our, their) in enumerate(zip(ours.tokens, theirs.tokens, strict=True)):
+        if our != their:
+            return theirs.margins[place] < NEAR_TIE
+    return True
