@@ -113,9 +113,9 @@ def peft_contender(
 ) -> Iterator[PeftContender]:
     command = [sys.executable, "-m", "benchmarks.peft_peer", "--base", str(base)]
     command += ["--adapters", str(adapters), "--names", ",".join(names), "--threads", str(threads)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        yield PeftContender(process)
-    finally:
-        process.terminate()
-        process.wait()
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
+        try:
+            yield PeftContender(process)
+        finally:
+            process.terminate()

@@ -187,11 +187,19 @@ def rotated(world: World, commands: Sequence[Submit]) -> list[Submit]:
 
 
 def answer(options: EngineOptions, commands: Sequence[Submit], depth: int | None = None) -> Run:
-    """Every request at once through an engine of its own. Raises RuntimeError if one fails."""
+    """Every request at once through an engine of its own. Raises RuntimeError if one fails.
+
+    Each adapter is asked for once before, so that no run depends on how fast they load.
+    """
     with _engine(options, depth) as (engine, wake):
-        for command in commands:
-            engine.submit(command)
-        run = _collect(engine, wake, len(commands))
+        adapters = sorted({command.adapter_id for command in commands})
+        one_token = Sampling(max_new_tokens=1, seed=0, num_top_logprobs=2)
+        first = [
+            Submit(request_id=i, prompt_ids=(3,), sampling=one_token, adapter_id=adapter)
+            for i, adapter in enumerate(adapters)
+        ]
+        _collect(engine, wake, first)
+        run = _collect(engine, wake, commands)
         engine.check()
     failures = {
         one.finished.failure.message for one in run.answers if one.finished and one.finished.failure
@@ -214,8 +222,11 @@ def _engine(options: EngineOptions, depth: int | None) -> Iterator[tuple[Engine,
         engine.close()
 
 
-def _collect(engine: Engine, wake: threading.Event, count: int) -> Run:
-    answers = [Answer() for _ in range(count)]
+def _collect(engine: Engine, wake: threading.Event, commands: Sequence[Submit]) -> Run:
+    """Submits requests 0, 1, 2 ... and drives the engine until all have ended."""
+    answers = [Answer() for _ in commands]
+    for command in commands:
+        engine.submit(command)
     preemptions = evictions = 0
     deadline = time.monotonic() + ANSWER_TIMEOUT_S
     while not all(one.finished for one in answers):

@@ -125,6 +125,7 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     prompt_logprobs: tuple[float, ...] = ()
+    prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
     finished: Finished | None = None
 
 
@@ -182,6 +183,7 @@ class Session:
 
     def _take_scored(self, scored: PromptLogprobs) -> None:
         self.answers[scored.request_id].prompt_logprobs = scored.logprobs
+        self.answers[scored.request_id].prompt_top = scored.top
 
     def _take_token(self, token: Token) -> None:
         answer = self.answers[token.request_id]

@@ -105,7 +105,9 @@ class ScriptedStream:
         await self._pause(answer.first_delay_s)
         if sampling.prompt_logprobs:
             logprobs = tuple(-0.25 for _ in self.request.prompt_ids[1:])
-            yield PromptLogprobs(request_id=0, logprobs=logprobs)
+            best = tuple((i, -0.125 * (i + 1)) for i in range(sampling.num_top_logprobs))
+            top = tuple(best for _ in logprobs) if best else ()
+            yield PromptLogprobs(request_id=0, logprobs=logprobs, top=top)
         ids = self._ids()
         while batch := [i for _, i in zip(range(answer.batch), ids, strict=False)]:
             await self._pause(answer.delay_s)

@@ -20,7 +20,7 @@ from lory_server.adapters.host import HostBudget
 from lory_server.adapters.jobs import LoadJob
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.store import AdapterFiles, AdapterStore
-from lory_server.adapters.workers import Workers
+from lory_server.adapters.workers import LOADER_NICENESS, Workers
 from lory_server.plan import AdapterDemand, Residency
 
 RANK_4_BYTES = 9_728
@@ -634,8 +634,8 @@ def test_loaders_have_low_priority_and_end_with_the_cache(make: MakeCache) -> No
     loaders: Workers = world.cache._loaders
     for thread in loaders.threads:
         assert thread.native_id is not None
-        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == 19
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < 19
+        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == LOADER_NICENESS
+    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < LOADER_NICENESS
     world.cache.close()
     assert not any(thread.is_alive() for thread in loaders.threads)
 

@@ -142,7 +142,7 @@ def test_without_prefix_reuse_the_answers_are_the_same(llama: ParityWorld) -> No
 def test_prompt_logprobs_and_token_logprobs_equal_the_reference(llama: ParityWorld) -> None:
     session = Session(llama.options(max_step_tokens=12))
     prompt = list(range(3, 40))
-    session.submit(1, prompt, "all-16", prompt_logprobs=True)
+    session.submit(1, prompt, "all-16", prompt_logprobs=True, num_top_logprobs=3)
     session.submit(2, prompt, BASE, prompt_logprobs=True, max_new_tokens=0)
     session.run()
     session.close()
@@ -153,6 +153,12 @@ def test_prompt_logprobs_and_token_logprobs_equal_the_reference(llama: ParityWor
         logprobs = torch.log_softmax(reference.logits(tokens, adapter), -1)
         expected = [logprobs[i, token].item() for i, token in enumerate(tokens[1:])]
         assert [*answer.prompt_logprobs, *answer.logprobs] == pytest.approx(expected, abs=1e-4)
+        for i, top in enumerate(answer.prompt_top):
+            best = logprobs[i].topk(3)
+            assert [token_id for token_id, _ in top] == best.indices.tolist()
+            assert [logprob for _, logprob in top] == pytest.approx(best.values.tolist(), abs=1e-4)
+    assert len(session.answers[1].prompt_top) == len(prompt) - 1
+    assert session.answers[2].prompt_top == ()
 
 
 def test_a_seed_gives_the_same_answer_in_any_batch(llama: ParityWorld) -> None:

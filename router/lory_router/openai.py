@@ -229,9 +229,13 @@ class CompletionDressing:
 
 def _joined(first: Json, second: Json) -> Json:
     """Two sets of the older log-probabilities, one after the other."""
-    names = ("tokens", "token_logprobs", "text_offset")
-    lists = {name: [*_list(first[name]), *_list(second[name])] for name in names}
-    return {**lists, "top_logprobs": None}
+    names = ["tokens", "token_logprobs", "text_offset"]
+    has_top = first["top_logprobs"] is not None and second["top_logprobs"] is not None
+    lists: Json = {
+        name: [*_list(first[name]), *_list(second[name])]
+        for name in (*names, *(("top_logprobs",) if has_top else ()))
+    }
+    return {"top_logprobs": None, **lists}
 
 
 def _list(value: object) -> list[object]:

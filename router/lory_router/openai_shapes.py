@@ -111,7 +111,8 @@ def completion_logprobs(
     pieces: Sequence[Piece], text: TextModel, num_top: int, offset: int
 ) -> Json:
     """The older shape: four lists side by side; `offset` is where the answer begins."""
-    tops = [_top(piece, text) for piece in pieces] if num_top else None
+    tokens = [piece.token for piece in pieces]
+    tops = [_top(t.token_id, t.logprob, t.top, text) for t in tokens] if num_top else None
     return {
         "tokens": [text.token_text(piece.token.token_id) for piece in pieces],
         "token_logprobs": [max(piece.token.logprob, LEAST_LOGPROB) for piece in pieces],
@@ -120,20 +121,23 @@ def completion_logprobs(
     }
 
 
-def _top(piece: Piece, text: TextModel) -> dict[str, float]:
-    """The likeliest tokens, and the chosen one where it is not among them."""
-    token = piece.token
-    top = {text.token_text(token_id): max(lp, LEAST_LOGPROB) for token_id, lp in token.top}
-    return {text.token_text(token.token_id): max(token.logprob, LEAST_LOGPROB)} | top
+def _top(
+    token_id: int, logprob: float, top: Iterable[tuple[int, float]], text: TextModel
+) -> dict[str, float]:
+    """The likeliest tokens, and the one that stands there where it is not among them."""
+    likeliest = {text.token_text(other): max(lp, LEAST_LOGPROB) for other, lp in top}
+    return {text.token_text(token_id): max(logprob, LEAST_LOGPROB)} | likeliest
 
 
 def prompt_logprobs(transcript: Transcript, text: TextModel) -> Json:
     """The prompt's own tokens in the older shape, for echo; the first has no probability."""
     logprobs = [max(lp, LEAST_LOGPROB) for lp in transcript.prompt_logprobs or ()]
+    scored = zip(transcript.prompt_ids[1:], logprobs, transcript.prompt_top, strict=False)
+    tops = [_top(token_id, logprob, top, text) for token_id, logprob, top in scored]
     return {
         "tokens": [text.token_text(token_id) for token_id in transcript.prompt_ids],
         "token_logprobs": [None, *logprobs],
-        "top_logprobs": None,
+        "top_logprobs": [None, *tops] if transcript.prompt_top else None,
         "text_offset": _offsets(transcript.prompt_ids, text),
     }
 

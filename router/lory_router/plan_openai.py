@@ -174,12 +174,6 @@ def _check_completion(body: CompletionBody, settings: RouterSettings) -> None:
         raise Invalid("`best_of` > `n` cannot be streamed", param="best_of")
     if body.stream and body.echo:
         raise Invalid("`echo` cannot be streamed", param="echo")
-    if body.echo and (body.logprobs or 0) > 0:
-        raise Invalid(
-            "`echo` with `logprobs` > 0 is not supported: alternatives of prompt tokens are not"
-            " reported; use `logprobs` 0",
-            param="logprobs",
-        )
 
 
 def _chat_logprobs(body: ChatBody, settings: RouterSettings) -> int | None:

@@ -44,6 +44,7 @@ class LiveSequence:
                 transcript.finish(event)
             else:
                 transcript.prompt_logprobs = event.logprobs
+                transcript.prompt_top = event.top
         self._check_end()
 
     async def run(self) -> None:

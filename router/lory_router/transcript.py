@@ -48,6 +48,7 @@ class Transcript:
         self.prompt_ids = prompt_ids
         self.pieces: list[Piece] = []
         self.prompt_logprobs: tuple[float, ...] | None = None
+        self.prompt_top: tuple[tuple[tuple[int, float], ...], ...] = ()
         self.end: EndReason | None = None
         self.cut: int | None = None
         """Where the stop string begins, once one is found."""

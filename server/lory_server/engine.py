@@ -31,7 +31,7 @@ from lory_server.messages import (
     Token,
     Usage,
 )
-from lory_server.plan import StepPlan, StepResult
+from lory_server.plan import SampledToken, StepPlan, StepResult
 from lory_server.scheduler import Committed, Scheduler
 from lory_server.sequence import Sequence
 
@@ -66,7 +66,7 @@ class _Request:
     first_planned: float = 0.0
     seconds: float = 0.0
     sequence: Sequence | None = None
-    scored: list[float] = field(default_factory=list)
+    scored: list[SampledToken] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +233,7 @@ class Engine:
     def _report_committed(self, committed: Committed) -> None:
         sequence = committed.sequence
         request = self._requests[sequence.request_id]
-        request.scored.extend(committed.target_logprobs)
+        request.scored.extend(committed.scored)
         token = committed.token
         if token is not None:
             self._tell_scored(request)
@@ -248,8 +248,11 @@ class Engine:
 
     def _tell_scored(self, request: _Request) -> None:
         if request.scored:
+            with_top = request.command.sampling.num_top_logprobs > 0
             scored = PromptLogprobs(
-                request_id=request.command.request_id, logprobs=tuple(request.scored)
+                request_id=request.command.request_id,
+                logprobs=tuple(token.logprob for token in request.scored),
+                top=tuple(token.top for token in request.scored) if with_top else (),
             )
             self._outbox.prompts.append(scored)
             request.scored = []

@@ -193,6 +193,9 @@ class PromptLogprobs(msgspec.Struct, frozen=True, kw_only=True):
     request_id: int
     logprobs: tuple[float, ...]
     """Of prompt tokens 1..n-1, given what stands before each."""
+    top: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """Beside each, the most likely (token id, log-probability) pairs, if alternatives were asked
+    for; else empty."""
 
 
 class Finished(msgspec.Struct, frozen=True, kw_only=True):

@@ -56,6 +56,8 @@ class PlanRow:
     """The adapter's largest rank."""
     targets: Sequence[int] = ()
     """Prompt tokens whose log-probabilities are wanted: targets[i] follows position start + i."""
+    num_target_top: int = 0
+    """Alternatives wanted beside each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +76,8 @@ class StepPlan:
 
 @dataclass(frozen=True, slots=True)
 class SampledToken:
+    """A token with its probability: one that was drawn, or one of the prompt that was scored."""
+
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
@@ -85,8 +89,8 @@ class StepResult:
 
     sampled: tuple[SampledToken | None, ...]
     """None for rows that sample nothing."""
-    prompt_logprobs: tuple[tuple[float, ...], ...] = ()
-    """Per row; empty tuples where not asked for. Empty as a whole when no row asked."""
+    scored: tuple[tuple[SampledToken, ...], ...] = ()
+    """Per row, its targets; empty as a whole when no row has any."""
 
 
 @dataclass(frozen=True, slots=True)

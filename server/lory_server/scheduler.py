@@ -59,7 +59,8 @@ class Committed:
     sequence: Sequence
     token: SampledToken | None
     finish_reason: FinishReason | None
-    target_logprobs: tuple[float, ...] = ()
+    scored: tuple[SampledToken, ...] = ()
+    """Prompt tokens, if their log-probabilities were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,6 +214,7 @@ class Scheduler:
             rank=adapter.max_rank if adapter else 0,
             sample=self._sample_row(sequence) if end == sequence.num_total else None,
             targets=targets,
+            num_target_top=sequence.sampling.num_top_logprobs,
         )
 
     def _sample_row(self, sequence: Sequence) -> SampleRow | None:
@@ -397,14 +399,14 @@ class Scheduler:
         flights = self._in_flight.pop(plan.step)
         committed: list[Committed] = []
         for i, (flight, token) in enumerate(zip(flights, result.sampled, strict=True)):
-            logprobs = result.prompt_logprobs[i] if result.prompt_logprobs else ()
+            scored = result.scored[i] if result.scored else ()
             sequence = flight.sequence
             sequence.num_pending -= flight.samples
             if sequence.finish_reason is not None:
                 continue  # it ended while this row was in flight
             self._commit_computed(flight)
             reason = self._commit_token(sequence, token, flight)
-            committed.append(Committed(sequence, token, reason, logprobs))
+            committed.append(Committed(sequence, token, reason, scored))
         return committed
 
     def _commit_computed(self, flight: _Flight) -> None:

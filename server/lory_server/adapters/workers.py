@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol
 
-LOWEST_PRIORITY = 19
+LOADER_NICENESS = 10
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +86,6 @@ def _outcome(job: Job) -> object:
 def _lower_priority() -> None:
     """On Linux a thread's niceness is its own; elsewhere, or where forbidden, nothing changes."""
     try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOWEST_PRIORITY)
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADER_NICENESS)
     except (AttributeError, PermissionError) as error:
         _log.info("adapter threads keep the process's priority: %s", error)

@@ -54,6 +54,10 @@ class PackedStep:
     target_rows: tuple[int, ...]
     """Packed rows whose prompt tokens are scored; their logits follow, row after row."""
     target_counts: tuple[int, ...]
+    targets_L: IntArray
+    """The scored tokens of all target rows."""
+    target_tops: tuple[int, ...]
+    """Alternatives wanted beside each scored token."""
     logit_rows_L: IntArray
 
 
@@ -121,6 +125,8 @@ class Packer:
             samples=tuple(row.sample for row in rows if row.sample is not None),
             target_rows=targets,
             target_counts=tuple(len(rows[i].targets) for i in targets),
+            targets_L=np.array([t for i in targets for t in rows[i].targets], dtype=np.int64),
+            target_tops=tuple(rows[i].num_target_top for i in targets for _ in rows[i].targets),
             logit_rows_L=_logit_rows(rows, starts, ends, sampled, targets),
         )
 

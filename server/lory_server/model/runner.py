@@ -5,7 +5,10 @@ next plan finds them; `collect` waits and brings them to the host. On a CPU the 
 time `submit` returns. This module must not know requests, queues or where adapters come from.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -16,7 +19,7 @@ from lory_server.model.decoder import Decoder
 from lory_server.model.kv import KVCache
 from lory_server.model.lora import LoraRows
 from lory_server.model.packing import PackedSegments, PackedStep, Packer
-from lory_server.model.sampler import Samples, sample
+from lory_server.model.sampler import Samples, sample, score
 from lory_server.plan import INVALID_TOKEN, SampledToken, StepPlan, StepResult
 
 
@@ -26,7 +29,7 @@ class Ticket:
 
     packed: PackedStep
     samples: Samples | None
-    target_logprobs: Tensor | None
+    scored: Samples | None
     done: torch.cuda.Event | None
 
 
@@ -53,10 +56,13 @@ class Runner:
         samples = sample(logits_LV[:num_sampled], packed.samples) if num_sampled else None
         if samples is not None:
             self._lane_tokens[self._to_device(packed.sampled_lanes_S)] = samples.token_ids_S
-        targets = self._score_targets(plan, packed, logits_LV[num_sampled:])
+        scored = self._score(packed, logits_LV[num_sampled:])
         if self._device.type != "cuda":
-            return Ticket(packed, samples, targets, done=None)
-        return self._start_copy(packed, samples, targets)
+            return Ticket(packed, samples, scored, done=None)
+        samples, scored = _to_host(samples), _to_host(scored)
+        done = torch.cuda.Event()
+        done.record()
+        return Ticket(packed, samples, scored, done)
 
     def collect(self, ticket: Ticket) -> StepResult:
         """The results in the plan's own order."""
@@ -65,11 +71,11 @@ class Runner:
         packed = ticket.packed
         sampled: list[SampledToken | None] = [None] * len(packed.order)
         if ticket.samples is not None:
-            for row, token in zip(
-                packed.sampled_rows, _tokens(ticket.samples, packed), strict=True
-            ):
+            tops = [row.sampling.num_top_logprobs for row in packed.samples]
+            tokens = _tokens(ticket.samples, tops)
+            for row, token in zip(packed.sampled_rows, tokens, strict=True):
                 sampled[packed.order[row]] = token
-        return StepResult(tuple(sampled), self._target_logprobs(ticket))
+        return StepResult(tuple(sampled), _scored_by_row(ticket))
 
     # -- inputs -----------------------------------------------------------------------------
 
@@ -105,67 +111,55 @@ class Runner:
             return tensor
         return tensor.pin_memory().to(self._device, non_blocking=True)
 
-    # -- outputs ----------------------------------------------------------------------------
-
-    def _score_targets(
-        self, plan: StepPlan, packed: PackedStep, logits_LV: Tensor
-    ) -> Tensor | None:
-        """Log-probabilities of the prompt tokens that were asked for, row after row."""
-        targets = [t for row in packed.target_rows for t in plan.rows[packed.order[row]].targets]
-        if not targets:
+    def _score(self, packed: PackedStep, logits_LV: Tensor) -> Samples | None:
+        """The prompt tokens whose log-probabilities were asked for, row after row."""
+        if not packed.target_rows:
             return None
-        targets_L1 = torch.tensor(targets, device=logits_LV.device)[:, None]
-        return torch.log_softmax(logits_LV, dim=-1).gather(-1, targets_L1).squeeze(-1)
-
-    def _start_copy(
-        self, packed: PackedStep, samples: Samples | None, targets: Tensor | None
-    ) -> Ticket:
-        if samples is not None:
-            samples = Samples(
-                token_ids_S=_to_host(samples.token_ids_S),
-                logprobs_S=_to_host(samples.logprobs_S),
-                top_ids_SK=_to_host_or_none(samples.top_ids_SK),
-                top_logprobs_SK=_to_host_or_none(samples.top_logprobs_SK),
-            )
-        targets = _to_host_or_none(targets)
-        done = torch.cuda.Event()
-        done.record()
-        return Ticket(packed, samples, targets, done)
-
-    @staticmethod
-    def _target_logprobs(ticket: Ticket) -> tuple[tuple[float, ...], ...]:
-        if ticket.target_logprobs is None:
-            return ()
-        packed = ticket.packed
-        logprobs = ticket.target_logprobs.tolist()
-        per_row: list[tuple[float, ...]] = [()] * len(packed.order)
-        start = 0
-        for row, count in zip(packed.target_rows, packed.target_counts, strict=True):
-            per_row[packed.order[row]] = tuple(logprobs[start : start + count])
-            start += count
-        return tuple(per_row)
+        return score(logits_LV, self._to_device(packed.targets_L), max(packed.target_tops))
 
 
-def _tokens(samples: Samples, packed: PackedStep) -> list[SampledToken]:
+def _scored_by_row(ticket: Ticket) -> tuple[tuple[SampledToken, ...], ...]:
+    if ticket.scored is None:
+        return ()
+    packed = ticket.packed
+    tokens = iter(_tokens(ticket.scored, packed.target_tops))
+    per_row: list[tuple[SampledToken, ...]] = [()] * len(packed.order)
+    for row, count in zip(packed.target_rows, packed.target_counts, strict=True):
+        per_row[packed.order[row]] = tuple(islice(tokens, count))
+    return tuple(per_row)
+
+
+def _tokens(samples: Samples, tops: Sequence[int]) -> list[SampledToken]:
+    """Plain values; tops[i] says how many alternatives token i was asked to have."""
     token_ids = samples.token_ids_S.tolist()
     logprobs = samples.logprobs_S.tolist()
     top_ids = [] if samples.top_ids_SK is None else samples.top_ids_SK.tolist()
     top_logprobs = [] if samples.top_logprobs_SK is None else samples.top_logprobs_SK.tolist()
     tokens: list[SampledToken] = []
     for i, (token_id, logprob) in enumerate(zip(token_ids, logprobs, strict=True)):
-        if logprob != logprob:  # NaN: the logits were not finite
+        if math.isnan(logprob):
             tokens.append(SampledToken(INVALID_TOKEN, 0.0))
             continue
-        count = packed.samples[i].sampling.num_top_logprobs
+        count = tops[i]
         top = tuple(zip(top_ids[i][:count], top_logprobs[i][:count], strict=True)) if count else ()
         tokens.append(SampledToken(token_id, logprob, top))
     return tokens
 
 
-def _to_host(tensor: Tensor) -> Tensor:
+def _to_host(samples: Samples | None) -> Samples | None:
+    """Starts the copies; they are done when an event recorded after them is."""
+    if samples is None:
+        return None
+    return Samples(
+        token_ids_S=_copied(samples.token_ids_S),
+        logprobs_S=_copied(samples.logprobs_S),
+        top_ids_SK=None if samples.top_ids_SK is None else _copied(samples.top_ids_SK),
+        top_logprobs_SK=(
+            None if samples.top_logprobs_SK is None else _copied(samples.top_logprobs_SK)
+        ),
+    )
+
+
+def _copied(tensor: Tensor) -> Tensor:
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
     return host.copy_(tensor, non_blocking=True)
-
-
-def _to_host_or_none(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else _to_host(tensor)

@@ -23,7 +23,7 @@ _MASK = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """One sampled token a row, on the device the logits were on."""
+    """One token a row and its probability: drawn, or given and scored."""
 
     token_ids_S: Tensor
     """int64."""
@@ -48,7 +48,6 @@ def uniform(seed: int, position: int) -> float:
 
 def sample(logits_SV: Tensor, rows: Sequence[SampleRow]) -> Samples:
     """logits_SV: float32, changed by nobody. Rows with temperature 0 take the best token."""
-    logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
     scores_SV = _adjusted(logits_SV, rows)
     token_ids_S = scores_SV.argmax(dim=-1)
     plain = [i for i, row in enumerate(rows) if _draws(row) and not _filters(row.sampling)]
@@ -56,8 +55,13 @@ def sample(logits_SV: Tensor, rows: Sequence[SampleRow]) -> Samples:
     for indices, choose in ((plain, _draw), (filtered, _draw_filtered)):
         if indices:
             token_ids_S[indices] = choose(scores_SV[indices], [rows[i] for i in indices])
-    top = max((row.sampling.num_top_logprobs for row in rows), default=0)
-    top_logprobs_SK, top_ids_SK = logprobs_SV.topk(top, dim=-1) if top else (None, None)
+    return score(logits_SV, token_ids_S, max(row.sampling.num_top_logprobs for row in rows))
+
+
+def score(logits_SV: Tensor, token_ids_S: Tensor, num_top: int) -> Samples:
+    """The given tokens' log-probabilities, and those of the `num_top` most likely beside them."""
+    logprobs_SV = torch.log_softmax(logits_SV, dim=-1)
+    top_logprobs_SK, top_ids_SK = logprobs_SV.topk(num_top, dim=-1) if num_top else (None, None)
     return Samples(
         token_ids_S=token_ids_S,
         logprobs_S=logprobs_SV.gather(-1, token_ids_S[:, None]).squeeze(-1),

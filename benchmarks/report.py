@@ -1,0 +1,220 @@
+"""Writes the README's tables from measured JSON, between <!-- table:NAME --> and <!-- /table -->.
+
+    python -m benchmarks.report            write them
+    python -m benchmarks.report --check    say whether they are as they should be
+
+No figure in a table is typed by hand. It must not know how anything was measured.
+"""
+
+import argparse
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import record
+
+README = record.ROOT / "README.md"
+ACCURACY = record.ROOT / "demo" / "accuracy.json"
+LORY = "Lory"
+TITLES = {"base": "the base alone", "one": "one adapter", "distinct": "distinct adapters"}
+_TABLE = re.compile(r"<!-- table:([a-z]+) -->\n(.*?)<!-- /table -->", re.DOTALL)
+
+
+class ReportError(Exception):
+    """The README names a table that nobody makes."""
+
+
+def fill(text: str, results: Path = record.RESULTS, accuracy: Path = ACCURACY) -> str:
+    """`text` with every table made anew."""
+    makers: dict[str, Callable[[], str]] = {
+        "bench": lambda: bench_tables(results),
+        "cold": lambda: cold_table(results),
+        "gpu": lambda: gpu_tables(results),
+        "accuracy": lambda: accuracy_table(accuracy),
+    }
+
+    def replace(found: re.Match[str]) -> str:
+        name = found.group(1)
+        if name not in makers:
+            raise ReportError(f"no such table: {name}; there are {', '.join(sorted(makers))}")
+        return f"<!-- table:{name} -->\n{makers[name]()}<!-- /table -->"
+
+    return _TABLE.sub(replace, text)
+
+
+# -- tables -----------------------------------------------------------------------------------
+
+
+def bench_tables(results: Path) -> str:
+    """The newest comparison of each model."""
+    newest: dict[str, dict[str, Any]] = {}
+    for path in sorted(results.glob("cpu-compare-*.json")):
+        result = record.read(path)
+        known = newest.get(result["model"])
+        if known is None or result["date"] > known["date"]:
+            newest[result["model"]] = result
+    if not newest:
+        return "Not measured yet: run `make bench`.\n"
+    return "\n".join(_bench_table(newest[model]) for model in sorted(newest))
+
+
+def _bench_table(result: Mapping[str, Any]) -> str:
+    names = list(result["cases"][0]["contenders"])
+    rows: list[list[str]] = []
+    for case in result["cases"]:
+        figures = [case["contenders"][name] for name in names]
+        title = TITLES[case["scenario"]]
+        rows.append([f"{case['requests']} requests, {title}", *map(_rate, figures)])
+    for ratio in result["ratios"]:
+        own = [f"{ratio['distinct_to_base'][name]:.2f}" for name in names]
+        rows.append([f"{ratio['requests']} requests, distinct against own base", *own])
+    for ratio in result["ratios"]:
+        against = [
+            "1" if name == LORY else f"1 / {ratio['lory_to'][name]['distinct']:.1f}"
+            for name in names
+        ]
+        rows.append([f"{ratio['requests']} requests, distinct, against Lory", *against])
+    shape = result["settings"]["shape"]
+    heading = (
+        f"`{result['model']}` (hidden {shape['hidden_size']}, {shape['num_layers']} layers, "
+        f"vocabulary {shape['vocab_size']}, bfloat16): output tokens per second\n\n"
+    )
+    return heading + _markdown(["", *names], rows) + "\n" + _bench_footer(result)
+
+
+def _bench_footer(result: Mapping[str, Any]) -> str:
+    settings = result["settings"]
+    unclean = sum(
+        not figures["clean"] for case in result["cases"] for figures in case["contenders"].values()
+    )
+    mark = ""
+    if unclean:
+        mark = f" *Others used the machine during the {unclean} rows marked so.*"
+    return (
+        f"{settings['prompt_tokens']} random tokens in and {settings['output_tokens']} out, all "
+        f"requests at once; adapters: {settings['adapters']}; medians of "
+        f"{settings['repetitions']} runs after a warm-up, contenders in turn, "
+        f"{settings['threads']} threads. {_machine(result)}, {result['date'][:10]}: "
+        f"`{result['command']}`.{mark}\n"
+    )
+
+
+def cold_table(results: Path) -> str:
+    found = sorted(results.glob("cold-adapters-*.json"))
+    if not found:
+        return "Not measured yet: run `python -m benchmarks.cold_adapters`.\n"
+    result = max((record.read(path) for path in found), key=lambda one: one["date"])
+    median, settings = result["median"], result["settings"]
+    rows = [
+        [title, _ms(median[f"{phase}_gap_p50_s"]), _ms(median[f"{phase}_gap_p99_s"])]
+        for phase, title in (
+            ("quiet", "nothing arrives"),
+            ("cold", f"{settings['num_cold']} adapters arrive, none loaded before"),
+            ("warm", "the same again, now resident"),
+        )
+    ]
+    ratio = (
+        f"Cold against quiet, p99: **{median['p99_cold_to_quiet']:.2f}**; cold against warm: "
+        f"{median['p99_cold_to_warm']:.2f}. "
+    )
+    mark = "" if result["clean"] else " *Others used the machine meanwhile.*"
+    footer = (
+        f"{ratio}Medians of {len(result['repetitions'])} runs, `{settings['model']}` model, "
+        f"{settings['num_streams']} streams, engine on {settings['threads']} thread. "
+        f"{_machine(result)}, {result['date'][:10]}: `{result['command']}`.{mark}\n"
+    )
+    return _markdown(["gap between tokens", "p50", "p99"], rows) + "\n" + footer
+
+
+def gpu_tables(results: Path) -> str:
+    path = results / "gpu.json"
+    if not path.exists():
+        return "Not measured yet: run `make gpu-check` on a machine with an NVIDIA GPU.\n"
+    found = record.read(path)
+    parts = [_parity_line(found["parity"])] if "parity" in found else []
+    parts += [_step_table(found["step"])] if "step" in found else []
+    return "\n".join(parts)
+
+
+def _parity_line(parity: Mapping[str, Any]) -> str:
+    passed = sum(check["passed"] for check in parity["checks"])
+    return (
+        f"Parity with the CPU reference: {passed} of {parity['num_checks']} checks passed "
+        f"({_gpu(parity)}).\n"
+    )
+
+
+def _step_table(step: Mapping[str, Any]) -> str:
+    rows = [
+        [
+            str(point["batch"]),
+            str(point["distinct_adapters"]),
+            f"{point['step_ms']:.2f}",
+            f"{point['forward_ms']:.2f}",
+            f"{point['limit_ms']:.2f}",
+        ]
+        for point in step["points"]
+    ]
+    heads = ["batch", "distinct adapters", "step, ms", "forward, ms", "limit, ms"]
+    footer = (
+        f"A decode step of {step['model']} at {step['context']} tokens of context, adapters of "
+        f"rank {step['rank']}. The limit is the bytes read once at the {step['copy_gb_per_s']} "
+        f"GB/s that a copy reaches. {_gpu(step)}.\n"
+    )
+    return _markdown(heads, rows) + "\n" + footer
+
+
+def accuracy_table(path: Path) -> str:
+    if not path.exists():
+        return "Not measured yet: run `python demo/evaluate.py`.\n"
+    rows = [
+        [f"`{name}`", f"{score['base']:.0%}", f"{score['adapter']:.0%}", str(score["rows"])]
+        for name, score in sorted(record.read(path).items())
+    ]
+    return _markdown(["adapter", "base", "with the adapter", "held-out rows"], rows)
+
+
+# -- parts ------------------------------------------------------------------------------------
+
+
+def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def _rate(figures: Mapping[str, Any]) -> str:
+    rate = figures["output_tokens_per_s"]
+    text = f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}"
+    return text if figures["clean"] else f"{text} (unclean)"
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1000:.2f} ms"
+
+
+def _machine(result: Mapping[str, Any]) -> str:
+    machine, versions = result["machine"], result["versions"]
+    return f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
+
+
+def _gpu(section: Mapping[str, Any]) -> str:
+    return f"{section['device']}, torch {section['versions']['torch']}, {section['date'][:10]}"
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="benchmarks.report", description=__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    arguments = parser.parse_args(argv)
+    text = README.read_text(encoding="utf-8")
+    made = fill(text)
+    if arguments.check:
+        print("README.md is up to date" if made == text else "README.md: run benchmarks.report")
+        return int(made != text)
+    README.write_text(made, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

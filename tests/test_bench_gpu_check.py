@@ -1,0 +1,144 @@
+"""The GPU checks as scripts: dry runs on the CPU, and that their tolerances can fail."""
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import gpu_check, gpu_parity, gpu_step, gpu_world, record
+from benchmarks.gpu_parity import Check, Scope
+
+from lory_kernels import TorchOps
+
+TINY = Scope(torch.device("cpu"), is_tiny=True)
+
+
+def dry_run(section: str, out: Path) -> dict:
+    assert gpu_check.main([section, "--device", "cpu", "--tiny", "--out", str(out)]) == 0
+    return json.loads(out.read_text())[section]
+
+
+def test_sections_lie_side_by_side_in_one_file(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    step = dry_run("step", out)
+    parity = dry_run("parity", out)
+    assert json.loads(out.read_text()).keys() == {"step", "parity"}
+    assert parity["passed"]
+    assert parity["num_checks"] == len(parity["checks"]) > 20
+    assert {check["passed"] for check in parity["checks"]} == {True}
+    assert all(point["step_ms"] > 0 and point["limit_ms"] > 0 for point in step["points"])
+    assert step["device"] == "cpu, dry run"
+
+
+def test_without_a_device_nothing_is_written_or_claimed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(gpu_check, "RESULT", tmp_path / "gpu.json")
+    for section in gpu_check.SECTIONS:
+        assert gpu_check.main([section]) == 0
+    assert "nothing is claimed" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_dry_run_never_writes_the_real_result(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(gpu_check, "RESULT", tmp_path / "gpu.json")
+    assert gpu_check.main(["step", "--device", "cpu", "--tiny"]) == 0
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(SystemExit):
+        gpu_check.main(["step", "--device", "cpu"])
+
+
+def test_a_failed_check_fails_the_section(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    bad = [Check("one", 0.5, 0.1, math.inf)]
+    monkeypatch.setattr(gpu_parity, "every_check", lambda scope: iter(bad))
+    out = tmp_path / "gpu.json"
+    assert gpu_check.main(["parity", "--device", "cpu", "--tiny", "--out", str(out)]) == 1
+    assert json.loads(out.read_text())["parity"]["checks"][0]["wrong_error"] is None
+
+
+@pytest.mark.parametrize(
+    ("error", "tolerance", "wrong_error", "passed"),
+    [
+        (0.01, 0.02, 1.0, True),
+        (0.03, 0.02, 1.0, False),
+        (math.nan, 0.02, 1.0, False),
+        (0.01, 0.02, 0.05, False),
+        (0.01, 0.02, math.nan, False),
+        (0.0, 0.0, 0.5, True),
+        (0.0, 0.0, 0.0, False),
+    ],
+)
+def test_a_check_passes_only_if_it_could_have_failed(
+    error: float, tolerance: float, wrong_error: float, passed: bool
+) -> None:
+    assert Check("x", error, tolerance, wrong_error).passed == passed
+
+
+def test_a_kernel_that_takes_the_wrong_adapter_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = TorchOps.sgmv
+
+    def wrong(self, y_TN, x_TH, site, pool, segments):
+        following = (segments.slots_G + 1) % site.rank_SK.shape[0]
+        right(self, y_TN, x_TH, site, pool, replace(segments, slots_G=following.int()))
+
+    class WrongOps(TorchOps):
+        sgmv = wrong
+
+    selected = {"torch": TorchOps(), "triton": WrongOps()}
+    monkeypatch.setattr(gpu_parity, "select", selected.__getitem__)
+    monkeypatch.setattr(Scope, "backend", property(lambda self: "triton"))
+    checks = [check for check in gpu_parity.sgmv_checks(TINY) if not check.note]
+    assert checks
+    assert not any(check.passed for check in checks)
+
+
+def test_an_engine_that_answers_with_another_adapter_is_caught(tmp_path: Path) -> None:
+    world = gpu_world.make_world("llama", tmp_path)
+    commands = gpu_world.requests(world, 4, scored=False)
+    options = world.options(device="cpu", dtype="float32")
+    right = gpu_world.answer(options, commands).answers
+    wrong = gpu_world.answer(options, gpu_world.rotated(world, commands)).answers
+    assert gpu_parity._share_of_answers_that_differ(right, right) == 0
+    assert gpu_parity._share_of_answers_that_differ(wrong, right) == 1
+
+
+def test_a_step_has_no_more_adapters_than_rows() -> None:
+    assert list(gpu_step.points_of(gpu_step.FULL)) == [
+        *((1, 0), (1, 1)),
+        *((8, 0), (8, 1), (8, 8)),
+        *((32, 0), (32, 1), (32, 32)),
+        *((64, 0), (64, 1), (64, 32)),
+    ]
+
+
+def test_the_8b_base_has_the_bytes_of_an_8b_base() -> None:
+    """NF4 with float32 scales: 4.5 bits a weight; 6.98e9 weights in the linears of 32 layers."""
+    spec = gpu_step.llama_8b()
+    weights = sum(site.in_features * site.out_features for site in spec.sites())
+    assert weights == pytest.approx(6.98e9, rel=1e-3)
+    manifest = gpu_step.manifest_of(spec.sites(), rank=16)
+    assert manifest.num_bytes(2) == pytest.approx(84e6, rel=0.01)
+
+
+def test_the_bytes_of_a_step_are_those_that_the_decoder_holds() -> None:
+    bench = gpu_step.Bench(gpu_step.TINY, torch.device("cpu"))
+    parts = bench.bytes_read(batch=4, distinct=2)
+    spec = gpu_step.TINY.spec
+    assert parts["adapters"] == 2 * bench.adapter_bytes
+    assert parts["kv"] == 4 * gpu_step.TINY.context * 2 * spec.num_layers * spec.kv_size * 2
+    assert parts["head"] == spec.vocab_size * spec.hidden_size * 2
+
+
+def test_the_record_names_its_versions() -> None:
+    facts = record.facts("benchmarks.gpu_check", ["step"])
+    assert facts["command"] == "python -m benchmarks.gpu_check step"
+    assert facts["versions"]["torch"] == torch.__version__

@@ -1,0 +1,143 @@
+"""The README's tables: that they are what the script makes, and that the script reads results."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import report
+
+FACTS = {
+    "date": "2026-01-02T03:04:05Z",
+    "command": "python -m benchmarks.compare",
+    "versions": {"torch": "2.13.0"},
+    "machine": {"cpu": "Example CPU", "cores": 2},
+}
+
+
+def comparison(model: str, date: str, rate: float, clean: bool = True) -> dict[str, Any]:
+    def contender(value: float) -> dict[str, Any]:
+        return {"output_tokens_per_s": value, "clean": clean}
+
+    rates = {"base": rate, "one": rate * 0.95, "distinct": rate * 0.9}
+    cases = [
+        {
+            "scenario": scenario,
+            "requests": 32,
+            "contenders": {"Lory": contender(value), "PEFT": contender(value / 3)},
+        }
+        for scenario, value in rates.items()
+    ]
+    ratio = {
+        "requests": 32,
+        "distinct_to_base": {"Lory": 0.9, "PEFT": 0.3},
+        "lory_to": {"PEFT": {"base": 2.0, "one": 2.5, "distinct": 6.5}},
+    }
+    settings = {
+        "shape": {"hidden_size": 512, "num_layers": 8, "vocab_size": 4096},
+        "prompt_tokens": 64,
+        "output_tokens": 64,
+        "adapters": "32",
+        "repetitions": 3,
+        "threads": 2,
+    }
+    return {
+        **FACTS,
+        "date": date,
+        "model": model,
+        "settings": settings,
+        "cases": cases,
+        "ratios": [ratio],
+    }
+
+
+def write(folder: Path, name: str, value: object) -> None:
+    (folder / name).write_text(json.dumps(value))
+
+
+def test_the_readme_is_what_the_script_makes() -> None:
+    """If it is not: python -m benchmarks.report"""
+    text = report.README.read_text(encoding="utf-8")
+    assert report.fill(text) == text
+
+
+def test_the_newest_comparison_of_each_model_is_shown(tmp_path: Path) -> None:
+    write(tmp_path, "cpu-compare-small-1.json", comparison("small", "2026-01-02", 3000.0))
+    write(tmp_path, "cpu-compare-small-2.json", comparison("small", "2026-01-01", 1234.0))
+    write(tmp_path, "cpu-compare-big-1.json", comparison("big", "2026-01-01", 50.0))
+    text = report.bench_tables(tmp_path)
+    assert text.index("`big`") < text.index("`small`")
+    assert "| 32 requests, distinct adapters | 2700 | 900 |" in text
+    assert "| 32 requests, distinct adapters | 45.0 | 15.0 |" in text
+    assert "1234" not in text
+    assert "| 32 requests, distinct against own base | 0.90 | 0.30 |" in text
+    assert "| 32 requests, distinct, against Lory | 1 | 1 / 6.5 |" in text
+    assert "Example CPU, 2 cores" in text
+    assert "`python -m benchmarks.compare`" in text
+
+
+def test_unclean_figures_are_marked(tmp_path: Path) -> None:
+    result = comparison("small", "2026-01-02", 3000.0, clean=False)
+    write(tmp_path, "cpu-compare-small-1.json", result)
+    text = report.bench_tables(tmp_path)
+    assert "2700 (unclean)" in text
+    assert "Others used the machine" in text
+
+
+def test_what_was_not_measured_is_said(tmp_path: Path) -> None:
+    assert "make bench" in report.bench_tables(tmp_path)
+    assert "cold_adapters" in report.cold_table(tmp_path)
+    assert "make gpu-check" in report.gpu_tables(tmp_path)
+    assert "evaluate" in report.accuracy_table(tmp_path / "none.json")
+
+
+def test_cold_adapters_and_gpu_results_become_tables(tmp_path: Path) -> None:
+    median = {f"{phase}_gap_p{p}_s": 0.005 for phase in ("quiet", "cold", "warm") for p in (50, 99)}
+    median |= {"p99_cold_to_quiet": 1.1234, "p99_cold_to_warm": 1.01}
+    settings = {"num_cold": 64, "model": "small", "num_streams": 8, "threads": 1}
+    cold = {**FACTS, "median": median, "settings": settings, "repetitions": [1], "clean": True}
+    write(tmp_path, "cold-adapters-1.json", cold)
+    assert "**1.12**" in report.cold_table(tmp_path)
+    point = {
+        "batch": 8,
+        "distinct_adapters": 1,
+        "step_ms": 4.5,
+        "forward_ms": 4.25,
+        "limit_ms": 1.5,
+    }
+    step = {
+        **FACTS,
+        "device": "GPU",
+        "model": "m",
+        "context": 512,
+        "rank": 16,
+        "copy_gb_per_s": 4300.0,
+        "points": [point],
+    }
+    parity = {**FACTS, "device": "GPU", "num_checks": 2, "checks": [{"passed": True}] * 2}
+    write(tmp_path, "gpu.json", {"step": step, "parity": parity})
+    text = report.gpu_tables(tmp_path)
+    assert "2 of 2 checks" in text
+    assert "| 8 | 1 | 4.50 | 4.25 | 1.50 |" in text
+
+
+def test_accuracy_is_in_percent(tmp_path: Path) -> None:
+    write(tmp_path, "a.json", {"shout": {"base": 0.0, "adapter": 0.975, "rows": 100}})
+    assert "| `shout` | 0% | 98% | 100 |" in report.accuracy_table(tmp_path / "a.json")
+
+
+def test_a_table_that_nobody_makes_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(report.ReportError, match="no such table: speed"):
+        report.fill("<!-- table:speed -->\n<!-- /table -->", tmp_path)
+
+
+def test_filling_twice_changes_nothing(tmp_path: Path) -> None:
+    once = report.fill("a\n<!-- table:bench -->\nold\n<!-- /table -->\nb\n", tmp_path)
+    assert "old" not in once
+    assert once.startswith("a\n")
+    assert once.endswith("<!-- /table -->\nb\n")
+    assert report.fill(once, tmp_path) == once
