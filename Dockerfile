@@ -1,7 +1,9 @@
 # Lory on one NVIDIA GPU. gcc and Python's headers stay in the image: Triton compiles its
-# launchers at run time, and the CPU kernels are compiled at first use.
+# launchers at run time, and the CPU kernels are compiled at first use. Debian versions of system
+# packages are left to the base image; Python packages are pinned by constraints.txt.
 FROM nvidia/cuda:12.8.1-runtime-ubuntu24.04
 
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev python3.12 python3.12-dev python3.12-venv curl \
     && rm -rf /var/lib/apt/lists/* \
@@ -23,10 +25,10 @@ COPY kernels /src/kernels
 COPY trainer /src/trainer
 RUN pip install --no-cache-dir -c /src/constraints.txt /src
 
-USER lory
+USER 10001
 VOLUME ["/models", "/adapters"]
 EXPOSE 8080
 HEALTHCHECK --interval=10s --timeout=3s --start-period=300s --retries=3 \
-    CMD curl -fsS http://127.0.0.1:8080/health || exit 1
+    CMD ["curl", "-fsS", "http://127.0.0.1:8080/health"]
 
 ENTRYPOINT ["lory", "serve", "--host", "0.0.0.0", "--port", "8080", "--adapters", "/adapters"]

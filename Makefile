@@ -42,6 +42,7 @@ check: setup ## Format, lint and types; warnings are errors
 	$(BIN)/ruff format --check $(CODE)
 	$(BIN)/ruff check $(CODE)
 	$(BIN)/pyright --warnings
+	$(BIN)/hadolint Dockerfile
 
 format: setup ## Format and fix what can be fixed
 	$(BIN)/ruff format $(CODE)
@@ -58,7 +59,7 @@ bench: setup ## Compare with transformers + PEFT on this machine, in one run
 
 SECTION ?= parity
 gpu-check: ## GPU paths against their references, and their times (SECTION=parity|step)
-	PYTHONPATH=server:kernels:router:clients/python:trainer $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(SECTION)
+	PYTHONPATH=.gpu-site:server:kernels:router:clients/python:trainer $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(SECTION)
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .venv-clients .pytest_cache .ruff_cache .hypothesis .bench

@@ -23,6 +23,7 @@ typedef struct {
   const int32_t *starts, *slots;
   long segments;
   int tile_rows;
+  int slices_per_task;
 } sgmv_tables;
 
 /* Walks the tasks in order; `first` is the index of the current segment's first task. */
@@ -33,7 +34,7 @@ typedef struct {
 INLINE long tasks_of(const sgmv_tables *t, long segment) {
   if (t->slots[segment] < 0) return 0;
   long rows = t->starts[segment + 1] - t->starts[segment];
-  return (rows + t->tile_rows - 1) / t->tile_rows * t->slices;
+  return (rows + t->tile_rows - 1) / t->tile_rows * (t->slices / t->slices_per_task);
 }
 
 /* Moves to the segment that holds task `index`; 0 if there is none. */
@@ -122,13 +123,12 @@ static void FN(expand_row)(ELEM *y, const ELEM *b, long n, int rank, const float
   }
 }
 
-static void FN(sgmv_task)(const sgmv_tables *t, const sgmv_cursor *at, long index, ELEM *y,
+static void FN(sgmv_tile)(const sgmv_tables *t, const sgmv_cursor *at, long tile, long k, ELEM *y,
                           long y_stride, const ELEM *x, long x_stride, const ELEM *pool) {
-  long local = index - at->first, k = local % t->slices;
   long entry = t->slots[at->segment] * t->slices + k;
   int rank = t->rank[entry];
   if (rank == 0) return;
-  long begin = t->starts[at->segment] + local / t->slices * t->tile_rows;
+  long begin = t->starts[at->segment] + tile * t->tile_rows;
   int rows = min_int(t->tile_rows, t->starts[at->segment + 1] - begin), r = 0;
   const ELEM *a = pool + t->a_offset[entry], *b = pool + t->b_offset[entry];
   long n = t->in_features, width = t->out_features[k];
@@ -145,6 +145,14 @@ static void FN(sgmv_task)(const sgmv_tables *t, const sgmv_cursor *at, long inde
     FN(expand_row)(y + r * y_stride, b, width, rank, h + r * MAX_RANK);
 }
 
+static void FN(sgmv_task)(const sgmv_tables *t, const sgmv_cursor *at, long index, ELEM *y,
+                          long y_stride, const ELEM *x, long x_stride, const ELEM *pool) {
+  long groups = t->slices / t->slices_per_task, local = index - at->first;
+  long first = local % groups * t->slices_per_task;
+  for (long k = first; k < first + t->slices_per_task; k++)
+    FN(sgmv_tile)(t, at, local / groups, k, y, y_stride, x, x_stride, pool);
+}
+
 EXPORT void FN(sgmv)(ELEM *y, long y_stride, const ELEM *x, long x_stride, const ELEM *pool,
                      long in_features, const int64_t *out_offsets, const int64_t *out_features,
                      const int64_t *a_offset, const int64_t *b_offset, const int32_t *rank,
@@ -156,7 +164,8 @@ EXPORT void FN(sgmv)(ELEM *y, long y_stride, const ELEM *x, long x_stride, const
   int tile_rows = (int)((adapted_rows / threads + 3) / 4 * 4);
   tile_rows = tile_rows < 4 ? 4 : min_int(tile_rows, TILE_ROWS);
   sgmv_tables tables = {in_features, out_offsets, out_features, a_offset, b_offset, rank,
-                        scale,       slices,      starts,       slots,    segments, tile_rows};
+                        scale,       slices,      starts,       slots,    segments, tile_rows,
+                        segments >= 4 * threads ? (int)slices : 1};
   long next = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {

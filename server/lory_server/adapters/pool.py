@@ -50,7 +50,7 @@ class AdapterPool:
         self.sites = tuple(sites)
         self.max_slots = max_slots
         self.extents = ExtentAllocator(num_bytes, grain_bytes)
-        self.data = torch.zeros(
+        self.data = torch.empty(
             self.extents.total_bytes // dtype.itemsize, dtype=dtype, device=device
         )
         self._make_tables()
