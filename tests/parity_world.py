@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -132,21 +132,33 @@ class Answer:
 class Session:
     """Drives an engine as its process does, and keeps what it says."""
 
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, options: EngineOptions, pipeline_depth: int = 0) -> None:
         self._wake = threading.Event()
         self.engine: Engine
         self.engine, self.info = build(options, self._wake.set)
+        # A CPU has nothing to overlap with; CUDA runs the same code at depth 1.
+        limits = replace(self.engine._limits, pipeline_depth=pipeline_depth)
+        self.engine._limits = limits
         self.answers: dict[int, Answer] = {}
         self.prompts: dict[int, Submit] = {}
         self.reports: list[StepReport] = []
 
-    def submit(self, request_id: int, prompt: Iterable[int], adapter_id: str = "", **fields: Any):
+    def submit(
+        self,
+        request_id: int,
+        prompt: Iterable[int],
+        adapter_id: str = "",
+        *,
+        tenant: str = "default",
+        **fields: Any,
+    ) -> None:
         sampling = Sampling(**{"max_new_tokens": 12, "seed": request_id, **fields})
         command = Submit(
             request_id=request_id,
             prompt_ids=tuple(prompt),
             sampling=sampling,
             adapter_id=adapter_id,
+            tenant=tenant,
         )
         self.prompts[request_id] = command
         self.answers[request_id] = Answer()
@@ -200,6 +212,15 @@ class Session:
         return sum(1 for move in moves if (move.kind, move.tier) == (kind, tier))
 
     def close(self) -> None:
+        """After everything has ended: nothing may be left behind."""
+        if self.is_done:
+            adapters = self.engine._adapters
+            while self.engine.can_step or adapters.residency().loading:
+                self.step()
+            self.engine.check()
+            assert self.reports[-1].blocks_used == 0
+            entries = adapters.host._entries.values()
+            assert not any(entry.holds for entry in entries), "a revision is held by nobody"
         self.engine.close()
 
 

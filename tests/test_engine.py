@@ -103,7 +103,52 @@ def test_usage_counts_prompt_answer_and_reused_tokens(session) -> None:
     usages = [session.answers[i].finished.usage for i in (1, 2)]
     assert [(u.prompt_tokens, u.generated_tokens) for u in usages] == [(37, 5), (37, 5)]
     assert [u.cached_tokens for u in usages] == [0, 32]
-    assert usages[0].load_seconds > 0
+    assert usages[0].queue_seconds >= usages[0].load_seconds > 0
+    assert sum(report.num_sampled for report in session.reports) == 10
+
+
+def test_the_dearer_adapter_pays_more_for_the_same_step(world: ParityWorld, tmp_path: Path) -> None:
+    folder = tmp_path / "adapters"
+    for rank in (1, 64):
+        tiny_models.save_adapter(folder / f"r{rank}", world.base, rank, 8, "all-linear", 0)
+    session = Session(world.options(adapters_dir=str(folder)))
+    for request_id, name in enumerate(("r1", "r64", "r1", "r64")):
+        session.submit(request_id, [3 + request_id], name, max_new_tokens=90, ignore_eos=True)
+    session.run()
+    shared = [report.charges for report in session.reports if len(report.charges) == 4]
+    assert shared
+    for charges in shared:
+        cost = {charge.adapter_id: charge.seconds for charge in charges}
+        assert cost["r64"] > 1.2 * cost["r1"]
+    session.close()
+
+
+def test_a_prompt_that_just_fits_the_context_runs_and_one_longer_does_not(session) -> None:
+    session.submit(1, [4] * 118, max_new_tokens=10, ignore_eos=True)
+    session.submit(2, [4] * 119, max_new_tokens=10, ignore_eos=True)
+    session.run()
+    assert len(session.answers[1].tokens) == 10
+    assert session.answers[2].finished.failure.code == "context_too_long"
+
+
+def test_tenants_never_share_kv(session) -> None:
+    prompt = list(range(3, 40))
+    for request_id, tenant in enumerate(("one", "one", "two")):
+        session.submit(request_id, prompt, tenant=tenant)
+        session.run()
+    cached = [session.answers[i].finished.usage.cached_tokens for i in range(3)]
+    assert cached == [0, 32, 0]
+
+
+def test_cancelling_lets_go_of_an_adapter_at_every_stage(session) -> None:
+    for request_id, num_steps in enumerate((0, 1, 2, 5, 50)):
+        session.submit(request_id, [4, 5], "first", max_new_tokens=60, ignore_eos=True)
+        for _ in range(num_steps):
+            session.step()
+        session.cancel(request_id)
+    session.run()
+    reasons = {answer.finished.reason for answer in session.answers.values()}
+    assert "cancelled" in reasons
 
 
 def test_cancelling_a_request_whose_adapter_is_loading_leaves_nothing(session) -> None:
