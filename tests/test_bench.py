@@ -122,7 +122,7 @@ def test_a_failed_request_is_counted_and_never_as_an_answer(
         (["--popularity", "zipf"], "zipf:ALPHA"),
         (["--route", "generate"], "--prompt-file"),
         (["--route", "chat"], "completions or generate"),
-        (["--url", "localhost:80"], "--url"),
+        (["--url", "ftp://localhost"], "--url"),
         (["--no-such-option"], "no-such-option"),
     ],
 )

@@ -159,13 +159,22 @@ def test_training_without_its_packages_names_the_extra(monkeypatch: pytest.Monke
 # -- a running server's commands ------------------------------------------------------------
 
 
+REFUSALS = {
+    "long": {"message": "too long", "code": "context_length_exceeded"},
+    "plain": {"message": "this base has no chat template", "code": "invalid_value"},
+}
+"""What the fake server says to a chat with each of these adapters."""
+
+
 class FakeServer(BaseHTTPRequestHandler):
     """Just enough of the front to be talked to."""
 
     asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
 
     def do_GET(self) -> None:
-        models = [{"id": "base"}, {"id": "polite", "parent": "base", "tier": "device"}]
+        names = ("polite", "missing", "long", "plain")
+        adapters = [{"id": name, "parent": "base", "tier": "device"} for name in names]
+        models = [{"id": "base"}, *adapters]
         self._reply("application/json", json.dumps({"data": models}))
 
     def do_POST(self) -> None:
@@ -173,6 +182,8 @@ class FakeServer(BaseHTTPRequestHandler):
         self.asked.append(body | {"path": self.path, "key": self.headers.get("authorization")})
         if body.get("model") == "missing":
             self._reply("application/json", '{"error": {"message": "no such model"}}', 404)
+        elif body.get("model") in REFUSALS:
+            self._reply("application/json", json.dumps({"error": REFUSALS[body["model"]]}), 400)
         elif self.path == "/generate_stream":
             events = [{"token": {"text": t, "special": t == "</s>"}} for t in ("He", "y", "</s>")]
             self._stream(events)
@@ -233,7 +244,13 @@ def test_plain_chat_continues_text_without_special_tokens() -> None:
 
 
 @pytest.mark.parametrize(
-    ("adapter", "message"), [("missing", "404: no such model"), ("dies", "the engine ended")]
+    ("adapter", "message"),
+    [
+        ("missing", "404: no such model"),
+        ("dies", "the engine ended"),
+        ("long", "too long; /clear forgets"),
+        ("plain", "no chat template; with --plain"),
+    ],
 )
 def test_chat_says_what_the_server_said(adapter: str, message: str) -> None:
     with fake_server() as url, pytest.raises(CommandError, match=message):
@@ -263,6 +280,49 @@ def test_a_failed_question_is_not_remembered() -> None:
         assert len(FakeServer.asked[1]["messages"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [("polit", "did you mean polite?"), ("zzz", "lory adapters lists"), ("base:zzz", "is served")],
+)
+def test_an_adapter_that_is_not_served_fails_before_the_first_question(
+    adapter: str, message: str
+) -> None:
+    with fake_server() as url:
+        code, output = invoke("chat", adapter, "--url", url)
+        assert (code, message in output) == (1, True), output
+        result = CliRunner().invoke(
+            cli.app, ["chat", "polite", "--url", url], input=f"/adapter {adapter}\nhi\n"
+        )
+        assert message in result.output
+        assert [one["model"] for one in FakeServer.asked] == ["polite"]
+
+
+@pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit"])
+def test_a_chat_is_left_by_a_word(word: str) -> None:
+    with fake_server() as url:
+        result = CliRunner().invoke(
+            cli.app, ["chat", "--url", url], input=f"{word} is a word\n{word}\nnever\n"
+        )
+    assert result.exit_code == 0
+    num_asked = 1 if word.isalpha() else len(FakeServer.asked)
+    assert len(FakeServer.asked) == num_asked
+    assert "never" not in str(FakeServer.asked)
+
+
+def test_an_adapter_answers_greedily_and_the_base_does_not() -> None:
+    with fake_server() as url:
+        for options in (ChatOptions("polite"), ChatOptions(), ChatOptions("polite", "", 9, 0.5)):
+            answer(url, options)
+    assert [one["temperature"] for one in FakeServer.asked] == [0.0, 0.7, 0.5]
+
+
+def test_a_server_may_be_named_without_its_scheme() -> None:
+    with fake_server() as url:
+        code, output = invoke("adapters", "--url", url.removeprefix("http://"))
+    assert code == 0
+    assert "polite" in output
+
+
 def test_a_conversation_starts_with_its_system_message() -> None:
     conversation = Conversation("Be kind")
     conversation.add("user", "hi")
@@ -285,6 +345,19 @@ def test_no_server_is_one_line_with_the_way_out() -> None:
     assert "start one with lory serve" in output
 
 
+def test_an_interrupt_while_the_command_is_imported_is_no_traceback() -> None:
+    script = (
+        "import runpy, sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        "runpy.run_module('lory_router', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
 # -- the demo -------------------------------------------------------------------------------
 
 
@@ -297,11 +370,39 @@ def test_the_demos_commands_can_be_pasted() -> None:
     ).stdout.splitlines()  # fmt: skip
     assert json.loads(curl[-1]) == sample.body
     python = subprocess.run(
-        ["bash", "-c", lines[3].replace("python -c", "printf '%s'")],
+        ["bash", "-c", lines[3].replace(f"{sys.executable} -c", "printf '%s'")],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     compile(python, "pasted", "exec")
     assert repr(sample.inputs) in python
+
+
+def test_the_demo_says_where_lory_is_if_the_shell_would_not_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "lory").touch(mode=0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    told = f"The lory command is {tmp_path / 'lory'}"
+    sample = Sample("polite", "x", "y")
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert told in pasteable_lines("http://127.0.0.1:8080", sample)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert told not in pasteable_lines("http://127.0.0.1:8080", sample)
+
+
+def test_the_demo_takes_its_settings_from_flags_and_variables(served: list[ServeConfig]) -> None:
+    assert invoke("demo", LORY_PORT="9", LORY_HOST="::1", LORY_PRICE_PER_HOUR="2.5")[0] == 0
+    assert invoke("demo", "--price-per-hour", "3", "--check")[0] == 0
+    first, second = served
+    assert (first.http.host, first.http.port) == ("::1", 9)
+    assert (first.metrics.price_per_hour, second.metrics.price_per_hour) == (2.5, 3.0)
+    assert (second.http.host, second.http.port) == ("127.0.0.1", 0)
+
+
+def test_the_demo_refuses_variables_it_does_not_take(served: list[ServeConfig]) -> None:
+    code, output = invoke("demo", LORY_QUANTIZE="nf4")
+    assert (code, "LORY_QUANTIZE: lory demo does not take it" in output) == (2, True)
+    assert not served
 
 
 def test_a_demo_without_its_files_says_so(tmp_path: Path) -> None:

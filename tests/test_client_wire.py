@@ -152,6 +152,7 @@ def test_a_whole_generation_is_read():
     assert (generation.request_id, generation.adapter_id) == ("r1", "shout")
     assert [p.logprob for p in generation.prompt_tokens] == [None, -3.0]
     assert (generation.tokens[1].special, generation.tokens[1].logprob) == (True, None)
+    assert [(t.text, t.raw_text) for t in generation.tokens] == [(" a", " a"), ("", "</s>")]
     assert [c.text for c in generation.other_candidates] == [" z"]
 
 

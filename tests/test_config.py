@@ -90,6 +90,22 @@ def test_a_wrong_setting_is_one_line_that_names_its_flag(
     assert told.value.exit_code == 2
 
 
+def test_a_file_or_an_adapter_in_a_folders_place_is_told_apart(tmp_path: Path) -> None:
+    file = tmp_path / "adapter_config.json"
+    file.write_text("{}")
+    for flags, message in (
+        ({"model": str(file)}, f"--model: {file} is a file, not a folder"),
+        ({"adapters": str(file)}, f"--adapters: {file} is a file, not a folder"),
+        (
+            {"adapters": str(tmp_path)},
+            f"--adapters: {tmp_path} is itself an adapter; give its parent, {tmp_path.parent}",
+        ),
+    ):
+        with pytest.raises(ConfigError) as told:
+            config(**flags)
+        assert str(told.value) == message
+
+
 def test_every_engine_option_can_be_set_and_arrives(tmp_path: Path) -> None:
     flags = {
         "adapters": str(tmp_path), "device": "cpu", "dtype": "bfloat16", "quantize": "nf4",

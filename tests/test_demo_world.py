@@ -35,7 +35,7 @@ def models():
 
 def test_shipped_files_are_under_12_megabytes():
     shipped = [*(DEMO / "base").iterdir(), *(DEMO / "adapters").rglob("*"), *DEMO.glob("*.*")]
-    shipped += (DEMO / "data").glob("*/eval.jsonl")
+    shipped += (DEMO / "data").glob("*/*.jsonl")
     assert sum(path.stat().st_size for path in shipped if path.is_file()) < 12_000_000
 
 
@@ -84,6 +84,7 @@ def test_held_out_rows_are_regenerated_and_never_trained_on(name):
 def test_adapters_were_trained_on_what_the_generator_writes(name, tmp_path):
     path = tmp_path / "train.jsonl"
     make_data.write_jsonl(path, make_data.train_rows(name))
+    assert path.read_bytes() == (DEMO / "data" / name / "train.jsonl").read_bytes()
     manifest = read_json("adapters", name, "adapter_manifest.json")
     assert manifest["data"]["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     options = load_options(DEMO / "adapters_src" / f"{name}.yaml")

@@ -95,6 +95,19 @@ def test_charges_and_idle_time_sum_to_the_time_that_passed(session) -> None:
     assert {c.adapter_id for r in session.reports for c in r.charges} == {"", "first", "second"}
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_busy_engine_is_never_idle(world: ParityWorld, depth: int) -> None:
+    """Planning and reporting between two steps were booked as idle: a third of the time."""
+    session = Session(world.options(), depth)
+    for request_id in range(30):
+        session.submit(request_id, [3 + request_id] * 10, max_new_tokens=20, ignore_eos=True)
+    session.step()
+    session.run()
+    busy = session.reports[1:-1]
+    assert sum(report.idle_seconds for report in busy) == 0.0
+    session.close()
+
+
 def test_usage_counts_prompt_answer_and_reused_tokens(session) -> None:
     prompt = list(range(3, 40))
     for request_id in (1, 2):
@@ -230,6 +243,8 @@ def test_replacing_an_adapter_changes_new_requests_and_no_running_one(
         ({"device": "cuda"}, "--device cpu"),
         ({"kv_bytes": 100}, "--kv-memory"),
         ({"max_model_len": 4096}, "max_model_len"),
+        ({"max_batch_rows": 64, "max_step_tokens": 32}, "max_step_tokens"),
+        ({"block_size": 0}, "block_size"),
     ],
 )
 def test_what_cannot_be_built_says_why(world: ParityWorld, changes, says: str) -> None:

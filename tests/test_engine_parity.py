@@ -49,8 +49,14 @@ def submit_all(session: Session, world: ParityWorld, seed: int = 0, rounds: int 
             session.step()
 
 
-def run(world: ParityWorld, pipeline_depth: int = 0, **changes: Any) -> Session:
+def run(
+    world: ParityWorld, pipeline_depth: int = 0, *, warm: bool = False, **changes: Any
+) -> Session:
+    """`warm`: every adapter is on the host first, so that no loader's pace decides who meets."""
     session = Session(world.options(**changes), pipeline_depth)
+    for request_id, name in enumerate(world.adapters if warm else ()):
+        session.submit(request_id, [5], name, max_new_tokens=1)
+    session.run()
     submit_all(session, world)
     session.run()
     session.close()
@@ -100,13 +106,13 @@ def test_a_small_pool_and_host_force_reloads_from_disk(llama: ParityWorld) -> No
 
 
 def test_few_blocks_force_preemption(llama: ParityWorld) -> None:
-    session = run(llama, kv_bytes=11 * 4096)
+    session = run(llama, warm=True, kv_bytes=11 * 4096)
     assert session.preemptions > 0
     compare(session, Reference(llama.base), llama.adapters).check()
 
 
 def test_preemption_and_eviction_together(llama: ParityWorld) -> None:
-    session = run(llama, kv_bytes=11 * 4096, max_resident_adapters=3, max_step_tokens=16)
+    session = run(llama, warm=True, kv_bytes=11 * 4096, max_resident_adapters=3, max_step_tokens=16)
     assert session.preemptions > 0
     compare(session, Reference(llama.base), llama.adapters).check()
 
@@ -123,7 +129,7 @@ def test_preemption_and_eviction_together(llama: ParityWorld) -> None:
 )
 def test_pipelined_steps_give_the_same_answers(llama: ParityWorld, changes: Any) -> None:
     """Depth 1: tokens are taken from their lanes before the host has seen them."""
-    session = run(llama, pipeline_depth=1, **changes)
+    session = run(llama, pipeline_depth=1, warm="kv_bytes" in changes, **changes)
     if "kv_bytes" in changes:
         assert session.preemptions > 0
     compare(session, Reference(llama.base), llama.adapters).check()

@@ -112,6 +112,13 @@ def test_a_stopped_engine_falls_silent_and_goes_on_when_continued(child: Child) 
     assert child.speaks_within(5)
 
 
+def test_a_frame_it_cannot_read_ends_it(child: Child) -> None:
+    """A reader thread that died left an engine that heard nothing and lived on."""
+    assert isinstance(child.receive(), EngineInfo)
+    child.socket.sendall((2).to_bytes(4, "big") + b"\xc1\xff")
+    assert child.process.wait(timeout=5) == 76
+
+
 def test_what_cannot_be_built_is_one_fatal_message(tmp_path: Path) -> None:
     child = Child(EngineOptions(model=str(tmp_path / "missing"), device="cpu"))
     event = child.receive()

@@ -459,8 +459,37 @@ def test_a_name_that_is_no_adapters_gets_the_same_404_whatever_is_wrong_with_it(
         response = front.post(path, body(adapter_id=name))
         assert response.status_code == 404
         assert response.json()["error_type"] == "adapter_not_found"
+        assert response.json()["error"].startswith("No adapter named '")
+        assert response.json()["error"].endswith("; GET /v1/models lists what is served")
         assert len(response.text) < 400
     assert bool(front.engine.streams) == (name == "nobody")
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+def test_what_is_wrong_with_an_adapter_is_told_under_its_name(path):
+    front = Front(Answer(b"", ends=False, fails="adapter_invalid"))
+    error = front.post(path, body(adapter_id="french")).json()["error"]
+    assert error == "Input validation error: adapter 'french': it broke"
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("adapter_id", "parameters.adapter_id"),
+        ("max_new_token", "parameters.max_new_tokens"),
+        ("input", "inputs"),
+        ("stream_", "stream"),
+    ],
+)
+def test_a_parameter_beside_parameters_is_told_its_place(name, meant):
+    response = Front().post("/generate", {**body(), name: "french"})
+    assert response.status_code == 422
+    assert f"did you mean `{meant}`?" in response.json()["error"]
+
+
+def test_an_answer_of_no_tokens_is_told_the_context():
+    error = Front().post("/generate", body(max_new_tokens=0)).json()["error"]
+    assert error == "Input validation error: `max_new_tokens` must be between 1 and 64"
 
 
 # -- tokenize -------------------------------------------------------------------------------

@@ -26,6 +26,13 @@ def test_the_parts_fill_the_device() -> None:
     assert plan.num_blocks == 450
 
 
+def test_a_small_machine_gets_a_smaller_pool_not_a_refusal() -> None:
+    capped = replace(NEEDS, adapter_pool_cap_bytes=50 * MIB)
+    assert plan_memory(capped).adapter_pool_bytes == 50 * MIB
+    small = replace(capped, device_bytes=440 * MIB)
+    assert plan_memory(small).adapter_pool_bytes == 10 * MIB
+
+
 def test_a_base_without_adapters_reserves_no_pool() -> None:
     assert plan_memory(replace(NEEDS, serves_adapters=False)).adapter_pool_bytes == 0
 

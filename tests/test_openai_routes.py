@@ -108,6 +108,9 @@ def test_an_unknown_model_is_404(model: str, stream: bool):
     error = response.json()["error"]
     assert (error["code"], error["type"]) == ("model_not_found", "invalid_request_error")
     assert error["param"] == "model"
+    assert error["message"].endswith(
+        f"GET /v1/models lists what is served; the base is called '{BASE}'"
+    )
 
 
 @pytest.mark.parametrize(

@@ -145,7 +145,10 @@ def test_a_second_signal_does_not_wait(base: Path) -> None:
         time.sleep(0.3)
         assert server.process.poll() is None
         server.signal()
-        assert server.end(6)[0] == 130
+        code, log = server.end(6)
+        assert code == 130
+        assert "Traceback" not in log
+        assert "starting another" not in log
         running.join()
 
 
@@ -200,6 +203,17 @@ def test_a_busy_port_is_one_line(base: Path) -> None:
     assert log.splitlines() == [
         f"cannot listen on 127.0.0.1:{port}: Address already in use; choose another --port"
     ]
+
+
+@pytest.mark.parametrize(
+    ("is_given", "told"), [(True, "adapters in "), (False, "no --adapters: the base alone")]
+)
+def test_how_many_adapters_are_served_is_said(
+    base: Path, tmp_path: Path, is_given: bool, told: str
+) -> None:
+    with serving(base, **({"adapters": str(tmp_path)} if is_given else {})) as server:
+        server.signal()
+        assert told in server.end()[1]
 
 
 def test_a_door_open_to_the_network_is_said_aloud(base: Path) -> None:

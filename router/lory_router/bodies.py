@@ -5,7 +5,8 @@ It must not know what the fields mean.
 
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 import msgspec
@@ -15,6 +16,7 @@ from lory_router.errors import BadJson, Invalid, shown
 T = TypeVar("T", bound=msgspec.Struct)
 
 AT_PATH = re.compile(r"^(?P<what>.*) - at `(?P<path>\$[^`]*)`$", re.DOTALL)
+NOTHING_ELSEWHERE: Mapping[str, str] = MappingProxyType({})
 MISSING = re.compile(r"^Object missing required field `(?P<name>[^`]*)`")
 
 
@@ -58,18 +60,27 @@ def unknown_fields(value: dict[str, object], kind: type[msgspec.Struct]) -> list
     return [name for name in value if name not in kind.__struct_fields__]
 
 
-def refuse_unknown(value: dict[str, object], kind: type[msgspec.Struct], inside: str = "") -> None:
-    """Nothing is accepted and ignored: an unknown field is refused, with the likely one."""
+def refuse_unknown(
+    value: dict[str, object],
+    kind: type[msgspec.Struct],
+    inside: str = "",
+    elsewhere: Mapping[str, str] = NOTHING_ELSEWHERE,
+) -> None:
+    """Nothing is accepted and ignored: an unknown field is refused, with the likely one.
+
+    `elsewhere` gives the full names of fields that belong into another object of the body.
+    """
     for name in unknown_fields(value, kind):
         raise Invalid(
-            f"unknown field {shown(inside + name)}{_hint(name, kind.__struct_fields__)}",
+            f"unknown field {shown(inside + name)}{_hint(name, kind.__struct_fields__, elsewhere)}",
             param=inside + name[:80],
         )
 
 
-def _hint(name: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(name[:80], known, n=1)
-    return f"; did you mean `{near[0]}`?" if near else f"; known are {_listed(known)}"
+def _hint(name: str, known: Collection[str], elsewhere: Mapping[str, str]) -> str:
+    places = {**elsewhere, **{field: field for field in known}}
+    near = difflib.get_close_matches(name[:80], places, n=1)
+    return f"; did you mean `{places[near[0]]}`?" if near else f"; known are {_listed(known)}"
 
 
 def _listed(names: Iterable[str]) -> str:

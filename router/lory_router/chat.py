@@ -3,6 +3,7 @@
 It must not know the engine or anything of the server's inside: it is one more client.
 """
 
+import difflib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,12 +17,13 @@ from rich.text import Text
 from lory_router.config import CommandError
 
 CONNECT_TIMEOUT_S = 5.0
+BASE_TEMPERATURE = 0.7
 SSE_DATA = "data:"
 HELP = """\
 /adapter NAME  talk to that adapter (no name: the base)
 /adapters      list what is served
 /clear         forget the conversation
-/exit          leave (as Ctrl-D does)"""
+/exit          leave (as exit, quit and Ctrl-D do)"""
 
 
 @dataclass(frozen=True)
@@ -31,8 +33,15 @@ class ChatOptions:
     adapter: str = ""
     system: str = ""
     max_tokens: int = 512
-    temperature: float = 0.7
+    temperature: float | None = None
+    """None: greedy with an adapter, which was trained to one answer, and 0.7 with the base."""
     is_plain: bool = False
+
+    @property
+    def resolved_temperature(self) -> float:
+        if self.temperature is not None:
+            return self.temperature
+        return 0.0 if self.adapter else BASE_TEMPERATURE
 
 
 @dataclass
@@ -57,6 +66,7 @@ def run_chat(url: str, api_key: str, options: ChatOptions) -> None:
     """Read lines and print answers until the end of input."""
     console = Console(highlight=False)
     with connect(url, api_key) as client:
+        check_adapter(client, options.adapter)
         session = _Session(client, console, options)
         console.print(Text("/help lists what can be typed", style="dim"))
         while (line := _read_line(console, session.options.adapter)) is not None:
@@ -82,6 +92,17 @@ def list_models(client: httpx.Client) -> list[dict[str, Any]]:
         reply = client.get("/v1/models")
         _check(reply)
         return reply.json()["data"]
+
+
+def check_adapter(client: httpx.Client, name: str) -> None:
+    """Refuse an adapter that is not served; with no name there is nothing to ask."""
+    if not name:
+        return
+    served = [model["id"] for model in list_models(client)]
+    if name not in served and name.partition(":")[2] not in served:
+        near = difflib.get_close_matches(name, served, n=1)
+        hint = f"did you mean {near[0]}?" if near else "lory adapters lists what is"
+        raise CommandError(f"no adapter {name!r} is served; {hint}")
 
 
 def adapter_table(models: list[dict[str, Any]]) -> Table:
@@ -138,7 +159,7 @@ class _Session:
         match command:
             case "":
                 pass
-            case "/exit" | "/quit":
+            case "/exit" | "/quit" | "exit" | "quit" if not argument:
                 return False
             case "/help":
                 self._console.print(HELP, markup=False)
@@ -147,10 +168,21 @@ class _Session:
             case "/clear":
                 self._conversation.clear()
             case "/adapter":
-                self.options = replace(self.options, adapter=argument.strip())
+                self._switch(argument.strip())
             case _:
                 self._ask(line)
         return True
+
+    def _switch(self, adapter: str) -> None:
+        try:
+            check_adapter(self._client, adapter)
+        except CommandError as error:
+            self._say_error(error)
+            return
+        self.options = replace(self.options, adapter=adapter)
+
+    def _say_error(self, error: CommandError) -> None:
+        self._console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
 
     def _ask(self, line: str) -> None:
         self._conversation.add("user", line)
@@ -164,7 +196,7 @@ class _Session:
             self._console.print(Text(" (stopped)", style="dim"))
         except CommandError as error:
             self._conversation.messages.pop()
-            self._console.print(Text(f"error: {error}", style="red"))
+            self._say_error(error)
             return
         self._conversation.add("assistant", "".join(pieces))
 
@@ -185,7 +217,7 @@ def _chat_call(options: ChatOptions, messages: list[dict[str, str]]) -> Call:
         "model": options.adapter,
         "messages": messages,
         "max_tokens": options.max_tokens,
-        "temperature": options.temperature,
+        "temperature": options.resolved_temperature,
         "stream": True,
     }
     return "/v1/chat/completions", body, _chat_text
@@ -195,8 +227,8 @@ def _plain_call(options: ChatOptions, messages: list[dict[str, str]]) -> Call:
     parameters: dict[str, Any] = {"max_new_tokens": options.max_tokens}
     if options.adapter:
         parameters["adapter_id"] = options.adapter
-    if options.temperature:
-        parameters |= {"do_sample": True, "temperature": options.temperature}
+    if options.resolved_temperature:
+        parameters |= {"do_sample": True, "temperature": options.resolved_temperature}
     body = {"inputs": messages[-1]["content"], "parameters": parameters}
     return "/generate_stream", body, _plain_text
 
@@ -230,4 +262,15 @@ def _check(reply: httpx.Response) -> None:
 
 def _error_text(body: dict[str, Any]) -> str:
     error = body.get("error")
-    return str(error.get("message") if isinstance(error, dict) else error)
+    if not isinstance(error, dict):
+        return str(error)
+    return f"{error.get('message')}{_way_out(error)}"
+
+
+def _way_out(error: dict[str, Any]) -> str:
+    """What to do here about an error of the chat route."""
+    if error.get("code") == "context_length_exceeded":
+        return "; /clear forgets the conversation, --max-tokens asks for a shorter answer"
+    if "no chat template" in str(error.get("message")):
+        return "; with --plain, lory chat needs none"
+    return ""

@@ -18,6 +18,7 @@ from lory_router.config import (
     ServeConfig,
     caller_key_option,
     check_environment,
+    serve_option,
     serve_parameters,
     server_url_option,
 )
@@ -115,18 +116,22 @@ def demo(
     base: Annotated[Path | None, typer.Option(help="Folder of the base.")] = None,
     adapters: Annotated[Path | None, typer.Option(help="Folder of its adapters.")] = None,
     prompts: Annotated[Path | None, typer.Option(help="JSON file of sample prompts.")] = None,
-    port: Annotated[
-        int | None, typer.Option(help="Port to listen on: 8080, and with --check a free one.")
-    ] = None,
+    host: str = serve_option("host"),
+    port: int | None = serve_option(
+        "port", default=None, help="Port to listen on: 8080, and with --check a free one."
+    ),
+    price_per_hour: float = serve_option("price_per_hour"),
     check: Annotated[
         bool, typer.Option("--check", help="Ask every adapter, compare the answers, and stop.")
     ] = False,
 ) -> None:
     """Serve the small base and adapters that come with the repository."""
-    check_environment()
+    check_environment(command="demo", taken=("host", "port", "price_per_hour"))
     from lory_router.demo import DemoFiles, run_demo
 
-    raise typer.Exit(run_demo(DemoFiles.find(base, adapters, prompts), port=port, check=check))
+    files = DemoFiles.find(base, adapters, prompts)
+    flags = {"host": host, "price_per_hour": price_per_hour}
+    raise typer.Exit(run_demo(files, flags, port=port, check=check))
 
 
 # -- talking to a running server ------------------------------------------------------------
@@ -139,7 +144,10 @@ def chat(
     api_key: str = caller_key_option(),
     system: Annotated[str, typer.Option(help="System message.")] = "",
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, help="0 is greedy; unset: 0 with an adapter, 0.7 without."),
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Continue raw text: no chat template, no memory.")
     ] = False,

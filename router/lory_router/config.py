@@ -11,7 +11,7 @@ import inspect
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_type_hints
@@ -260,7 +260,17 @@ def environment_names() -> frozenset[str]:
 
 def server_url_option() -> Any:
     """The `--url` of commands that talk to a running server."""
-    return typer.Option("http://127.0.0.1:8080", "--url", help="Where the server listens.")
+    return typer.Option(
+        "http://127.0.0.1:8080",
+        "--url",
+        help="Where the server listens.",
+        parser=_with_scheme,
+        metavar="URL",
+    )
+
+
+def _with_scheme(url: str) -> str:
+    return url if "://" in url else f"http://{url}"
 
 
 def caller_key_option() -> Any:
@@ -269,8 +279,20 @@ def caller_key_option() -> Any:
     return typer.Option("", "--api-key", help=text, envvar=_variable("api_key"))
 
 
-def check_environment(environ: Mapping[str, str] | None = None) -> None:
-    """Refuse variables that begin with LORY_ and mean nothing: they are misspelt settings."""
+def serve_option(name: str, **changes: Any) -> Any:
+    """The option of `lory serve` for that field, for another command that takes it too."""
+    section, item = next(found for found in _leaves() if found[1].name == name)
+    return _option(item, get_type_hints(_section_type(section.name))[name], **changes)
+
+
+def check_environment(
+    environ: Mapping[str, str] | None = None, *, command: str = "serve", taken: Sequence[str] = ()
+) -> None:
+    """Refuse variables that begin with LORY_ and mean nothing: they are misspelt settings.
+
+    `taken` are the fields that a command other than serve takes; all others are refused too.
+    """
+    meant = {_variable(name) for name in taken} if taken else environment_names()
     known = sorted(environment_names())
     present = os.environ if environ is None else environ
     for name in sorted(present):
@@ -278,6 +300,8 @@ def check_environment(environ: Mapping[str, str] | None = None) -> None:
             guess = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {guess[0]}?" if guess else "see lory serve --help"
             raise ConfigError(f"{name}: no such environment variable; {hint}")
+        if name in known and name not in meant:
+            raise ConfigError(f"{name}: lory {command} does not take it; unset it or use serve")
 
 
 def engine_environment() -> dict[str, str]:
@@ -297,18 +321,21 @@ def _section_type(name: str) -> Any:
 
 def _parameter(section: Field[Any], item: Field[Any]) -> inspect.Parameter:
     kind = get_type_hints(_section_type(section.name))[item.name]
-    option = typer.Option(
-        item.default,
-        _declaration(item.name, kind),
-        help=item.metadata["help"],
-        envvar=_variable(item.name),
-        parser=item.metadata["parse"],
-        metavar="SIZE" if item.metadata["parse"] is parse_size else None,
-        show_default=item.default != "",
-    )
     return inspect.Parameter(
-        item.name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind
+        item.name, inspect.Parameter.KEYWORD_ONLY, default=_option(item, kind), annotation=kind
     )
+
+
+def _option(item: Field[Any], kind: Any, **changes: Any) -> Any:
+    settings: dict[str, Any] = {
+        "default": item.default,
+        "help": item.metadata["help"],
+        "envvar": _variable(item.name),
+        "parser": item.metadata["parse"],
+        "metavar": "SIZE" if item.metadata["parse"] is parse_size else None,
+        "show_default": item.default != "",
+    } | changes
+    return typer.Option(settings.pop("default"), _declaration(item.name, kind), **settings)
 
 
 def _declaration(name: str, kind: Any) -> str:
@@ -346,12 +373,25 @@ def _check_model(config: ServeConfig) -> None:
     model = config.model
     if not model.model:
         raise ConfigError("--model: name the base, a local folder or a hub id")
-    if model.model.startswith((".", "/", "~")) and not Path(model.model).is_dir():
-        raise ConfigError(f"--model: there is no folder {model.model}")
-    if model.adapters and not Path(model.adapters).is_dir():
-        raise ConfigError(f"--adapters: there is no folder {model.adapters}")
+    is_path = model.model.startswith((".", "/", "~")) or Path(model.model).is_file()
+    if is_path:
+        _check_folder("--model", model.model)
+    if model.adapters:
+        _check_folder("--adapters", model.adapters)
+    if model.adapters and (Path(model.adapters) / "adapter_config.json").is_file():
+        raise ConfigError(
+            f"--adapters: {model.adapters} is itself an adapter; give its parent, "
+            f"{Path(model.adapters).resolve().parent}"
+        )
     if model.double_quant and model.quantize == "none":
         raise ConfigError("--double-quant: needs --quantize nf4")
+
+
+def _check_folder(name: str, folder: str) -> None:
+    if Path(folder).is_file():
+        raise ConfigError(f"{name}: {folder} is a file, not a folder")
+    if not Path(folder).is_dir():
+        raise ConfigError(f"{name}: there is no folder {folder}")
 
 
 def _check_positive(config: ServeConfig) -> None:

@@ -6,7 +6,10 @@ It must not know how a server is put together, only that one can be run with a v
 import asyncio
 import json
 import shlex
+import shutil
+import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,13 +76,14 @@ class DemoFiles:
         return next((one for one in self.samples if one.adapter_id), self.samples[0])
 
 
-def run_demo(files: DemoFiles, *, port: int | None, check: bool) -> int:
+def run_demo(files: DemoFiles, flags: Mapping[str, Any], *, port: int | None, check: bool) -> int:
     """Serve the demo's world; with `check` only for as long as its answers are compared."""
     from lory_router import serve
 
     wanted = (0 if check else DEFAULT_PORT) if port is None else port
     config = ServeConfig.from_flags(
         {
+            **flags,
             "model": str(files.base),
             "adapters": str(files.adapters),
             "port": wanted,
@@ -114,10 +118,19 @@ def pasteable_lines(url: str, sample: Sample) -> str:
             "Paste one of these into another terminal:",
             f"  curl -s {url}/generate {header} -d {body}",
             f"  curl -sN {url}/generate_stream {header} -d {body}",
-            f"  python -c {shlex.quote(script)}",
+            f"  {shlex.quote(sys.executable)} -c {shlex.quote(script)}",
+            *_where_lory_is(),
             "Ctrl-C stops the server.",
         )
     )
+
+
+def _where_lory_is() -> tuple[str, ...]:
+    """How to run `lory`, for a shell that does not find it."""
+    beside = Path(sys.executable).with_name("lory")
+    if shutil.which("lory") or not beside.is_file():
+        return ()
+    return (f"The lory command is {shlex.quote(str(beside))}; it is not on your PATH.",)
 
 
 async def check_answers(url: str, samples: tuple[Sample, ...]) -> int:

@@ -52,13 +52,14 @@ class ApiError(Exception):
     def body_for(self, dialect: Dialect) -> dict[str, object]:
         if dialect == "lorax":
             return {"error": self.lorax_prefix + self.message, "error_type": self.error_type}
+        return {"error": self._openai_error()}
+
+    def _openai_error(self) -> dict[str, object]:
         return {
-            "error": {
-                "message": self.message,
-                "type": self.openai_type,
-                "param": self.param,
-                "code": self.code or self.error_type,
-            }
+            "message": self.message,
+            "type": self.openai_type,
+            "param": self.param,
+            "code": self.code or self.error_type,
         }
 
 
@@ -86,6 +87,15 @@ class AdapterNotFound(ApiError):
     error_type = "adapter_not_found"
     openai_type = "invalid_request_error"
     code = "model_not_found"
+    base_name = ""
+    """What OpenAI's `model` calls the base."""
+
+    def body_for(self, dialect: Dialect) -> dict[str, object]:
+        told = super().body_for(dialect)
+        if dialect == "openai" and self.base_name:
+            message = f"{self.message}; the base is called {shown(self.base_name)}"
+            told["error"] = {**self._openai_error(), "message": message}
+        return told
 
 
 class MethodNotAllowed(ApiError):
@@ -199,16 +209,20 @@ PARAMS = {
 }
 
 
-def from_failure(failure: Failure, retry_after_s: int) -> ApiError:
+def from_failure(failure: Failure, retry_after_s: int, adapter_id: str = "") -> ApiError:
+    """The engine's refusal; what is wrong with an adapter is told under its name."""
     kind = FAILURES[failure.code]
+    if kind is AdapterNotFound and adapter_id:
+        return adapter_not_found(adapter_id)
     wait = retry_after_s if kind is Overloaded else None
-    return kind(failure.message, param=PARAMS.get(failure.code), retry_after_s=wait)
+    about = f"adapter {shown(adapter_id)}: " if kind is AdapterInvalid and adapter_id else ""
+    return kind(about + failure.message, param=PARAMS.get(failure.code), retry_after_s=wait)
 
 
-def from_finished(finished: Finished, retry_after_s: int) -> ApiError:
+def from_finished(finished: Finished, retry_after_s: int, adapter_id: str = "") -> ApiError:
     """Why a sequence that ended in neither a stop nor its length did not succeed."""
     if finished.failure is not None:
-        return from_failure(finished.failure, retry_after_s)
+        return from_failure(finished.failure, retry_after_s, adapter_id)
     if finished.reason == "timeout":
         return TimedOut("The request ran past its deadline; ask for fewer tokens or try later")
     if finished.reason == "cancelled":
@@ -223,7 +237,8 @@ def from_unavailable(error: Unavailable) -> ApiError:
 
 def adapter_not_found(adapter_id: str) -> ApiError:
     """The one reply to a name that is unknown, malformed, or not for this caller."""
-    return AdapterNotFound(f"No adapter named {shown(adapter_id)}", param="model")
+    message = f"No adapter named {shown(adapter_id)}; GET /v1/models lists what is served"
+    return AdapterNotFound(message, param="model")
 
 
 def shown(text: str, longest: int = 80) -> str:

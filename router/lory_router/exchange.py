@@ -14,6 +14,7 @@ import msgspec
 from starlette.types import Receive, Scope, Send
 
 from lory_router.errors import (
+    AdapterNotFound,
     ApiError,
     BodyTimeout,
     BodyTooLarge,
@@ -158,6 +159,8 @@ class Exchange:
         await self.write(body, more=False)
 
     async def reply_error(self, error: ApiError) -> None:
+        if isinstance(error, AdapterNotFound):
+            error.base_name = self.settings.model_names[0]
         headers = error_headers(error)
         await self.reply_json(error.body_for(self.dialect), error.status_for(self.dialect), headers)
 

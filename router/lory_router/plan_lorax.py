@@ -20,6 +20,7 @@ from lory_router.text import TextModel
 from lory_router.validate import Ask
 from lory_server.messages import EngineInfo, Sampling
 
+PARAMETER_PLACES = {name: f"parameters.{name}" for name in Parameters.__struct_fields__}
 NOT_SUPPORTED = ("merged_adapters", "api_token", "return_k_alternatives", "response_format")
 
 
@@ -42,7 +43,7 @@ class LoraxPlan:
 
 def read_body(body: bytes) -> GenerateBody:
     value = read_object(body)
-    refuse_unknown(value, GenerateBody)
+    refuse_unknown(value, GenerateBody, elsewhere=PARAMETER_PLACES)
     parameters = value.get("parameters", {})
     if isinstance(parameters, dict):
         refuse_unknown(parameters, Parameters, inside="parameters.")
@@ -105,7 +106,7 @@ def _check_ranges(wish: Parameters, info: EngineInfo, settings: RouterSettings) 
     validate.TOP_P.check("top_p", wish.top_p)
     validate.TOP_P.check("typical_p", wish.typical_p)
     validate.check_count("top_k", wish.top_k, 1, 2**31 - 1)
-    validate.check_count("max_new_tokens", wish.max_new_tokens, 1, 2**32 - 1)
+    validate.check_answer_length("max_new_tokens", wish.max_new_tokens, 1, info)
     longest = validate.max_input_length(info, settings)
     validate.check_count("truncate", wish.truncate, 1, longest)
     validate.check_seed(wish.seed)

@@ -100,7 +100,7 @@ def adapter_of(model: str, settings: RouterSettings) -> str:
 
 async def plan_completion(body: CompletionBody, context: Context) -> OpenaiPlan:
     check_common(body, context)
-    _check_completion(body, context.settings)
+    _check_completion(body, context)
     prompts = _prompts(body.prompt, context.settings)
     ids = [await _completion_ids(prompt, context) for prompt in prompts]
     wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
@@ -120,7 +120,7 @@ async def plan_chat(body: ChatBody, context: Context) -> OpenaiPlan:
     wanted = body.max_completion_tokens
     if wanted is None:
         wanted = body.max_tokens
-    validate.check_count("max_completion_tokens", wanted, 1, 2**32 - 1)
+    validate.check_answer_length("max_completion_tokens", wanted, 1, context.info)
     num_top = _chat_logprobs(body, context.settings)
     ids = await _chat_ids(body, context)
     return _plan(
@@ -166,8 +166,9 @@ def _check_format(body: CommonBody) -> None:
         )
 
 
-def _check_completion(body: CompletionBody, settings: RouterSettings) -> None:
-    validate.check_count("max_tokens", body.max_tokens, 0 if body.echo else 1, 2**32 - 1)
+def _check_completion(body: CompletionBody, context: Context) -> None:
+    settings = context.settings
+    validate.check_answer_length("max_tokens", body.max_tokens, 0 if body.echo else 1, context.info)
     validate.check_count("logprobs", body.logprobs, 0, settings.max_top_logprobs)
     validate.check_count("best_of", body.best_of, body.n or 1, settings.max_best_of)
     if body.stream and (body.best_of or 1) > (body.n or 1):

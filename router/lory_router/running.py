@@ -21,9 +21,12 @@ from lory_server.messages import CancelReason, Finished
 class LiveSequence:
     """One sequence: the engine's stream, and the transcript it is read into."""
 
-    def __init__(self, stream: EngineStream, transcript: Transcript, retry_after_s: int) -> None:
+    def __init__(
+        self, stream: EngineStream, transcript: Transcript, retry_after_s: int, adapter_id: str
+    ) -> None:
         self._stream = stream
         self._retry_after_s = retry_after_s
+        self._adapter_id = adapter_id
         self.transcript = transcript
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
@@ -68,7 +71,7 @@ class LiveSequence:
             return
         if self.transcript.finished is None:
             raise IncompleteGeneration("Incomplete generation: the engine's stream broke off")
-        raise from_finished(self.transcript.finished, self._retry_after_s)
+        raise from_finished(self.transcript.finished, self._retry_after_s, self._adapter_id)
 
 
 @asynccontextmanager
@@ -84,7 +87,8 @@ async def running(
         for ask in asks:
             stream = await engine.submit(ask.request)
             transcript = Transcript(text, ask.request.prompt_ids, ask.ending)
-            live.append(LiveSequence(stream, transcript, settings.retry_after_s))
+            adapter_id = ask.request.adapter_id
+            live.append(LiveSequence(stream, transcript, settings.retry_after_s, adapter_id))
         yield live
     finally:
         timer.cancel()

@@ -16,6 +16,7 @@ import uvicorn
 
 from lory_router.app import create_app
 from lory_router.config import ServeConfig, StartError, engine_environment
+from lory_router.engine import Unavailable
 from lory_router.engine_client import ChildEngine
 from lory_router.engine_process import ENGINE_COMMAND
 from lory_router.metrics import Metrics
@@ -84,7 +85,7 @@ async def _serve(
     stopping = _Signals(parts)
     serving = asyncio.ensure_future(parts.server.serve(sockets=[listener]))
     keeping = asyncio.ensure_future(parts.supervisor.run())
-    visiting = asyncio.ensure_future(_visit(parts, after_ready))
+    visiting = asyncio.ensure_future(_visit(config, parts, after_ready))
     asked = asyncio.ensure_future(stopping.wait())
     with stopping.installed():
         await asyncio.wait({serving, keeping, visiting, asked}, return_when=asyncio.FIRST_COMPLETED)
@@ -140,11 +141,13 @@ def _build(
     return _Parts(engine, Supervisor(engine, metrics, policy), _HttpServer(http), listener, url)
 
 
-async def _visit(parts: _Parts, after_ready: AfterReady | None) -> int | None:
+async def _visit(config: ServeConfig, parts: _Parts, after_ready: AfterReady | None) -> int | None:
     """Wait until requests are answered, then let the caller of `run` have its turn."""
+    while not (parts.engine.is_ready() and parts.server.started):
+        await asyncio.sleep(0.02)
+    with contextlib.suppress(Unavailable):
+        _announce_adapters(config.model.adapters, len(await parts.engine.list_adapters()))
     if after_ready is not None:
-        while not (parts.engine.is_ready() and parts.server.started):
-            await asyncio.sleep(0.02)
         code = await after_ready(parts.url)
         if code is not None:
             return code
@@ -202,6 +205,9 @@ class _Signals:
         if self._asked.is_set():
             self.is_forced = True
             log.warning("asked again: stopping at once")
+            # Replies are cut off now; that uvicorn sees them cut is no news.
+            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+            self._parts.supervisor.stop()
             self._parts.engine.kill()
             self._parts.server.force_exit = True
             return
@@ -252,6 +258,15 @@ def _url(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{shown}:{port}"
+
+
+def _announce_adapters(folder: str, count: int) -> None:
+    if not folder:
+        log.info("no --adapters: the base alone")
+    elif count:
+        log.info("%d adapters in %s", count, folder)
+    else:
+        log.warning("no adapter in %s; each is a sub-folder with an adapter_config.json", folder)
 
 
 def _announce(info: EngineInfo, url: str) -> None:

@@ -67,6 +67,13 @@ def check_count(name: str, value: int | None, low: int, high: int) -> None:
         raise Invalid(f"`{name}` must be between {low} and {high}", param=name)
 
 
+def check_answer_length(name: str, value: int | None, low: int, info: EngineInfo) -> None:
+    """Refuses too few; whether the context holds them depends on the prompt: `answer_length`."""
+    if value is not None and value < low:
+        high = info.max_model_len
+        raise Invalid(f"`{name}` must be between {low} and {high}", param=name)
+
+
 def check_seed(seed: int | None) -> int | None:
     if seed is not None and not 0 <= seed <= MAX_SEED:
         raise Invalid("`seed` must be between 0 and 2**64 - 1", param="seed")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from lory_kernels import Backend, best_cpu_backend, select
+from lory_kernels import Backend, KernelUnavailableError, best_cpu_backend, select
 from lory_server.accounting import CostModel
 from lory_server.adapters.cache import AdapterCache
 from lory_server.adapters.format import Base
@@ -18,6 +18,7 @@ from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.store import AdapterStore
 from lory_server.blocks import BlockPool
 from lory_server.engine import Engine, EngineLimits
+from lory_server.host_memory import free_host_bytes
 from lory_server.memory_plan import MemoryNeeds, MemoryPlan, MemoryPlanError, plan_memory
 from lory_server.messages import EngineInfo, EngineOptions
 from lory_server.model import lora
@@ -53,14 +54,27 @@ def build(options: EngineOptions, wake: Callable[[], None]) -> tuple[Engine, Eng
         device = resolve_device(options.device)
         if options.threads:
             torch.set_num_threads(options.threads)
+        check_options(options)
         dtype = resolve_dtype(options, device)
         backend: Backend = "triton" if device.type == "cuda" else best_cpu_backend()
         decoder = load(options, device, dtype, select(backend, threads=torch.get_num_threads()))
         plan = plan_memory(memory_needs(options, decoder))
-    except (ModelError, MemoryPlanError, ValueError, OSError) as error:
+    except (ModelError, MemoryPlanError, KernelUnavailableError, ValueError, OSError) as error:
         raise EngineError(str(error)) from error
     engine = assemble(options, decoder, plan, wake)
     return engine, describe(options, decoder, plan, time.monotonic() - started)
+
+
+def check_options(options: EngineOptions) -> None:
+    """What the router's flags cannot promise: numbers that are wrong beside each other."""
+    for name in ("max_batch_rows", "max_step_tokens", "block_size", "max_queued"):
+        if getattr(options, name) < 1:
+            raise EngineError(f"{name} must be at least 1, not {getattr(options, name)}")
+    if options.max_step_tokens < options.max_batch_rows:
+        raise EngineError(
+            f"max_step_tokens ({options.max_step_tokens}) must be at least max_batch_rows "
+            f"({options.max_batch_rows}): every running sequence needs one token a step"
+        )
 
 
 def resolve_device(name: str) -> torch.device:
@@ -75,7 +89,10 @@ def resolve_dtype(options: EngineOptions, device: torch.device) -> torch.dtype:
     """auto: the checkpoint's own, as far as the device computes in it without a detour."""
     if options.dtype != "auto":
         return DTYPES[options.dtype]
-    stored = DTYPES[read_spec(locate(options.model)).checkpoint_dtype]
+    name = read_spec(locate(options.model)).checkpoint_dtype
+    if name not in DTYPES:
+        raise EngineError(f"the checkpoint's dtype is {name}; give --dtype {' or '.join(DTYPES)}")
+    stored = DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if stored == torch.float32 else stored
     has_bfloat16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -84,9 +101,6 @@ def resolve_dtype(options: EngineOptions, device: torch.device) -> torch.dtype:
 
 def memory_needs(options: EngineOptions, decoder: Decoder) -> MemoryNeeds:
     spec, dtype = decoder.spec, decoder.dtype
-    pool_bytes = options.adapter_pool_bytes
-    if decoder.device.type == "cpu" and options.adapters_dir and not pool_bytes:
-        pool_bytes = CPU_POOL_BYTES
     return MemoryNeeds(
         device_bytes=options.memory_bytes or available_bytes(decoder),
         weight_bytes=decoder.num_bytes,
@@ -95,7 +109,8 @@ def memory_needs(options: EngineOptions, decoder: Decoder) -> MemoryNeeds:
         block_size=options.block_size,
         max_batch_rows=options.max_batch_rows,
         max_model_len=decoder.max_model_len,
-        adapter_pool_bytes=pool_bytes,
+        adapter_pool_bytes=options.adapter_pool_bytes,
+        adapter_pool_cap_bytes=CPU_POOL_BYTES if decoder.device.type == "cpu" else 0,
         kv_bytes=options.kv_bytes,
         serves_adapters=bool(options.adapters_dir),
     )
@@ -115,7 +130,17 @@ def workspace_bytes(options: EngineOptions, decoder: Decoder) -> int:
     widest = max(site.out_features for site in decoder.sites[:4])
     activations = options.max_step_tokens * (4 * spec.hidden_size + 2 * widest)
     logits = options.max_batch_rows * spec.vocab_size * 4 * 6
-    return activations * decoder.dtype.itemsize + logits
+    return activations * decoder.dtype.itemsize + logits + attention_bytes(options, decoder)
+
+
+def attention_bytes(options: EngineOptions, decoder: Decoder) -> int:
+    """On CUDA attention is the plain reference: scores of one chunk over a whole context, twice,
+    and the keys and values gathered for every head, in float32."""
+    if decoder.device.type != "cuda":
+        return 0
+    spec, context = decoder.spec, decoder.max_model_len
+    scores = 2 * options.max_step_tokens * context * spec.num_heads * 4
+    return scores + 4 * context * spec.q_size * 4
 
 
 def assemble(
@@ -174,10 +199,6 @@ def host_bytes(options: EngineOptions, plan: MemoryPlan) -> int:
     if options.adapter_host_bytes:
         return options.adapter_host_bytes
     return max(free_host_bytes() // 4, plan.adapter_pool_bytes)
-
-
-def free_host_bytes() -> int:
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def base_names(options: EngineOptions) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ on the thread that steps. Nothing is dropped in silence: when the router reads t
 `MAX_QUEUED_EVENTS`, or is gone, the process ends, and the router sees that.
 """
 
+import logging
 import os
 import queue
 import socket
@@ -18,6 +19,9 @@ from lory_server.messages import MAX_FRAME_BYTES, Command, EngineOptions, Event
 MAX_QUEUED_EVENTS = 10_000
 EXIT_ROUTER_GONE = 0
 EXIT_ROUTER_STUCK = 75
+EXIT_BAD_FRAME = 76
+
+log = logging.getLogger("lory.channel")
 
 
 class Channel:
@@ -62,7 +66,11 @@ class Channel:
 
     def _read_all(self) -> None:
         while True:
-            command = self._read_one()
+            try:
+                command = self._read_one()
+            except (msgspec.MsgspecError, ValueError) as error:
+                log.error("the router does not speak this protocol: %s", error)
+                os._exit(EXIT_BAD_FRAME)  # deaf is worse than dead: the router sees the end
             if command is None:
                 os._exit(EXIT_ROUTER_GONE)  # nobody is left to serve; the step need not finish
             self._commands.put(command)

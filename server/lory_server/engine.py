@@ -191,7 +191,7 @@ class Engine:
     def events(self) -> StepEvents:
         """Everything since the last call, with a report. Empty of events: a heartbeat."""
         outbox, self._outbox = self._outbox, _Outbox()
-        if not self._in_flight:
+        if not self._progressed:
             outbox.idle_seconds += self._elapsed()
         return StepEvents(
             report=self._report(outbox),
@@ -210,7 +210,7 @@ class Engine:
         return bool(outbox.finished or outbox.tokens or outbox.prompts or outbox.num_rows)
 
     def _submit_plan(self, plan: StepPlan) -> None:
-        if not self._in_flight:
+        if not self._progressed:
             self._outbox.idle_seconds += self._elapsed()
         now = self._clock()
         requests = tuple(self._requests[row.sequence_id] for row in plan.rows)

@@ -28,7 +28,9 @@ class MemoryNeeds:
     max_model_len: int
     """Tokens; what the base allows, or what was asked for."""
     adapter_pool_bytes: int = 0
-    """0: a quarter of what weights and workspace leave."""
+    """0: a quarter of what weights and workspace leave, up to `adapter_pool_cap_bytes`."""
+    adapter_pool_cap_bytes: int = 0
+    """0: none."""
     kv_bytes: int = 0
     """0: the rest, as far as the largest batch can use it."""
     serves_adapters: bool = True
@@ -85,7 +87,9 @@ def plan_memory(needs: MemoryNeeds) -> MemoryPlan:
 def _adapter_pool(needs: MemoryNeeds, left: int) -> int:
     if not needs.serves_adapters:
         return 0
-    pool = needs.adapter_pool_bytes or left // 4
+    pool = needs.adapter_pool_bytes
+    if not pool:
+        pool = min(left // 4, needs.adapter_pool_cap_bytes or left)
     if pool >= left:
         raise MemoryPlanError(
             f"--adapter-memory ({_mib(pool)}) leaves nothing for the KV cache: weights and "

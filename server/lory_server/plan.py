@@ -119,3 +119,6 @@ class AdapterDemand:
     """Revisions that running or in-flight rows use: never evicted."""
     wanted: tuple[str, ...]
     """Revisions that waiting sequences need, most urgent first."""
+    queued: tuple[str, ...] = ()
+    """Resident revisions that sequences behind those wait for, first in line first: the last to
+    be evicted."""

@@ -43,6 +43,11 @@ def main(argv: list[str] | None = None) -> int:
         channel.send(Fatal(message=str(error)))
         channel.flush(timeout_s=2)
         return EXIT_FATAL
+    except Exception as error:  # the process's border: say why, then end
+        log.exception("the engine could not be built")
+        channel.send(Fatal(message=f"{type(error).__name__}: {error}; the log has the details"))
+        channel.flush(timeout_s=2)
+        return EXIT_FATAL
     channel.send(info)
     keep_step_smooth()
     serve(engine, channel, wake)

@@ -376,6 +376,7 @@ class Scheduler:
         for flights in self._in_flight.values():
             in_use.update(f.sequence.revision for f in flights if f.sequence.revision)
         wanted: dict[str, None] = {}
+        queued: dict[str, None] = {}
         for sequence in self._by_urgency():
             revision = sequence.revision
             if not revision or revision in wanted:
@@ -383,9 +384,11 @@ class Scheduler:
             if revision in residency.resident:
                 if not wanted and revision not in draining:
                     in_use.add(revision)  # its turn comes before anybody's who needs a load
+                else:
+                    queued[revision] = None
             elif len(wanted) < MAX_PREFETCH:
                 wanted[revision] = None
-        return AdapterDemand(frozenset(in_use), tuple(wanted))
+        return AdapterDemand(frozenset(in_use), tuple(wanted), tuple(queued))
 
     def _by_urgency(self) -> list[Sequence]:
         limit = self.limits.max_overtakes

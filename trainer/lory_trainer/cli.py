@@ -3,6 +3,7 @@
 Importing this module must stay cheap: torch and peft are imported when a run begins.
 """
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,9 @@ from lory_trainer.errors import TrainerError
 
 if TYPE_CHECKING:
     from lory_trainer.train import StepReport, TrainResult
+
+OPTIONAL_KERNELS_LOGGER = "bitsandbytes.backends.cpu.ops"
+"""Warns, as peft imports it, of kernels that it does without and that training never uses."""
 
 
 def train(
@@ -47,6 +51,7 @@ def run(
     options: TrainOptions, *, folder: Path, output: Path, replace: bool, console: Console
 ) -> "TrainResult":
     """Trains with a progress bar on the console."""
+    logging.getLogger(OPTIONAL_KERNELS_LOGGER).setLevel(logging.ERROR)
     train_adapter = _load_trainer()
     columns = (
         TextColumn("{task.description}"),

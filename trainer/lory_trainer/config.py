@@ -159,7 +159,8 @@ def _explain(error: ValidationError) -> Iterator[str]:
         elif problem["type"] == "missing":
             yield f"{place}: is required"
         else:
-            yield f"{place}: {problem['msg']} (given: {problem['input']!r})"
+            what = problem["msg"].removeprefix("Value error, ")
+            yield f"{place}: {what} (given: {problem['input']!r})"
 
 
 def _did_you_mean(loc: Sequence[int | str]) -> str:

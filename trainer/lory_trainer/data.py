@@ -53,6 +53,10 @@ def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     """The named columns of every line; raises DataError naming the line that lacks one."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise DataError(
+            f"data: there is no file {path}; a relative path starts at the configuration's folder"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"data: {path.name} cannot be read: {error}") from error
     rows = [

@@ -157,11 +157,14 @@ def native_usage(details: Fields) -> Usage:
 
 
 def token(item: Fields) -> Token:
+    token_id, raw_text = item.integer("id"), item.text("text")
+    logprob, special = item.number_or_none("logprob"), item.flag("special")
     return Token(
-        id=item.integer("id"),
-        text=item.text("text"),
-        logprob=item.number_or_none("logprob"),
-        special=item.flag("special"),
+        id=token_id,
+        text="" if special else raw_text,
+        logprob=logprob,
+        special=special,
+        raw_text=raw_text,
     )
 
 

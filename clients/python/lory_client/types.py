@@ -80,9 +80,12 @@ class Token:
 
     id: int
     text: str
+    """What it adds to the answer, as it is to be shown; empty for a special token."""
     logprob: float | None
     special: bool
     """A control token, such as the end of sequence: not part of the answer's text."""
+    raw_text: str
+    """The token's text as the server sent it, that of a special token too."""
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ class DeviceTier:
         kept = {*demand.in_use, *self.pinned}
         for urgency, revision in enumerate(demand.wanted):
             placed = revision in self._resident or revision in self._loading
-            if not placed and not self._try_load(revision, kept, demand.wanted[urgency + 1 :]):
+            less_urgent = (*demand.wanted[urgency + 1 :], *demand.queued)
+            if not placed and not self._try_load(revision, kept, less_urgent):
                 break
             kept.add(revision)
 
