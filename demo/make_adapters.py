@@ -8,9 +8,10 @@ from typing import Annotated
 
 import torch
 import typer
+from rich.console import Console
+
 from lory_trainer.cli import run, summary
 from lory_trainer.config import load_options
-from rich.console import Console
 
 DEMO_DIR = Path(__file__).parent
 

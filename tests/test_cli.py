@@ -97,6 +97,7 @@ def test_a_wrong_flag_exits_with_2_and_says_what_is_right(
     code, output = invoke("serve", *arguments)
     assert code == 2
     assert message in output
+    assert "Value error" not in output
     assert not served
 
 

@@ -47,14 +47,18 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 
 
 class _ServeCommand(TyperCommand):
-    """Knows the names other servers give to our flags."""
+    """Knows the names other servers give to our flags, and says only what is wrong with one."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for argument in args:
             name = argument.partition("=")[0]
             if name in RENAMED:
                 ctx.fail(f"No such option: {name} (here it is {RENAMED[name]})")
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
 
 
 app = typer.Typer(

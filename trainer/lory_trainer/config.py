@@ -159,8 +159,7 @@ def _explain(error: ValidationError) -> Iterator[str]:
         elif problem["type"] == "missing":
             yield f"{place}: is required"
         else:
-            what = problem["msg"].removeprefix("Value error, ")
-            yield f"{place}: {what} (given: {problem['input']!r})"
+            yield f"{place}: {problem['msg']} (given: {problem['input']!r})"
 
 
 def _did_you_mean(loc: Sequence[int | str]) -> str:
