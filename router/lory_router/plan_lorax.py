@@ -56,6 +56,9 @@ async def plan(
     wish = body.parameters
     check_parameters(wish, stream, info, settings)
     adapter_id = validate.check_adapter_id(wish.adapter_id)
+    if body.inputs and wish.truncate is None:
+        most = validate.max_input_length(info, settings)
+        tokenize.check_length("inputs", body.inputs, text, most)
     prompt_ids = await _prompt_ids(body, settings, text)
     shown = body.inputs
     if wish.truncate is not None and len(prompt_ids) > wish.truncate:

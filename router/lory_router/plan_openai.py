@@ -209,6 +209,8 @@ def _ints(item: int | list[int]) -> list[int]:
 
 async def _completion_ids(prompt: Prompt, context: Context) -> tuple[int, ...]:
     if isinstance(prompt, str):
+        most = validate.max_input_length(context.info, context.settings)
+        tokenize.check_length("prompt", prompt, context.text, most)
         ids = await tokenize.encode(context.text, prompt, context.settings)
     else:
         ids = prompt
@@ -231,6 +233,8 @@ async def _chat_ids(body: ChatBody, context: Context) -> tuple[int, ...]:
         prompt = await asyncio.to_thread(template.render, messages, options)
     except TemplateError as error:
         raise Invalid(f"chat template: {error}", param="messages") from error
+    most = validate.max_input_length(context.info, context.settings)
+    tokenize.check_length("messages", prompt, context.text, most)
     ids = await tokenize.encode(context.text, prompt, context.settings, add_special_tokens=False)
     validate.check_prompt("messages", len(ids), context.info, context.settings)
     return ids

@@ -4,6 +4,7 @@ Reads `tokenizer.json`, and from `tokenizer_config.json` the named special token
 template. It must not know requests, limits or the engine.
 """
 
+import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -43,6 +44,10 @@ class TextModel:
             for token_id, added in tokenizer.get_added_tokens_decoder().items()
             if added.special
         )
+        self.longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        """Characters."""
+        self.long_texts = asyncio.Semaphore(1)
+        """Held while a long text is tokenized."""
         self.token_bytes = TokenBytes(tokenizer)
         self._texts: dict[int, str] = {}
 
