@@ -136,3 +136,13 @@ def test_a_row_without_finite_logits_is_marked_and_spoils_no_other() -> None:
     assert math.isnan(spoilt.logprobs_S[1])
     for i in (0, 2):
         assert spoilt.token_ids_S[i] == clean.token_ids_S[i]
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-38, 1e-6, 1e-3])
+@pytest.mark.parametrize("fields", [{}, {"top_p": 0.9}])
+def test_a_temperature_near_zero_is_greedy_and_not_noise(temperature: float, fields) -> None:
+    """Logits over 1e-38 were infinite, and an arbitrary token won."""
+    scores = logits(seed=11)
+    rows = [row(position=i, temperature=temperature, **fields) for i in range(20)]
+    tokens = sample(scores.expand(20, -1), rows).token_ids_S.tolist()
+    assert set(tokens) == {scores.argmax().item()}

@@ -1,5 +1,6 @@
 """A whole server as its operator sees it: signals, exit codes, and what its log says."""
 
+import asyncio
 import json
 import os
 import signal
@@ -228,3 +229,27 @@ def test_a_base_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
     assert code == 1
     assert "tokenizer.json" in log
     assert len(log.splitlines()) == 1
+
+
+def test_replies_are_not_held_back_to_be_sent_together() -> None:
+    """asyncio leaves Nagle's delay on for sockets that do not name TCP: 40 ms a reply."""
+    from lory_router.serve import _listen
+
+    async def accepted_nodelay() -> int:
+        told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def note(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            accepted = writer.get_extra_info("socket")
+            told.set_result(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        listener = _listen("127.0.0.1", 0)
+        server = await asyncio.start_server(note, sock=listener)
+        async with server:
+            _, writer = await asyncio.open_connection(*listener.getsockname())
+            value = await asyncio.wait_for(told, 5)
+            writer.close()
+            await writer.wait_closed()
+        return value
+
+    assert asyncio.run(accepted_nodelay()) == 1

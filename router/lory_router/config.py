@@ -188,7 +188,7 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for section, item in _leaves():
             _check_bounds(item, getattr(getattr(self, section.name), item.name))
-        for check in (_check_model, _check_positive, _check_steps, _check_memory):
+        for check in (_check_model, _check_positive, _check_steps, _check_memory, _check_keys):
             check(self)
 
     @classmethod
@@ -418,6 +418,11 @@ def _check_steps(config: ServeConfig) -> None:
             f"--max-input-length: {config.limits.max_input_length} leaves no room for an answer "
             f"in --max-model-len {context}"
         )
+
+
+def _check_keys(config: ServeConfig) -> None:
+    if config.http.api_key and not _comma_list(config.http.api_key):
+        raise ConfigError("--api-key: holds no key; leave it out to serve everyone")
 
 
 def _check_memory(config: ServeConfig) -> None:

@@ -209,6 +209,8 @@ def _ints(item: int | list[int]) -> list[int]:
 
 async def _completion_ids(prompt: Prompt, context: Context) -> tuple[int, ...]:
     if isinstance(prompt, str):
+        if not prompt:
+            raise Invalid("`prompt` cannot be empty", param="prompt")
         most = validate.max_input_length(context.info, context.settings)
         tokenize.check_length("prompt", prompt, context.text, most)
         ids = await tokenize.encode(context.text, prompt, context.settings)

@@ -52,11 +52,15 @@ class TextModel:
         self._texts: dict[int, str] = {}
 
     def encode(self, text: str, add_special_tokens: bool = True) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+        # The batch call lets go of the interpreter while it works; the single one does not.
+        (encoding,) = self.tokenizer.encode_batch_fast(
+            [text], add_special_tokens=add_special_tokens
+        )
+        return tuple(encoding.ids)
 
     def locate(self, text: str, add_special_tokens: bool = True) -> list[tuple[int, int, int]]:
         """Each token of `text`, and the characters from and to which it stands."""
-        encoding = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        (encoding,) = self.tokenizer.encode_batch([text], add_special_tokens=add_special_tokens)
         places = zip(encoding.ids, encoding.offsets, strict=True)
         return [(token_id, start, stop) for token_id, (start, stop) in places]
 

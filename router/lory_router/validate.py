@@ -43,7 +43,7 @@ class Range:
 TEMPERATURE = Range(0, 100)
 OPENAI_TEMPERATURE = Range(0, 2)
 TOP_P = Range(0, 1, open_low=True)
-REPETITION = Range(0, 100, open_low=True)
+REPETITION = Range(0.01, 100)
 PENALTY = Range(-2, 2)
 BIAS = Range(-100, 100)
 

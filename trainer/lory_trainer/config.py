@@ -36,8 +36,8 @@ class _Options(BaseModel):
 class LoraOptions(_Options):
     """What is added to the base."""
 
-    r: int = Field(default=8, ge=1, le=512)
-    """Rank of every adapted linear."""
+    r: int = Field(default=8, ge=1, le=256)
+    """Rank of every adapted linear; the server takes no more than 256."""
     alpha: Number | None = Field(default=None, gt=0)
     """The update is scaled by alpha / r (alpha / sqrt(r) with use_rslora); 2 r if unset."""
     dropout: Number = Field(default=0.0, ge=0, lt=1)

@@ -52,7 +52,7 @@ class Batch:
 def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
     """The named columns of every line; raises DataError naming the line that lacks one."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except FileNotFoundError as error:
         raise DataError(
             f"data: there is no file {path}; a relative path starts at the configuration's folder"

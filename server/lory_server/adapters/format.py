@@ -192,7 +192,8 @@ def _check_base_name(name: str, base: Base) -> None:
     if _last_part(name) not in {_last_part(known) for known in base.names}:
         raise AdapterInvalidError(
             f"{CONFIG_NAME}: base_model_name_or_path is {name[:200]!r}, but the base served is"
-            f" {base.names[0]!r}; if they are the same weights, start with --allow-base-mismatch"
+            f" {_last_part(base.names[0])!r}; if they are the same weights, start with"
+            " --allow-base-mismatch"
         )
 
 

@@ -141,13 +141,21 @@ def _invert(probs_SV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
 
 def _draw(scores_SV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     temperature_S1 = _column(rows, lambda row: row.sampling.temperature, scores_SV)
-    return _invert(torch.softmax(scores_SV / temperature_S1, dim=-1), rows)
+    return _invert(torch.softmax(_cooled(scores_SV, temperature_S1), dim=-1), rows)
+
+
+def _cooled(scores_SV: Tensor, temperature_S1: Tensor) -> Tensor:
+    """Scores over temperature, the best at 0, so that no temperature overflows."""
+    best_S1 = scores_SV.max(dim=-1, keepdim=True).values
+    return (scores_SV - best_S1) / temperature_S1.clamp_min(1e-6)
 
 
 def _draw_filtered(scores_FV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
     """Temperature, then top-k, top-p, typical-p, each over what the one before it left."""
     temperature_F1 = _column(rows, lambda row: row.sampling.temperature, scores_FV)
-    sorted_FV, ids_FV = torch.sort(scores_FV / temperature_F1, dim=-1, descending=True, stable=True)
+    sorted_FV, ids_FV = torch.sort(
+        _cooled(scores_FV, temperature_F1), dim=-1, descending=True, stable=True
+    )
     rank_V = torch.arange(sorted_FV.shape[-1], device=sorted_FV.device)
     top_k_F1 = _column(rows, lambda row: row.sampling.top_k or sorted_FV.shape[-1], sorted_FV)
     sorted_FV = sorted_FV.masked_fill(rank_V >= top_k_F1, -torch.inf)
