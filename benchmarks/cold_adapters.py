@@ -25,11 +25,11 @@ from benchmarks import record
 from benchmarks.models import ROOT as MODELS
 from benchmarks.models import SHAPES, Adapters, ensure_adapters, ensure_base
 from benchmarks.server import RunningServer, serving
-from lory_router.figures import spread
-from lory_router.load import CompletionsRoute, Load
-from lory_router.load_client import Exchange, Target, exchange
-from lory_router.machine import CpuWatch, wait_until_quiet
-from lory_router.workload import Ask, Popularity, Workload
+from lory_router.bench.client import Exchange, Target, exchange
+from lory_router.bench.figures import spread
+from lory_router.bench.load import CompletionsRoute, Load
+from lory_router.bench.machine import CpuWatch, wait_until_quiet
+from lory_router.bench.workload import Ask, Popularity, Workload
 
 Phase = Literal["quiet", "cold", "warm"]
 PHASES: tuple[Phase, ...] = ("quiet", "cold", "warm")

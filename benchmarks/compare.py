@@ -25,9 +25,9 @@ from benchmarks.contenders import Contender, HttpContender, peft_contender
 from benchmarks.models import ROOT as MODELS
 from benchmarks.models import SHAPES, Adapters, ensure_adapters, ensure_base
 from benchmarks.server import serving
+from lory_router.bench.machine import CpuWatch, tree_resident_bytes, wait_until_quiet
+from lory_router.bench.workload import Popularity, Workload
 from lory_router.config import CommandError
-from lory_router.machine import CpuWatch, tree_resident_bytes, wait_until_quiet
-from lory_router.workload import Popularity, Workload
 
 Scenario = Literal["base", "one", "distinct"]
 SCENARIOS: tuple[Scenario, ...] = ("base", "one", "distinct")

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from lory_router.bench import ServerFacts
-from lory_router.load import CompletionsRoute, Load
-from lory_router.load_client import Target
-from lory_router.machine import listening_pid
-from lory_router.workload import Ask
+from lory_router.bench.client import Target
+from lory_router.bench.command import ServerFacts
+from lory_router.bench.load import CompletionsRoute, Load
+from lory_router.bench.machine import listening_pid
+from lory_router.bench.workload import Ask
 
 BATCH_TIMEOUT_S = 1800.0
 

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from bench_stub import ADAPTERS, Stub, running_stub
-from lory_router import machine
-from lory_router.bench import main
-from lory_router.figures import medians, percentile, summarise
-from lory_router.load import Outcome, Usage
-from lory_router.load_client import Exchange, ReplyError, Target, read_reply
+from lory_router.bench import machine
+from lory_router.bench.client import Exchange, ReplyError, Target, read_reply
+from lory_router.bench.command import main
+from lory_router.bench.figures import medians, percentile, summarise
+from lory_router.bench.load import Outcome, Usage
 
 FAST = ["--warmup", "0", "--reps", "1", "--quiet-limit", "0", "--prompt-tokens", "5"]
 
@@ -135,7 +135,7 @@ def test_options_that_make_no_sense_are_refused(
 
 
 def test_the_generator_needs_no_torch() -> None:
-    program = "import sys, lory_router.bench; assert 'torch' not in sys.modules"
+    program = "import sys, lory_router.bench.command; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True)
 
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from bench_stub import running_stub
-from lory_router.load import CompletionsRoute, Load
-from lory_router.load_client import Exchange, Target
-from lory_router.workload import Ask
+from lory_router.bench.client import Exchange, Target
+from lory_router.bench.load import CompletionsRoute, Load
+from lory_router.bench.workload import Ask
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 

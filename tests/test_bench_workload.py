@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from lory_router.workload import Popularity, Workload, WorkloadError, adapter_names
+from lory_router.bench.workload import Popularity, Workload, WorkloadError, adapter_names
 
 NAMES = tuple(f"a{number:02d}" for number in range(8))
 

@@ -22,7 +22,7 @@ from lory_client.replies import Head
 from lory_client.sse import SSEDecoder
 from lory_client.streams import StreamReader
 from lory_router import schemas_lorax, schemas_openai
-from lory_router.plan_lorax import NOT_SUPPORTED
+from lory_router.intake_lorax import NOT_SUPPORTED
 
 STREAM_HEAD = Head(200, {"content-type": "text/event-stream; charset=utf-8"})
 

@@ -193,7 +193,7 @@ def train(context: typer.Context) -> None:
 @app.command(context_settings=PASS_ON)
 def bench(context: typer.Context) -> None:
     """Measure a running server (see lory bench --help)."""
-    raise typer.Exit(importlib.import_module("lory_router.bench").main(context.args))
+    raise typer.Exit(importlib.import_module("lory_router.bench.command").main(context.args))
 
 
 if __name__ == "__main__":

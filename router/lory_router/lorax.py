@@ -1,19 +1,19 @@
 """LoRAX's routes: /, /generate, /generate_stream, /invocations, /tokenize; replies to the letter.
 
-It must not know how requests are checked (`plan_lorax`) or sequences run (`running`).
+It must not know how requests are checked (`intake_lorax`) or sequences run (`running`).
 """
 
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 
-from lory_router import plan_lorax
+from lory_router import intake_lorax
 from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.endpoint import Front
 from lory_router.errors import IncompleteGeneration, Invalid
 from lory_router.exchange import Exchange
 from lory_router.headers import header_text, measured_headers
-from lory_router.plan_lorax import LoraxPlan
+from lory_router.intake_lorax import LoraxJob
 from lory_router.running import LiveSequence, run_all, running
 from lory_router.schemas_lorax import (
     Details,
@@ -43,7 +43,7 @@ FINISH_REASONS: dict[EndReason, FinishReason] = {
 
 async def generate(front: Front, exchange: Exchange, body: bytes) -> None:
     """POST /generate: one JSON object."""
-    wish = plan_lorax.read_body(body)
+    wish = intake_lorax.read_body(body)
     if wish.stream:
         raise Invalid("`stream` is for / ; use /generate_stream", param="stream")
     await _reply_whole(front, exchange, wish, as_list=False)
@@ -51,7 +51,7 @@ async def generate(front: Front, exchange: Exchange, body: bytes) -> None:
 
 async def generate_stream(front: Front, exchange: Exchange, body: bytes) -> None:
     """POST /generate_stream: server-sent events."""
-    wish = plan_lorax.read_body(body)
+    wish = intake_lorax.read_body(body)
     if wish.stream is False:
         raise Invalid("`stream` false is for / ; use /generate", param="stream")
     await _reply_stream(front, exchange, wish)
@@ -59,7 +59,7 @@ async def generate_stream(front: Front, exchange: Exchange, body: bytes) -> None
 
 async def compat_generate(front: Front, exchange: Exchange, body: bytes) -> None:
     """POST / and /invocations: a list of one object, or server-sent events."""
-    wish = plan_lorax.read_body(body)
+    wish = intake_lorax.read_body(body)
     if wish.stream:
         await _reply_stream(front, exchange, wish)
     else:
@@ -81,36 +81,36 @@ async def tokenize(front: Front, exchange: Exchange, body: bytes) -> None:
     )
 
 
-async def _plan(
+async def _accept(
     front: Front, exchange: Exchange, wish: GenerateBody, stream: bool
-) -> tuple[LoraxPlan, EngineInfo]:
+) -> tuple[LoraxJob, EngineInfo]:
     info = front.require_ready()
-    plan = await plan_lorax.plan(wish, stream, info, front.settings, front.text)
-    exchange.adapter_id = plan.adapter_id
+    job = await intake_lorax.accept(wish, stream, info, front.settings, front.text)
+    exchange.adapter_id = job.adapter_id
     exchange.ready_at = time.perf_counter()
-    return plan, info
+    return job, info
 
 
 async def _reply_whole(front: Front, exchange: Exchange, wish: GenerateBody, as_list: bool) -> None:
-    plan, info = await _plan(front, exchange, wish, stream=False)
-    async with running(front.engine, plan.asks, front.text, front.settings) as live:
+    job, info = await _accept(front, exchange, wish, stream=False)
+    async with running(front.engine, job.asks, front.text, front.settings) as live:
         exchange.sequences = live
         await run_all(live)
-    reply = _reply(plan, live, front.text)
-    headers = _common_headers(plan, front, info) | measured_headers(exchange)
+    reply = _reply(job, live, front.text)
+    headers = _common_headers(job, front, info) | measured_headers(exchange)
     await exchange.reply_json([reply] if as_list else reply, headers=headers)
 
 
 async def _reply_stream(front: Front, exchange: Exchange, wish: GenerateBody) -> None:
-    plan, info = await _plan(front, exchange, wish, stream=True)
-    headers = _common_headers(plan, front, info)
-    await reply_events(exchange, _events(front, exchange, plan), headers)
+    job, info = await _accept(front, exchange, wish, stream=True)
+    headers = _common_headers(job, front, info)
+    await reply_events(exchange, _events(front, exchange, job), headers)
 
 
-async def _events(front: Front, exchange: Exchange, plan: LoraxPlan) -> AsyncGenerator[bytes, None]:
+async def _events(front: Front, exchange: Exchange, job: LoraxJob) -> AsyncGenerator[bytes, None]:
     """An event a token; the last token's waits for the terminal event, which it tells as well."""
     last: Piece | None = None
-    async with running(front.engine, plan.asks, front.text, front.settings) as live:
+    async with running(front.engine, job.asks, front.text, front.settings) as live:
         exchange.sequences = live
         async with aclosing(live[0].pieces()) as batches:
             async for pieces in batches:
@@ -120,39 +120,39 @@ async def _events(front: Front, exchange: Exchange, plan: LoraxPlan) -> AsyncGen
                     yield b"".join([_token_event(piece, front.text) for piece in pieces])
     if last is None:
         raise IncompleteGeneration("Incomplete generation")
-    yield _last_event(last, plan, live[0].transcript, front.text)
+    yield _last_event(last, job, live[0].transcript, front.text)
 
 
 def _token_event(piece: Piece, text: TextModel) -> bytes:
     return event(StreamReply(token=_token(piece, text)), "lorax")
 
 
-def _last_event(last: Piece, plan: LoraxPlan, transcript: Transcript, text: TextModel) -> bytes:
+def _last_event(last: Piece, job: LoraxJob, transcript: Transcript, text: TextModel) -> bytes:
     details = StreamDetails(
         finish_reason=_finish_reason(transcript),
-        prompt_tokens=len(plan.prompt_ids),
+        prompt_tokens=len(job.prompt_ids),
         generated_tokens=len(transcript.pieces),
-        seed=_seed(plan, 0),
+        seed=_seed(job, 0),
     )
     reply = StreamReply(
         token=_token(last, text),
-        generated_text=plan.prompt_text + transcript.text,
-        details=details if plan.details else None,
+        generated_text=job.prompt_text + transcript.text,
+        details=details if job.details else None,
     )
     return event(reply, "lorax")
 
 
-def _reply(plan: LoraxPlan, live: list[LiveSequence], text: TextModel) -> GenerateReply:
+def _reply(job: LoraxJob, live: list[LiveSequence], text: TextModel) -> GenerateReply:
     """Of best_of the likeliest per token; the others go into its details."""
-    replies = [_sequence(plan, index, s.transcript, text) for index, s in enumerate(live)]
+    replies = [_sequence(job, index, s.transcript, text) for index, s in enumerate(live)]
     best = max(range(len(live)), key=lambda index: live[index].transcript.mean_logprob)
     others = [reply for index, reply in enumerate(replies) if index != best]
     chosen = replies[best]
-    if not plan.details:
+    if not job.details:
         return GenerateReply(generated_text=chosen.generated_text)
     details = Details(
         finish_reason=chosen.finish_reason,
-        prompt_tokens=len(plan.prompt_ids),
+        prompt_tokens=len(job.prompt_ids),
         generated_tokens=chosen.generated_tokens,
         skipped_tokens=0,
         seed=chosen.seed,
@@ -163,16 +163,14 @@ def _reply(plan: LoraxPlan, live: list[LiveSequence], text: TextModel) -> Genera
     return GenerateReply(generated_text=chosen.generated_text, details=details)
 
 
-def _sequence(
-    plan: LoraxPlan, index: int, transcript: Transcript, text: TextModel
-) -> SequenceReply:
+def _sequence(job: LoraxJob, index: int, transcript: Transcript, text: TextModel) -> SequenceReply:
     return SequenceReply(
-        generated_text=plan.prompt_text + transcript.text,
+        generated_text=job.prompt_text + transcript.text,
         finish_reason=_finish_reason(transcript),
         generated_tokens=len(transcript.pieces),
-        seed=_seed(plan, index),
-        prefill=_prefill(transcript, text) if plan.prefill_details else [],
-        tokens=[_token(piece, text) for piece in transcript.pieces] if plan.details else [],
+        seed=_seed(job, index),
+        prefill=_prefill(transcript, text) if job.prefill_details else [],
+        tokens=[_token(piece, text) for piece in transcript.pieces] if job.details else [],
     )
 
 
@@ -182,8 +180,8 @@ def _finish_reason(transcript: Transcript) -> FinishReason:
     return FINISH_REASONS[transcript.end]
 
 
-def _seed(plan: LoraxPlan, index: int) -> int | None:
-    return plan.asks[index].request.sampling.seed if plan.sampled else None
+def _seed(job: LoraxJob, index: int) -> int | None:
+    return job.asks[index].request.sampling.seed if job.sampled else None
 
 
 def _token(piece: Piece, text: TextModel) -> TokenReply:
@@ -207,12 +205,12 @@ def _prefill(transcript: Transcript, text: TextModel) -> list[PrefillReply]:
     ]
 
 
-def _common_headers(plan: LoraxPlan, front: Front, info: EngineInfo) -> dict[str, str]:
+def _common_headers(job: LoraxJob, front: Front, info: EngineInfo) -> dict[str, str]:
     headers = {
         "x-compute-type": info.device,
-        "x-compute-characters": str(plan.num_input_chars),
+        "x-compute-characters": str(job.num_input_chars),
         "x-model-id": header_text(front.settings.model_names[0]),
     }
-    if plan.adapter_id:
-        headers |= {"x-adapter-id": header_text(plan.adapter_id), "x-adapter-source": "local"}
+    if job.adapter_id:
+        headers |= {"x-adapter-id": header_text(job.adapter_id), "x-adapter-source": "local"}
     return headers

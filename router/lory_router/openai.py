@@ -1,7 +1,7 @@
 """OpenAI's generation routes: /v1/completions and /v1/chat/completions, whole and streamed.
 
 The two differ in a `Dressing` alone: how a choice and a chunk look. It must not know how requests
-are checked (`plan_openai`) or sequences run (`running`).
+are checked (`intake_openai`) or sequences run (`running`).
 """
 
 import time
@@ -9,10 +9,11 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Protocol
 
-from lory_router import plan_openai
+from lory_router import intake_openai
 from lory_router.endpoint import Front
 from lory_router.exchange import Exchange
 from lory_router.headers import header_text, measured_headers
+from lory_router.intake_openai import Context, OpenaiJob
 from lory_router.openai_shapes import (
     Json,
     Shown,
@@ -23,7 +24,6 @@ from lory_router.openai_shapes import (
     usage_of,
     visible,
 )
-from lory_router.plan_openai import Context, OpenaiPlan
 from lory_router.running import LiveSequence, merged, run_all, running
 from lory_router.schemas_openai import ChatBody, CompletionBody
 from lory_router.sse import DONE, event, reply_events
@@ -39,14 +39,14 @@ class Dressing(Protocol):
     chunk_object: str
 
     def choice(
-        self, plan: OpenaiPlan, index: int, transcript: Transcript, text: TextModel
+        self, job: OpenaiJob, index: int, transcript: Transcript, text: TextModel
     ) -> Json: ...
 
     def first_chunk(self, index: int) -> Json | None: ...
 
     def chunks(
         self,
-        plan: OpenaiPlan,
+        job: OpenaiJob,
         index: int,
         shown: tuple[str, list[Piece]],
         end: str | None,
@@ -56,18 +56,18 @@ class Dressing(Protocol):
 
 async def completions(front: Front, exchange: Exchange, body: bytes) -> None:
     """POST /v1/completions."""
-    wish, ignored = plan_openai.read_body(body, CompletionBody)
+    wish, ignored = intake_openai.read_body(body, CompletionBody)
     _tell_ignored(exchange, ignored)
-    plan = await plan_openai.plan_completion(wish, _context(front))
-    await _reply(front, exchange, plan, CompletionDressing())
+    job = await intake_openai.accept_completion(wish, _context(front))
+    await _reply(front, exchange, job, CompletionDressing())
 
 
 async def chat_completions(front: Front, exchange: Exchange, body: bytes) -> None:
     """POST /v1/chat/completions."""
-    wish, ignored = plan_openai.read_body(body, ChatBody)
+    wish, ignored = intake_openai.read_body(body, ChatBody)
     _tell_ignored(exchange, ignored)
-    plan = await plan_openai.plan_chat(wish, _context(front))
-    await _reply(front, exchange, plan, ChatDressing())
+    job = await intake_openai.accept_chat(wish, _context(front))
+    await _reply(front, exchange, job, ChatDressing())
 
 
 def _context(front: Front) -> Context:
@@ -80,24 +80,24 @@ def _tell_ignored(exchange: Exchange, ignored: Sequence[str]) -> None:
         exchange.extra_headers["x-ignored-params"] = names
 
 
-async def _reply(front: Front, exchange: Exchange, plan: OpenaiPlan, dressing: Dressing) -> None:
-    exchange.adapter_id = plan.adapter_id
+async def _reply(front: Front, exchange: Exchange, job: OpenaiJob, dressing: Dressing) -> None:
+    exchange.adapter_id = job.adapter_id
     exchange.ready_at = time.perf_counter()
     headers = {"x-model-id": header_text(front.settings.model_names[0])}
-    if plan.adapter_id:
-        headers["x-adapter-id"] = header_text(plan.adapter_id)
-    if plan.stream:
-        await reply_events(exchange, _events(front, exchange, plan, dressing), headers)
+    if job.adapter_id:
+        headers["x-adapter-id"] = header_text(job.adapter_id)
+    if job.stream:
+        await reply_events(exchange, _events(front, exchange, job, dressing), headers)
     else:
-        await _reply_whole(front, exchange, plan, dressing, headers)
+        await _reply_whole(front, exchange, job, dressing, headers)
 
 
-def _head(exchange: Exchange, plan: OpenaiPlan, dressing: Dressing, kind: str) -> Json:
+def _head(exchange: Exchange, job: OpenaiJob, dressing: Dressing, kind: str) -> Json:
     return {
         "id": dressing.id_prefix + exchange.request_id,
         "object": kind,
         "created": int(time.time()),
-        "model": plan.model,
+        "model": job.model,
         "system_fingerprint": None,
     }
 
@@ -105,26 +105,26 @@ def _head(exchange: Exchange, plan: OpenaiPlan, dressing: Dressing, kind: str) -
 async def _reply_whole(
     front: Front,
     exchange: Exchange,
-    plan: OpenaiPlan,
+    job: OpenaiJob,
     dressing: Dressing,
     headers: Mapping[str, str],
 ) -> None:
-    asks = [ask for group in plan.asks for ask in group]
+    asks = [ask for group in job.asks for ask in group]
     async with running(front.engine, asks, front.text, front.settings) as live:
         exchange.sequences = live
         await run_all(live)
-    groups = _groups(plan, live)
-    chosen = [t for group in groups for t in _best(group, plan.num_choices)]
-    choices = [dressing.choice(plan, i, t, front.text) for i, t in enumerate(chosen)]
-    head = _head(exchange, plan, dressing, dressing.whole_object)
-    usage = usage_of(groups, plan.answer)
+    groups = _groups(job, live)
+    chosen = [t for group in groups for t in _best(group, job.num_choices)]
+    choices = [dressing.choice(job, i, t, front.text) for i, t in enumerate(chosen)]
+    head = _head(exchange, job, dressing, dressing.whole_object)
+    usage = usage_of(groups, job.answer)
     whole = {**head, "choices": choices, "usage": usage}
     await exchange.reply_json(whole, headers={**headers, **measured_headers(exchange)})
 
 
-def _groups(plan: OpenaiPlan, live: Sequence[LiveSequence]) -> list[list[Transcript]]:
+def _groups(job: OpenaiJob, live: Sequence[LiveSequence]) -> list[list[Transcript]]:
     transcripts = iter([sequence.transcript for sequence in live])
-    return [[next(transcripts) for _ in group] for group in plan.asks]
+    return [[next(transcripts) for _ in group] for group in job.asks]
 
 
 def _best(group: list[Transcript], num: int) -> list[Transcript]:
@@ -135,40 +135,40 @@ def _best(group: list[Transcript], num: int) -> list[Transcript]:
 
 
 async def _events(
-    front: Front, exchange: Exchange, plan: OpenaiPlan, dressing: Dressing
+    front: Front, exchange: Exchange, job: OpenaiJob, dressing: Dressing
 ) -> AsyncGenerator[bytes, None]:
     """A chunk a batch of tokens, usage if asked for, and [DONE]."""
-    head = _head(exchange, plan, dressing, dressing.chunk_object)
-    asks = [ask for group in plan.asks for ask in group]
+    head = _head(exchange, job, dressing, dressing.chunk_object)
+    asks = [ask for group in job.asks for ask in group]
     async with running(front.engine, asks, front.text, front.settings) as live:
         exchange.sequences = live
-        choices = [_Streamed(i, s.transcript, plan, dressing) for i, s in enumerate(live)]
+        choices = [_Streamed(i, s.transcript, job, dressing) for i, s in enumerate(live)]
         async with aclosing(merged(live)) as batches:
             async for index, pieces in batches:
                 bodies = choices[index].take(pieces, front.text)
-                tail = _chunk_usage(plan, live)
+                tail = _chunk_usage(job, live)
                 yield b"".join([event({**head, "choices": [b], **tail}, "openai") for b in bodies])
-    if plan.include_usage:
-        usage = usage_of(_groups(plan, live))
+    if job.include_usage:
+        usage = usage_of(_groups(job, live))
         yield event({**head, "choices": [], "usage": usage}, "openai")
     yield DONE
 
 
-def _chunk_usage(plan: OpenaiPlan, live: Sequence[LiveSequence]) -> Json:
-    if plan.continuous_usage:
-        return {"usage": usage_of(_groups(plan, live))}
-    return {"usage": None} if plan.include_usage else {}
+def _chunk_usage(job: OpenaiJob, live: Sequence[LiveSequence]) -> Json:
+    if job.continuous_usage:
+        return {"usage": usage_of(_groups(job, live))}
+    return {"usage": None} if job.include_usage else {}
 
 
 class _Streamed:
     """One choice of a stream."""
 
     def __init__(
-        self, index: int, transcript: Transcript, plan: OpenaiPlan, dressing: Dressing
+        self, index: int, transcript: Transcript, job: OpenaiJob, dressing: Dressing
     ) -> None:
         self._index = index
         self._transcript = transcript
-        self._plan = plan
+        self._job = job
         self._dressing = dressing
         self._shown = Shown(transcript)
         self._begun = False
@@ -181,7 +181,7 @@ class _Streamed:
             self._begun = True
         shown = self._shown.take(pieces)
         end = finish_reason(self._transcript) if self._transcript.end else None
-        return bodies + self._dressing.chunks(self._plan, self._index, shown, end, text)
+        return bodies + self._dressing.chunks(self._job, self._index, shown, end, text)
 
 
 class CompletionDressing:
@@ -189,23 +189,23 @@ class CompletionDressing:
     whole_object = "text_completion"
     chunk_object = "text_completion"
 
-    def choice(self, plan: OpenaiPlan, index: int, transcript: Transcript, text: TextModel) -> Json:
-        prompt = plan.prompt_texts[index // plan.num_choices] if plan.prompt_texts else ""
+    def choice(self, job: OpenaiJob, index: int, transcript: Transcript, text: TextModel) -> Json:
+        prompt = job.prompt_texts[index // job.num_choices] if job.prompt_texts else ""
         return {
             "index": index,
-            "text": prompt + transcript.stripped_text if plan.answer else prompt,
-            "logprobs": self._logprobs(plan, transcript, prompt, text),
-            "finish_reason": finish_reason(transcript) if plan.answer else "length",
+            "text": prompt + transcript.stripped_text if job.answer else prompt,
+            "logprobs": self._logprobs(job, transcript, prompt, text),
+            "finish_reason": finish_reason(transcript) if job.answer else "length",
         }
 
     def _logprobs(
-        self, plan: OpenaiPlan, transcript: Transcript, prompt: str, text: TextModel
+        self, job: OpenaiJob, transcript: Transcript, prompt: str, text: TextModel
     ) -> Json | None:
-        if plan.num_top_logprobs is None:
+        if job.num_top_logprobs is None:
             return None
-        pieces = visible(transcript, transcript.pieces) if plan.answer else []
-        answer = completion_logprobs(pieces, text, plan.num_top_logprobs, len(prompt))
-        if not plan.prompt_texts:
+        pieces = visible(transcript, transcript.pieces) if job.answer else []
+        answer = completion_logprobs(pieces, text, job.num_top_logprobs, len(prompt))
+        if not job.prompt_texts:
             return answer
         return _joined(prompt_logprobs(transcript, text), answer)
 
@@ -214,7 +214,7 @@ class CompletionDressing:
 
     def chunks(
         self,
-        plan: OpenaiPlan,
+        job: OpenaiJob,
         index: int,
         shown: tuple[str, list[Piece]],
         end: str | None,
@@ -222,8 +222,8 @@ class CompletionDressing:
     ) -> list[Json]:
         said, pieces = shown
         logprobs = None
-        if plan.num_top_logprobs is not None:
-            logprobs = completion_logprobs(pieces, text, plan.num_top_logprobs, 0)
+        if job.num_top_logprobs is not None:
+            logprobs = completion_logprobs(pieces, text, job.num_top_logprobs, 0)
         return [{"index": index, "text": said, "logprobs": logprobs, "finish_reason": end}]
 
 
@@ -248,12 +248,12 @@ class ChatDressing:
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
-    def choice(self, plan: OpenaiPlan, index: int, transcript: Transcript, text: TextModel) -> Json:
+    def choice(self, job: OpenaiJob, index: int, transcript: Transcript, text: TextModel) -> Json:
         said = transcript.stripped_text
         return {
             "index": index,
             "message": {"role": "assistant", "content": said, "refusal": None},
-            "logprobs": _chat_logprobs(plan, visible(transcript, transcript.pieces), text),
+            "logprobs": _chat_logprobs(job, visible(transcript, transcript.pieces), text),
             "finish_reason": finish_reason(transcript),
         }
 
@@ -262,7 +262,7 @@ class ChatDressing:
 
     def chunks(
         self,
-        plan: OpenaiPlan,
+        job: OpenaiJob,
         index: int,
         shown: tuple[str, list[Piece]],
         end: str | None,
@@ -271,13 +271,13 @@ class ChatDressing:
         said, pieces = shown
         found: list[Json] = []
         if said or pieces or not end:
-            logprobs = _chat_logprobs(plan, pieces, text)
+            logprobs = _chat_logprobs(job, pieces, text)
             found.append(_delta(index, {"content": said}, logprobs, None))
         return [*found, _delta(index, {}, None, end)] if end else found
 
 
-def _chat_logprobs(plan: OpenaiPlan, pieces: Sequence[Piece], text: TextModel) -> Json | None:
-    return None if plan.num_top_logprobs is None else chat_logprobs(pieces, text)
+def _chat_logprobs(job: OpenaiJob, pieces: Sequence[Piece], text: TextModel) -> Json | None:
+    return None if job.num_top_logprobs is None else chat_logprobs(pieces, text)
 
 
 def _delta(index: int, delta: Json, logprobs: Json | None, end: str | None) -> Json:

@@ -10,7 +10,7 @@ from starlette.responses import Response
 from lory_router import validate
 from lory_router.endpoint import Front
 from lory_router.errors import Unhealthy, adapter_not_found
-from lory_router.plan_openai import adapter_of
+from lory_router.intake_openai import adapter_of
 from lory_server.messages import AdapterEntry
 
 VERSION = "0.1.0"

@@ -20,12 +20,12 @@ from rich.console import Console
 from rich.table import Table
 
 from lory_router import __version__
+from lory_router.bench.client import Target
+from lory_router.bench.figures import DEFINITIONS, medians, summarise
+from lory_router.bench.load import CompletionsRoute, GenerateRoute, Load
+from lory_router.bench.machine import CpuWatch, listening_pid, machine_facts, wait_until_quiet
+from lory_router.bench.workload import Popularity, Workload, WorkloadError, adapter_names
 from lory_router.config import CommandError, caller_key_option, server_url_option
-from lory_router.figures import DEFINITIONS, medians, summarise
-from lory_router.load import CompletionsRoute, GenerateRoute, Load
-from lory_router.load_client import Target
-from lory_router.machine import CpuWatch, listening_pid, machine_facts, wait_until_quiet
-from lory_router.workload import Popularity, Workload, WorkloadError, adapter_names
 
 DEFAULT_CONCURRENCY = 32
 FACTS_TIMEOUT_S = 10.0
@@ -70,7 +70,7 @@ class ServerFacts:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Experiment:
     """What to run and how often."""
 
     load: Load
@@ -83,22 +83,25 @@ class Plan:
     """0: not known, and then nothing is called clean."""
 
 
-def run_plan(plan: Plan) -> list[dict[str, Any]]:
+def run_experiment(experiment: Experiment) -> list[dict[str, Any]]:
     """Every measured repetition in figures."""
-    for number in range(plan.warmup):
-        plan.load.run(plan.workload.requests(number))
-    return [_measure(plan, number) for number in range(plan.warmup, plan.warmup + plan.repetitions)]
+    for number in range(experiment.warmup):
+        experiment.load.run(experiment.workload.requests(number))
+    return [
+        _measure(experiment, number)
+        for number in range(experiment.warmup, experiment.warmup + experiment.repetitions)
+    ]
 
 
-def _measure(plan: Plan, number: int) -> dict[str, Any]:
-    asks = plan.workload.requests(number)
-    if plan.quiet_limit_s:
-        wait_until_quiet(plan.quiet_limit_s)
-    watch = CpuWatch(plan.server_pid)
-    outcomes, wall_s = plan.load.run(asks)
+def _measure(experiment: Experiment, number: int) -> dict[str, Any]:
+    asks = experiment.workload.requests(number)
+    if experiment.quiet_limit_s:
+        wait_until_quiet(experiment.quiet_limit_s)
+    watch = CpuWatch(experiment.server_pid)
+    outcomes, wall_s = experiment.load.run(asks)
     shares = watch.stop()
     figures = summarise(outcomes, wall_s)
-    if plan.load.concurrency:
+    if experiment.load.concurrency:
         del figures["late_s"]
     return figures | {"cpu": shares.described(), "clean": shares.clean}
 
@@ -166,11 +169,11 @@ def main(argv: list[str]) -> int:
 def _command(**values: Any) -> None:
     options = BenchOptions(**values)
     try:
-        plan, facts = make_plan(options)
+        experiment, facts = make_experiment(options)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
-    record = describe(plan, asdict(options), facts)
-    record["repetitions"] = run_plan(plan)
+    record = describe(experiment, asdict(options), facts)
+    record["repetitions"] = run_experiment(experiment)
     record["median"] = medians(record["repetitions"])
     show(record)
     if options.out is not None:
@@ -183,7 +186,7 @@ _command.__signature__ = inspect.signature(BenchOptions)  # type: ignore[attr-de
 _command.__annotations__ = get_type_hints(BenchOptions, include_extras=True)
 
 
-def make_plan(options: BenchOptions) -> tuple[Plan, ServerFacts]:
+def make_experiment(options: BenchOptions) -> tuple[Experiment, ServerFacts]:
     """What the options ask of which server. Raises ValueError, and CommandError for the server."""
     if options.concurrency and options.rate:
         raise WorkloadError("--concurrency is a closed loop and --rate an open one: give one")
@@ -207,12 +210,14 @@ def make_plan(options: BenchOptions) -> tuple[Plan, ServerFacts]:
     in_flight = 0 if options.rate else options.concurrency or DEFAULT_CONCURRENCY
     load = Load(target, route, options.output_tokens, options.stream, in_flight, options.timeout)
     pid = options.server_pid or listening_pid(target.host, target.port)
-    return Plan(load, workload, options.warmup, options.reps, options.quiet_limit, pid), facts
+    return Experiment(load, workload, options.warmup, options.reps, options.quiet_limit, pid), facts
 
 
-def describe(plan: Plan, options: Mapping[str, object], facts: ServerFacts) -> dict[str, Any]:
+def describe(
+    experiment: Experiment, options: Mapping[str, object], facts: ServerFacts
+) -> dict[str, Any]:
     """The record, but for its figures."""
-    load = plan.load
+    load = experiment.load
     shown = {name: value for name, value in options.items() if name != "api_key"}
     loop = {"concurrency": load.concurrency} if load.concurrency else {}
     return {
@@ -222,8 +227,8 @@ def describe(plan: Plan, options: Mapping[str, object], facts: ServerFacts) -> d
         "versions": {"lory": __version__},
         "machine": machine_facts(),
         "server": {"url": shown.get("url"), "base": facts.base_name, **facts.info},
-        "workload": plan.workload.described() | loop | {"streaming": load.stream},
-        "warmup_repetitions": plan.warmup,
+        "workload": experiment.workload.described() | loop | {"streaming": load.stream},
+        "warmup_repetitions": experiment.warmup,
         "definitions": DEFINITIONS,
     }
 

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from lory_router.load import Outcome
+from lory_router.bench.load import Outcome
 
 PERCENTILES = (50, 90, 99)
 

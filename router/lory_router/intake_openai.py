@@ -38,7 +38,7 @@ B = TypeVar("B", bound=CommonBody)
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What a plan is made against."""
+    """What a request is checked against."""
 
     info: EngineInfo
     settings: RouterSettings
@@ -46,7 +46,7 @@ class Context:
 
 
 @dataclass(frozen=True, slots=True)
-class OpenaiPlan:
+class OpenaiJob:
     """What is to be generated, and what of it the reply shows."""
 
     model: str
@@ -98,14 +98,14 @@ def adapter_of(model: str, settings: RouterSettings) -> str:
     return validate.check_adapter_id(model)
 
 
-async def plan_completion(body: CompletionBody, context: Context) -> OpenaiPlan:
+async def accept_completion(body: CompletionBody, context: Context) -> OpenaiJob:
     check_common(body, context)
     _check_completion(body, context)
     prompts = _prompts(body.prompt, context.settings)
     ids = [await _completion_ids(prompt, context) for prompt in prompts]
     wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
     num = body.best_of or body.n or 1
-    return _plan(
+    return _job(
         body,
         context,
         asks=_all_asks(body, context, ids, num, max(1, wanted), body.logprobs),
@@ -115,7 +115,7 @@ async def plan_completion(body: CompletionBody, context: Context) -> OpenaiPlan:
     )
 
 
-async def plan_chat(body: ChatBody, context: Context) -> OpenaiPlan:
+async def accept_chat(body: ChatBody, context: Context) -> OpenaiJob:
     check_common(body, context)
     wanted = body.max_completion_tokens
     if wanted is None:
@@ -123,7 +123,7 @@ async def plan_chat(body: ChatBody, context: Context) -> OpenaiPlan:
     validate.check_answer_length("max_completion_tokens", wanted, 1, context.info)
     num_top = _chat_logprobs(body, context.settings)
     ids = await _chat_ids(body, context)
-    return _plan(
+    return _job(
         body,
         context,
         asks=_all_asks(body, context, [ids], body.n or 1, wanted, num_top),
@@ -290,16 +290,16 @@ def _part(part: Json, path: str) -> str:
     return text
 
 
-def _plan(
+def _job(
     body: CommonBody,
     context: Context,
     asks: tuple[tuple[Ask, ...], ...],
     prompt_texts: tuple[str, ...],
     num_top_logprobs: int | None,
     answer: bool,
-) -> OpenaiPlan:
+) -> OpenaiJob:
     options = body.stream_options
-    return OpenaiPlan(
+    return OpenaiJob(
         model=body.model or context.settings.model_names[0],
         adapter_id=adapter_of(body.model, context.settings),
         asks=asks,

@@ -13,8 +13,8 @@ from typing import Any, Protocol
 
 import msgspec
 
-from lory_router.load_client import Exchange, Reply, ReplyError, Target, exchange, read_reply
-from lory_router.workload import Ask
+from lory_router.bench.client import Exchange, Reply, ReplyError, Target, exchange, read_reply
+from lory_router.bench.workload import Ask
 
 ERROR_CHARS = 200
 

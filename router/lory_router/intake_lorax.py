@@ -25,7 +25,7 @@ NOT_SUPPORTED = ("merged_adapters", "api_token", "return_k_alternatives", "respo
 
 
 @dataclass(frozen=True, slots=True)
-class LoraxPlan:
+class LoraxJob:
     """What is to be generated, and what of it the reply shows."""
 
     asks: tuple[Ask, ...]
@@ -50,9 +50,9 @@ def read_body(body: bytes) -> GenerateBody:
     return read_struct(value, GenerateBody)
 
 
-async def plan(
+async def accept(
     body: GenerateBody, stream: bool, info: EngineInfo, settings: RouterSettings, text: TextModel
-) -> LoraxPlan:
+) -> LoraxJob:
     wish = body.parameters
     check_parameters(wish, stream, info, settings)
     adapter_id = validate.check_adapter_id(wish.adapter_id)
@@ -67,7 +67,7 @@ async def plan(
     validate.check_prompt("inputs", len(prompt_ids), info, settings)
     sampling = _sampling(wish, len(prompt_ids), info, settings)
     stops = validate.check_stops(wish.stop or (), settings)
-    return LoraxPlan(
+    return LoraxJob(
         asks=_asks(wish, prompt_ids, adapter_id, sampling, stops, info),
         adapter_id=adapter_id,
         prompt_ids=prompt_ids,
