@@ -30,8 +30,8 @@ Generate = Callable[[Sequence[str], str | None], list[str]]
 def read_eval(task: str) -> list[tuple[str, str]]:
     """(prompt as sent, wanted answer) of every held-out row."""
     manifest = json.loads((DEMO_DIR / "adapters" / task / "adapter_manifest.json").read_text())
-    lines = (DEMO_DIR / "data" / task / "eval.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines]
+    lines = (DEMO_DIR / "data" / task / "eval.jsonl").read_text(encoding="utf-8").split("\n")
+    rows = [json.loads(line) for line in lines if line]
     return [(manifest["template"].format(**row), row["completion"]) for row in rows]
 
 

@@ -157,6 +157,37 @@ def test_truncate_keeps_the_end_of_the_prompt():
     assert reply["generated_text"] == "efhi"
 
 
+def test_truncate_looks_no_further_back_than_its_tokens_can_reach(monkeypatch):
+    """A 2 MB text with `truncate` 10 was tokenized whole."""
+    looked_at: list[int] = []
+    encode = TextModel.encode
+
+    def measured(self: TextModel, text: str, special: bool = True):
+        looked_at.append(len(text))
+        return encode(self, text, special)
+
+    monkeypatch.setattr(TextModel, "encode", measured)
+    front = Front()
+    front.post("/generate", body("a" * 1_900_000 + "bcd", truncate=3))
+    assert front.engine.last.prompt_ids == (98, 99, 100)
+    assert looked_at[0] < 100
+
+
+def test_truncate_looks_further_back_where_the_end_holds_too_few_tokens():
+    front = Front(text=tiny_tokenizers.words())
+    front.post("/generate", body("t3 t4 t5" + " " * 5000, truncate=2))
+    assert front.engine.last.prompt_ids == (4, 5)
+
+
+@pytest.mark.parametrize("inputs", ["abcdef", "ab"])
+def test_truncate_of_a_template_and_of_a_short_text(inputs: str):
+    front = Front()
+    front.post("/generate", body(inputs, truncate=20, apply_chat_template=True))
+    assert bytes(front.engine.last.prompt_ids) == f"<user>{inputs}\n<assistant>".encode()[-20:]
+    reply = front.post("/generate", body(inputs, truncate=6, return_full_text=True)).json()
+    assert reply["generated_text"] == inputs + "hi"
+
+
 def test_decoder_input_details_tell_the_prompt_with_a_null_first():
     front = Front()
     reply = front.post("/generate", body(decoder_input_details=True, details=True)).json()
@@ -355,6 +386,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"watermark": True}, "watermark"),
     ({"return_k_alternatives": 2}, "return_k_alternatives"),
     ({"response_format": {"type": "json_object"}}, "response_format"),
+    ({"response_format": {"type": "text", "schema": {"type": "object"}}}, "response_format"),
+    ({"response_format": {}}, "response_format"),
     ({"merged_adapters": {"ids": ["a", "b"]}}, "merged_adapters"),
     ({"api_token": "secret"}, "api_token"),
     ({"adapter_source": "hub"}, "adapter_source"),
@@ -555,3 +588,45 @@ def test_a_text_beyond_the_context_by_its_characters_is_refused_before_it_is_tok
     reply = front.post("/generate", {"inputs": "x" * 1_900_000})
     assert reply.status_code == 422
     assert "1900000 characters" in reply.json()["error"]
+
+
+def test_tokenize_refuses_a_text_whose_reply_would_be_huge():
+    """2 MB of text gave a reply of 102 MB."""
+    front = Front(max_tokenize_bytes=8)
+    assert len(front.post("/tokenize", {"inputs": "a" * 8}).json()) == 8
+    for text in ("a" * 9, "\u20ac" * 3):
+        reply = front.post("/tokenize", {"inputs": text})
+        assert reply.status_code == 422
+        assert "`inputs` must have at most 8 bytes" in reply.json()["error"]
+
+
+def test_tokenize_tells_every_token_of_a_long_text():
+    text = "abc" * 5000
+    found = Front().post("/tokenize", {"inputs": text}).json()
+    assert [t["start"] for t in found] == list(range(15000))
+    assert "".join(t["text"] for t in found) == text
+    assert Front().post("/tokenize", {"inputs": ""}).json() == []
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"response_format": {"type": "text"}},
+        {"response_format": {"type": "text", "schema": {}}},
+        {"response_format": {"type": "Text", "schema": None}},
+        {"api_token": ""},
+        {"adapter_source": ""},
+        {"adapter_source": "local", "adapter_id": "french"},
+    ],
+)
+def test_what_says_the_default_is_accepted(given: dict[str, Any]):
+    assert Front().post("/generate", body(**given)).status_code == 200
+
+
+def test_more_sequences_than_the_queue_holds_are_refused_for_good():
+    """It was 429, whose caller tries again for ever."""
+    front = Front(max_concurrent_requests=2)
+    reply = front.post("/generate", body(best_of=3, do_sample=True))
+    assert reply.status_code == 422
+    assert "`best_of` asks for 3 sequences; this server's --max-queued is 2" in reply.text
+    assert front.post("/generate", body(best_of=2, do_sample=True)).status_code == 200

@@ -151,14 +151,15 @@ def test_refused_requests_leave_no_times_and_no_adapter() -> None:
     metrics.request_started("/generate")
     metrics.request_finished(
         record(
-            adapter_id="", status=404, outcome="refused", prompt_tokens=0, generated_tokens=0,
+            adapter_id=None, status=404, outcome="refused", prompt_tokens=0, generated_tokens=0,
             cached_tokens=0, time_to_first_token_s=None, time_per_token_s=None,
         )
     )  # fmt: skip
     found = samples(metrics)
-    assert found["lory_requests_total", "base", "refused", "/generate"] == 1
+    assert found["lory_requests_total", "none", "refused", "/generate"] == 1
+    assert ("lory_requests_total", "base", "refused", "/generate") not in found
     assert found["lory_time_to_first_token_seconds_count",] == 0
-    assert ("lory_adapter_requests_total", "base") not in found
+    assert not [key for key in found if key[0] == "lory_adapter_requests_total"]
 
 
 def test_routes_that_are_not_ours_share_one_label() -> None:
@@ -190,10 +191,10 @@ def test_only_the_first_adapters_have_labels_of_their_own() -> None:
 
 def test_adapters_named_like_our_labels_keep_apart() -> None:
     metrics = new_metrics()
-    for name in ("base", "other", ""):
+    for name in ("base", "other", "none", ""):
         metrics.request_finished(record(adapter_id=name))
     found = samples(metrics)
-    for label in ("base", "adapter:base", "adapter:other"):
+    for label in ("base", "adapter:base", "adapter:other", "adapter:none"):
         assert found["lory_adapter_requests_total", label] == 1
 
 

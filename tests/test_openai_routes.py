@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 import tiny_tokenizers
-from scripted_engine import BASE, Answer, Front, events
+from lory_router.openai_shapes import alternatives
+from scripted_engine import BASE, Answer, Front, ScriptedEngine, events
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
@@ -260,11 +261,26 @@ def test_echo_scores_prompt_and_answer_in_one_list():
 def test_completion_logprobs_hold_the_alternatives_and_the_chosen():
     front = Front(Answer(b"a\xe4"))
     found = front.post(COMPLETIONS, completion(logprobs=2)).json()["choices"][0]["logprobs"]
-    assert found["tokens"] == ["a", "\ufffd"]
+    assert found["tokens"] == ["a", r"bytes:\xe4"]
     assert found["token_logprobs"] == [-0.5, -0.5]
     assert found["top_logprobs"][0] == {"a": -0.5, "b": -1.5}
     assert found["text_offset"] == [0, 1]
     assert front.engine.last.sampling.num_top_logprobs == 2
+
+
+def test_tokens_that_are_no_whole_characters_keep_apart():
+    """Each read as the replacement character, and the last one took the others' place."""
+    front = Front(Answer(b"\xe4"))
+    found = front.post(COMPLETIONS, completion(logprobs=3)).json()["choices"][0]["logprobs"]
+    names = [r"bytes:\xe4", r"bytes:\xe5", r"bytes:\xe6"]
+    assert found["top_logprobs"][0] == dict(zip(names, (-0.5, -1.5, -2.5), strict=True))
+
+
+def test_of_two_tokens_that_read_the_same_the_likelier_is_told():
+    text = tiny_tokenizers.sentence_pieces()
+    a, spaced_a = text.tokenizer.token_to_id("a"), text.tokenizer.token_to_id("\u2581a")
+    top = ((spaced_a, -0.1), (a, -3.0))
+    assert alternatives(a, -3.0, top, text) == {"a": -0.1}
 
 
 def test_chat_logprobs_have_exact_bytes():
@@ -430,13 +446,24 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"messages": None}, "messages"),
     (CHAT, {"messages": "hi"}, "messages"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages[0].content"),
-    (CHAT, {"messages": [{"content": "x"}]}, "role"),
+    (CHAT, {"messages": [{"content": "x"}]}, "messages[0].role"),
+    (CHAT, {"messages": [*USER, {"role": "user", "content": 5}]}, "messages[1].content"),
+    (CHAT, {"messages": [{"role": "user", "content": "x", "foo": 1}]}, "messages[0].foo"),
+    (
+        CHAT,
+        {"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "foo": 1}]}]},
+        "messages[0].content[0].foo",
+    ),
     (CHAT, {"messages": [{"role": "boss", "content": "x"}]}, "messages[0].role"),
-    (CHAT, {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]}, "tool_call_id"),
+    (
+        CHAT,
+        {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1"}]},
+        "messages[0].tool_call_id",
+    ),
     (
         CHAT,
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
-        "messages[0].content",
+        "messages[0].content[0]",
     ),
     (CHAT, {"model": None}, "model"),
     (CHAT, {"n": 0}, "n"),
@@ -449,9 +476,17 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"presence_penalty": -2.5}, "presence_penalty"),
     (CHAT, {"repetition_penalty": 0}, "repetition_penalty"),
     (CHAT, {"seed": 2**70}, "seed"),
-    (CHAT, {"max_tokens": 0}, "max_completion_tokens"),
-    (CHAT, {"max_tokens": -1}, "max_completion_tokens"),
-    (CHAT, {"max_completion_tokens": 60}, "max_tokens"),
+    (CHAT, {"max_tokens": 0}, "max_tokens"),
+    (CHAT, {"max_tokens": -1}, "max_tokens"),
+    (CHAT, {"max_tokens": 60}, "max_tokens"),
+    (CHAT, {"max_completion_tokens": 0}, "max_completion_tokens"),
+    (CHAT, {"max_completion_tokens": 60}, "max_completion_tokens"),
+    (CHAT, {"stream": True, "stream_options": {"foo": 1}}, "stream_options.foo"),
+    (
+        CHAT,
+        {"stream": True, "stream_options": {"include_usage": 1}},
+        "stream_options.include_usage",
+    ),
     (CHAT, {"top_logprobs": 5}, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": 10**9}, "top_logprobs"),
     (CHAT, {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
@@ -478,7 +513,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"adapter_name": "french"}, "adapter_name"),
     (CHAT, {"adapter_id": "french"}, "adapter_id"),
     (CHAT, {"adapter_source": "hub"}, "adapter_source"),
-    (CHAT, {"lora_path": "french"}, "model"),
+    (CHAT, {"lora_path": "french"}, "lora_path"),
     (CHAT, {"min_tokens": 5}, "min_tokens"),
     (COMPLETIONS, {"prompt": []}, "prompt"),
     (COMPLETIONS, {"prompt": ""}, "prompt"),
@@ -514,7 +549,8 @@ def test_what_is_not_acceptable_is_refused_by_name(path, wish, param):
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     assert error["type"] == "invalid_request_error"
-    assert param in error["param"] or param in error["message"]
+    assert error["param"] == param
+    assert f"`{param.split('[')[0].split('.')[0]}" in error["message"]
     assert not front.engine.streams
 
 
@@ -574,6 +610,19 @@ def test_an_early_failure_has_its_own_status_streamed_or_not(code, status, told,
     assert ("retry-after" in response.headers) == (status == 429)
 
 
+@pytest.mark.parametrize(
+    ("wish", "param"),
+    [({"prompt": ["a"] * 3}, "prompt"), ({"n": 3}, "n"), ({"best_of": 4}, "best_of")],
+)
+def test_more_sequences_than_the_queue_holds_are_refused_for_good(wish, param):
+    """It was 429, whose caller tries again for ever."""
+    response = Front(max_concurrent_requests=2).post(COMPLETIONS, completion(**wish))
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert "--max-queued is 2" in error["message"]
+
+
 # -- models ---------------------------------------------------------------------------------
 
 
@@ -595,3 +644,17 @@ def test_a_model_that_is_not_there_is_404(name: str):
     response = Front().get(f"/v1/models/{name}")
     assert response.status_code == 404
     assert response.json()["error"]["code"] == "model_not_found"
+
+
+def test_an_adapter_called_as_the_base_is_listed_under_a_name_that_reaches_it():
+    """It was listed twice, and either name asked the base."""
+    engine = ScriptedEngine(adapters=("french", BASE, f"{BASE}:x"))
+    front = Front(engine=engine)
+    names = [card["id"] for card in front.get("/v1/models").json()["data"]]
+    assert names == [BASE, "french", f"{BASE}:{BASE}", f"{BASE}:{BASE}:x"]
+    for name, adapter_id in zip(names, ("", *engine.adapters), strict=True):
+        assert front.get(f"/v1/models/{name}").json()["id"] == name
+        assert front.post(CHAT, chat(model=name)).status_code == 200
+        assert front.engine.last.adapter_id == adapter_id
+    front.post("/generate", {"inputs": "a", "parameters": {"adapter_id": BASE}})
+    assert front.engine.last.adapter_id == BASE

@@ -134,7 +134,7 @@ def test_a_long_prompt_does_not_stall_the_others():
     front = Front(max_body_bytes=8_000_000)
 
     async def work(client):
-        long = asyncio.ensure_future(client.post("/tokenize", json={"inputs": "a b " * 100_000}))
+        long = asyncio.ensure_future(client.post("/tokenize", json={"inputs": "a b " * 60_000}))
         await asyncio.sleep(0.01)
         start = time.perf_counter()
         health = await client.get("/health")
@@ -431,7 +431,37 @@ def test_records_never_carry_a_name_that_no_adapter_has(path, body, status, outc
     front = Front()
     front.post(path, body)
     (record,) = front.ledger.records
-    assert (record.status, record.outcome, record.adapter_id) == (status, outcome, "")
+    served = "" if status == 200 else None
+    assert (record.status, record.outcome, record.adapter_id) == (status, outcome, served)
+
+
+def test_a_request_cancelled_before_its_first_token_was_served_by_no_adapter():
+    """Floods of these once counted as the base's, and made its million tokens cheap."""
+    front = Front(Answer(b"", ends=False, hangs=True), request_timeout_s=0.05)
+    front.post("/generate", {"inputs": "ab", "parameters": {"adapter_id": "french"}})
+    (record,) = front.ledger.records
+    assert (record.outcome, record.adapter_id) == ("timeout", None)
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "num_prompt", "num_cached"),
+    [
+        ("/v1/completions", {"model": BASE, "prompt": ["ab", "c"], "n": 3}, 3, 6),
+        (
+            "/generate",
+            {"inputs": "ab", "parameters": {"best_of": 3, "do_sample": True}},
+            2,
+            3,
+        ),
+    ],
+)
+def test_a_prompt_shared_by_several_sequences_is_recorded_once(path, body, num_prompt, num_cached):
+    front = Front(Answer(b"hi"))
+    response = front.post(path, body)
+    assert response.headers["x-prompt-tokens"] == str(num_prompt)
+    (record,) = front.ledger.records
+    assert (record.prompt_tokens, record.cached_tokens) == (num_prompt, num_cached)
+    assert record.generated_tokens == 3 * len(front.engine.streams)
 
 
 def test_metrics_are_the_sinks():

@@ -53,6 +53,9 @@ def test_learning_rate_in_scientific_notation_is_a_number():
         ("template: '{text:>20}'", "takes no `:` or `!`"),
         ("template: '{text} {completion}'", "shows the answer"),
         ("[", "not valid YAML"),
+        ("? [a, b]\n: 1", "a key must be text, not a list or mapping"),
+        ("lora: {? {a: b} : 1}", "a key must be text, not a list or mapping"),
+        ("lora: &a {lora: *a}", "an alias within itself"),
     ],
 )
 def test_a_mistake_is_named(line, message):

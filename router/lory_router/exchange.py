@@ -25,6 +25,7 @@ from lory_router.errors import (
 from lory_router.observe import Outcome, RequestRecord
 from lory_router.running import LiveSequence
 from lory_router.settings import RouterSettings
+from lory_server.messages import Usage
 
 DISCARD_FACTOR = 16
 """An oversized body is read on and dropped up to this many limits, so that its sender, who may not
@@ -53,6 +54,8 @@ class Exchange:
     outcome: Outcome = "refused"
     adapter_id: str = ""
     sequences: Sequence[LiveSequence] = ()
+    sequences_per_prompt: int = 1
+    """Of so many in a row the prompt is the same, and counts once."""
     extra_headers: dict[str, str] = field(default_factory=dict)
 
     async def read_body(self) -> bytes:
@@ -177,21 +180,26 @@ class Exchange:
         num_gaps = len(longest.transcript.pieces) - 1
         return (longest.last_token_at - longest.first_token_at) / num_gaps if num_gaps else None
 
+    @property
+    def usages(self) -> list[Usage]:
+        return [sequence.transcript.usage for sequence in self.sequences]
+
     def record(self, route: str) -> RequestRecord:
-        usages = [sequence.transcript.usage for sequence in self.sequences]
+        usages = self.usages
+        firsts = usages[:: self.sequences_per_prompt]
         first = self.first_token_at
         return RequestRecord(
             route=route,
-            adapter_id=self.adapter_id if first is not None else "",
+            adapter_id=None if first is None else self.adapter_id,
             status=self.status or 499,
             outcome=self.outcome,
             duration_s=time.perf_counter() - self.started_at,
             queue_s=max((usage.queue_seconds for usage in usages), default=0.0),
             time_to_first_token_s=None if first is None else first - self.started_at,
             time_per_token_s=self.time_per_token_s,
-            prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+            prompt_tokens=sum(usage.prompt_tokens for usage in firsts),
             generated_tokens=sum(usage.generated_tokens for usage in usages),
-            cached_tokens=sum(usage.cached_tokens for usage in usages),
+            cached_tokens=sum(usage.cached_tokens for usage in firsts),
         )
 
 

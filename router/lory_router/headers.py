@@ -18,8 +18,8 @@ def measured_headers(exchange: Exchange) -> dict[str, str]:
     """Counts, and times in milliseconds."""
     now = time.perf_counter()
     ready_at = exchange.ready_at or exchange.started_at
-    usages = [sequence.transcript.usage for sequence in exchange.sequences]
-    num_prompt = usages[0].prompt_tokens
+    usages = exchange.usages
+    num_prompt = sum(u.prompt_tokens for u in usages[:: exchange.sequences_per_prompt])
     num_generated = sum(usage.generated_tokens for usage in usages)
     total_s, validation_s = now - exchange.started_at, ready_at - exchange.started_at
     queue_s = max(usage.queue_seconds for usage in usages)

@@ -14,14 +14,15 @@ from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.chat_template import TemplateError
 from lory_router.engine import SequenceRequest
 from lory_router.errors import Invalid
-from lory_router.schemas_lorax import GenerateBody, Parameters
+from lory_router.schemas_lorax import GenerateBody, Json, Parameters
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_router.validate import Ask
 from lory_server.messages import EngineInfo, Sampling
 
 PARAMETER_PLACES = {name: f"parameters.{name}" for name in Parameters.__struct_fields__}
-NOT_SUPPORTED = ("merged_adapters", "api_token", "return_k_alternatives", "response_format")
+NOT_SUPPORTED = ("merged_adapters", "return_k_alternatives")
+PLAIN_FORMATS: tuple[Json, ...] = ({"type": "text"}, {"type": "Text"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +57,13 @@ async def accept(
     wish = body.parameters
     check_parameters(wish, stream, info, settings)
     adapter_id = validate.check_adapter_id(wish.adapter_id)
-    if body.inputs and wish.truncate is None:
+    if not body.inputs:
+        raise Invalid("`inputs` cannot be empty", param="inputs")
+    if wish.truncate is None:
         most = validate.max_input_length(info, settings)
         tokenize.check_length("inputs", body.inputs, text, most)
-    prompt_ids = await _prompt_ids(body, settings, text)
-    shown = body.inputs
-    if wish.truncate is not None and len(prompt_ids) > wish.truncate:
-        prompt_ids = prompt_ids[-wish.truncate :]
-        shown = text.decode(prompt_ids)
+    prompt_ids, is_cut = await _prompt_ids(body, settings, text)
+    shown = text.decode(prompt_ids) if is_cut else body.inputs
     validate.check_prompt("inputs", len(prompt_ids), info, settings)
     sampling = _sampling(wish, len(prompt_ids), info, settings)
     stops = validate.check_stops(wish.stop or (), settings)
@@ -97,8 +97,27 @@ def _check_supported(wish: Parameters) -> None:
     for name in NOT_SUPPORTED:
         if getattr(wish, name) is not None:
             raise Invalid(f"`{name}` is not supported yet; leave it out or null", param=name)
+    if wish.api_token:
+        raise Invalid(
+            "`api_token` is for sources other than `local`, which are not supported yet;"
+            " leave it out or null",
+            param="api_token",
+        )
+    _check_format(wish.response_format)
     if wish.watermark:
         raise Invalid("`watermark` is not supported; leave it out or false", param="watermark")
+
+
+def _check_format(wanted: Json | None) -> None:
+    """LoRAX's client always sends a schema; one beside plain text must be empty."""
+    if wanted is None:
+        return
+    told = {name: value for name, value in wanted.items() if name != "schema" or value}
+    if told not in PLAIN_FORMATS:
+        raise Invalid(
+            '`response_format` other than {"type": "text"} is not supported yet',
+            param="response_format",
+        )
 
 
 def _check_ranges(wish: Parameters, info: EngineInfo, settings: RouterSettings) -> None:
@@ -117,6 +136,7 @@ def _check_ranges(wish: Parameters, info: EngineInfo, settings: RouterSettings) 
 
 def _check_best_of(wish: Parameters, stream: bool, settings: RouterSettings) -> None:
     validate.check_count("best_of", wish.best_of, 1, settings.max_best_of)
+    validate.check_num_sequences("best_of", 1, wish.best_of or 1, settings)
     if wish.best_of in (None, 1):
         return
     if not _samples(wish):
@@ -138,22 +158,28 @@ def _samples(wish: Parameters) -> bool:
 
 async def _prompt_ids(
     body: GenerateBody, settings: RouterSettings, text: TextModel
-) -> tuple[int, ...]:
-    if not body.inputs:
-        raise Invalid("`inputs` cannot be empty", param="inputs")
-    if not body.parameters.apply_chat_template:
-        return await tokenize.encode(text, body.inputs, settings)
+) -> tuple[tuple[int, ...], bool]:
+    """The prompt, and whether `truncate` took something away."""
+    wish, prompt = body.parameters, body.inputs
+    if wish.apply_chat_template:
+        prompt = await _templated(prompt, text)
+    special = not wish.apply_chat_template
+    if wish.truncate is not None:
+        return await tokenize.encode_end(text, prompt, settings, wish.truncate, special)
+    return await tokenize.encode(text, prompt, settings, special), False
+
+
+async def _templated(inputs: str, text: TextModel) -> str:
     template = text.chat_template
     if template is None:
         raise Invalid(
             "`apply_chat_template`: this base has no chat template", param="apply_chat_template"
         )
-    messages = [{"role": "user", "content": body.inputs}]
+    messages = [{"role": "user", "content": inputs}]
     try:
-        prompt = await asyncio.to_thread(template.render, messages)
+        return await asyncio.to_thread(template.render, messages)
     except TemplateError as error:
         raise Invalid(f"chat template: {error}", param="apply_chat_template") from error
-    return await tokenize.encode(text, prompt, settings, add_special_tokens=False)
 
 
 def _sampling(

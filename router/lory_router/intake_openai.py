@@ -21,9 +21,12 @@ from lory_router.schemas_openai import (
     REFUSED,
     ChatBody,
     ChatMessage,
+    ChatMessages,
     CommonBody,
     CompletionBody,
     Json,
+    StreamOptions,
+    TextPart,
 )
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
@@ -31,6 +34,7 @@ from lory_router.validate import Ask
 from lory_server.messages import EngineInfo, Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
+MAX_STOP_TOKENS = 64
 ROLES = ("system", "developer", "user", "assistant")
 
 B = TypeVar("B", bound=CommonBody)
@@ -74,6 +78,9 @@ def read_body(body: bytes, kind: type[B]) -> tuple[B, list[str]]:
     for name in unknown:
         _refuse_meaningful(name, value.pop(name))
     ignored = [n for n in unknown if n not in HARMLESS | REFUSED and n not in ALLOWED_VALUES]
+    options = value.get("stream_options")
+    if isinstance(options, dict):
+        _refuse_unknown_inside(options, StreamOptions, "stream_options")
     return read_struct(value, kind), ignored
 
 
@@ -98,6 +105,14 @@ def adapter_of(model: str, settings: RouterSettings) -> str:
     return validate.check_adapter_id(model)
 
 
+def model_of(adapter_id: str, settings: RouterSettings) -> str:
+    """What `adapter_of` turns back: an adapter called as the base is has to be named through it."""
+    names = settings.model_names
+    if adapter_id in names or adapter_id.startswith(tuple(f"{name}:" for name in names)):
+        return f"{names[0]}:{adapter_id}"
+    return adapter_id
+
+
 async def accept_completion(body: CompletionBody, context: Context) -> OpenaiJob:
     check_common(body, context)
     _check_completion(body, context)
@@ -120,7 +135,7 @@ async def accept_chat(body: ChatBody, context: Context) -> OpenaiJob:
     wanted = body.max_completion_tokens
     if wanted is None:
         wanted = body.max_tokens
-    validate.check_answer_length("max_completion_tokens", wanted, 1, context.info)
+    validate.check_answer_length(_answer_length_name(body), wanted, 1, context.info)
     num_top = _chat_logprobs(body, context.settings)
     ids = await _chat_ids(body, context)
     return _job(
@@ -131,6 +146,12 @@ async def accept_chat(body: ChatBody, context: Context) -> OpenaiJob:
         num_top_logprobs=num_top,
         answer=True,
     )
+
+
+def _answer_length_name(body: CommonBody) -> str:
+    """The field that limits the answer, as the caller named it."""
+    given = getattr(body, "max_completion_tokens", None)
+    return "max_tokens" if given is None else "max_completion_tokens"
 
 
 def check_common(body: CommonBody, context: Context) -> None:
@@ -155,7 +176,9 @@ def _check_lora_path(body: CommonBody, settings: RouterSettings) -> None:
     """SGLang's name for the adapter: harmless when it says what `model` says."""
     if body.lora_path in (None, body.model, adapter_of(body.model, settings)):
         return
-    raise Invalid("`lora_path` differs from `model`; name the adapter in `model`", param="model")
+    raise Invalid(
+        "`lora_path` differs from `model`; name the adapter in `model`", param="lora_path"
+    )
 
 
 def _check_format(body: CommonBody) -> None:
@@ -255,17 +278,23 @@ def _template_options(body: ChatBody) -> Json:
 def chat_messages(values: Sequence[Json]) -> list[Json]:
     if not values:
         raise Invalid("`messages` must hold at least one message", param="messages")
-    return [_message(value, f"messages[{index}]") for index, value in enumerate(values)]
+    for index, value in enumerate(values):
+        _refuse_unknown_inside(value, ChatMessage, f"messages[{index}]")
+    read = read_struct({"messages": values}, ChatMessages).messages
+    return [_message(message, f"messages[{index}]") for index, message in enumerate(read)]
 
 
-def _message(value: Json, path: str) -> Json:
-    """One message for the template. Null fields are what clients send back of our own replies."""
-    for name in unknown_fields(value, ChatMessage):
+def _refuse_unknown_inside(value: Json, kind: type[msgspec.Struct], path: str) -> None:
+    """Fields that are null pass: clients send back our own replies with all of theirs."""
+    for name in unknown_fields(value, kind):
         if value[name] is not None:
             raise Invalid(
                 f"`{path}`: field {shown(name)} is not supported", param=f"{path}.{name[:80]}"
             )
-    message = read_struct(value, ChatMessage)
+
+
+def _message(message: ChatMessage, path: str) -> Json:
+    """One message for the template."""
     if message.role not in ROLES:
         raise Invalid(f"`{path}.role` must be one of {', '.join(ROLES)}", param=f"{path}.role")
     role = "system" if message.role == "developer" else message.role
@@ -280,13 +309,15 @@ def _content(message: ChatMessage, path: str) -> str:
         raise Invalid(f"`{path}.content` is required", param=f"{path}.content")
     if isinstance(message.content, str):
         return message.content
-    return "\n".join(_part(part, f"{path}.content") for part in message.content)
+    parts = enumerate(message.content)
+    return "\n".join([_part(part, f"{path}.content[{index}]") for index, part in parts])
 
 
 def _part(part: Json, path: str) -> str:
     text = part.get("text")
     if part.get("type") != "text" or not isinstance(text, str):
-        raise Invalid(f'`{path}` supports only parts {{"type": "text", "text": ...}}', param=path)
+        raise Invalid(f'`{path}`: only {{"type": "text", "text": ...}} is supported', param=path)
+    _refuse_unknown_inside(part, TextPart, path)
     return text
 
 
@@ -321,9 +352,8 @@ def _all_asks(
     wanted: int | None,
     num_top: int | None,
 ) -> tuple[tuple[Ask, ...], ...]:
-    if num * len(prompts) > context.settings.max_sequences:
-        most = context.settings.max_sequences
-        raise Invalid(f"prompts times `best_of` or `n` must be <= {most}", param="n")
+    most_name = "n" if getattr(body, "best_of", None) is None else "best_of"
+    validate.check_num_sequences(most_name, len(prompts), num, context.settings)
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     checked = validate.check_stops(stops, context.settings)
     seeds = iter(validate.pick_seeds(body.seed, num * len(prompts)))
@@ -342,10 +372,15 @@ def _sampling(
 ) -> Sampling:
     info, default = context.info, context.settings.default_max_new_tokens
     stop_ids = body.stop_token_ids or []
-    validate.check_count("len(stop_token_ids)", len(stop_ids), 0, 64)
+    if len(stop_ids) > MAX_STOP_TOKENS:
+        raise Invalid(
+            f"`stop_token_ids` may hold at most {MAX_STOP_TOKENS} ids", param="stop_token_ids"
+        )
     validate.check_token_ids("stop_token_ids", stop_ids, info)
     return Sampling(
-        max_new_tokens=validate.answer_length("max_tokens", wanted, num_prompt, info, default),
+        max_new_tokens=validate.answer_length(
+            _answer_length_name(body), wanted, num_prompt, info, default
+        ),
         seed=0,
         temperature=_or(body.temperature, 1.0),
         top_k=max(0, body.top_k or 0),
@@ -368,7 +403,9 @@ def _or(value: float | None, default: float) -> float:
 
 def _logit_bias(body: CommonBody, context: Context) -> tuple[tuple[int, float], ...]:
     bias = body.logit_bias or {}
-    validate.check_count("len(logit_bias)", len(bias), 0, context.settings.max_logit_bias)
+    most = context.settings.max_logit_bias
+    if len(bias) > most:
+        raise Invalid(f"`logit_bias` may hold at most {most} tokens", param="logit_bias")
     if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in bias):
         raise Invalid("`logit_bias` keys must be token ids", param="logit_bias")
     for value in bias.values():

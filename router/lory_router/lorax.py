@@ -3,9 +3,12 @@
 It must not know how requests are checked (`intake_lorax`) or sequences run (`running`).
 """
 
+import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+
+import msgspec
 
 from lory_router import intake_lorax
 from lory_router.bodies import read_object, read_struct, refuse_unknown
@@ -33,6 +36,8 @@ from lory_router.text import TextModel
 from lory_router.tokenize import locate
 from lory_router.transcript import EndReason, Piece, Transcript
 from lory_server.messages import EngineInfo
+
+TOKENS_AT_ONCE = 4096
 
 FINISH_REASONS: dict[EndReason, FinishReason] = {
     "length": "length",
@@ -73,12 +78,18 @@ async def tokenize(front: Front, exchange: Exchange, body: bytes) -> None:
     wish = read_struct(value, TokenizeBody)
     special = wish.add_special_tokens is not False
     tokens = await locate(front.text, wish.inputs, front.settings, special)
-    await exchange.reply_json(
-        [
-            SimpleToken(id=token_id, text=wish.inputs[start:stop], start=start, stop=stop)
-            for token_id, start, stop in tokens
-        ]
-    )
+    body = await asyncio.to_thread(_encode_tokens, tokens, wish.inputs)
+    await exchange.reply_json(msgspec.Raw(body))
+
+
+def _encode_tokens(tokens: Sequence[tuple[int, int, int]], text: str) -> bytes:
+    """A JSON list, a part at a time: the event loop waits no longer than for one."""
+    parts = []
+    for first in range(0, len(tokens), TOKENS_AT_ONCE):
+        some = tokens[first : first + TOKENS_AT_ONCE]
+        replies = [SimpleToken(id=i, text=text[a:b], start=a, stop=b) for i, a, b in some]
+        parts.append(msgspec.json.encode(replies)[1:-1])
+    return b"[" + b",".join(parts) + b"]"
 
 
 async def _accept(
@@ -87,6 +98,7 @@ async def _accept(
     info = front.require_ready()
     job = await intake_lorax.accept(wish, stream, info, front.settings, front.text)
     exchange.adapter_id = job.adapter_id
+    exchange.sequences_per_prompt = len(job.asks)
     exchange.ready_at = time.perf_counter()
     return job, info
 

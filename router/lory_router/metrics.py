@@ -27,6 +27,7 @@ from lory_server.messages import AdapterMove, EngineInfo, StepReport
 
 BASE = "base"
 OTHER = "other"
+NONE = "none"
 SECONDS_PER_HOUR = 3600.0
 TOKENS_PER_PRICE = 1e6
 PRICED_TOKENS = ("prompt", "generated")
@@ -85,7 +86,10 @@ class _Histogram:
 
 
 class AdapterLabels:
-    """Names adapters in labels: the first ones seen by their own, all later ones `other`."""
+    """Names adapters in labels: the first ones seen by their own, all later ones `other`.
+
+    `base` is the base, `none` a request that got no token: refused, failed or cancelled before.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -96,7 +100,7 @@ class AdapterLabels:
         if label is None:
             if len(self._labels) > self._limit:
                 return OTHER
-            label = f"adapter:{adapter_id}" if adapter_id in (BASE, OTHER) else adapter_id
+            label = f"adapter:{adapter_id}" if adapter_id in (BASE, OTHER, NONE) else adapter_id
             self._labels[adapter_id] = label
         return label
 
@@ -143,11 +147,12 @@ class Metrics(Collector):
     def request_finished(self, record: RequestRecord) -> None:
         """Count one request that is over."""
         self._open -= 1
-        label = self._labels.of(record.adapter_id)
+        adapter_id = record.adapter_id
+        label = NONE if adapter_id is None else self._labels.of(adapter_id)
         route = record.route if record.route in ROUTES else OTHER
         self._counts["request", route, label, record.outcome] += 1
         self._duration.add(record.duration_s)
-        if record.prompt_tokens:
+        if adapter_id is not None:
             self._count_served(record, label)
 
     def _count_served(self, record: RequestRecord, label: str) -> None:
@@ -224,7 +229,9 @@ class Metrics(Collector):
             "lory_requests", "Requests that are over.", "request", ("route", "adapter", "outcome")
         )
         yield _gauge("lory_open_requests", "HTTP requests being answered now.", self._open)
-        tokens = CounterMetricFamily("lory_tokens", "Tokens of requests.", labels=("kind",))
+        tokens = CounterMetricFamily(
+            "lory_tokens", "Tokens served; a prompt counts once.", labels=("kind",)
+        )
         for kind in ("prompt", "generated", "cached"):
             tokens.add_metric((kind,), self._tokens(kind))
         yield tokens

@@ -15,8 +15,8 @@ class RequestRecord:
 
     route: str
     """The route's own pattern, such as "/generate"."""
-    adapter_id: str
-    """An adapter the engine served; empty for the base and for requests it did not serve."""
+    adapter_id: str | None
+    """The adapter that tokens came from, empty for the base; None where there came none."""
     status: int
     """The HTTP status; 499 when the client left before one was sent."""
     outcome: Outcome
@@ -26,6 +26,7 @@ class RequestRecord:
     time_per_token_s: float | None = None
     """Mean gap between tokens after the first; None for fewer than two."""
     prompt_tokens: int = 0
+    """A prompt counts once, however many sequences share it; so do its cached tokens."""
     generated_tokens: int = 0
     cached_tokens: int = 0
 

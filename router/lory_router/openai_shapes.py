@@ -112,30 +112,36 @@ def completion_logprobs(
 ) -> Json:
     """The older shape: four lists side by side; `offset` is where the answer begins."""
     tokens = [piece.token for piece in pieces]
-    tops = [_top(t.token_id, t.logprob, t.top, text) for t in tokens] if num_top else None
+    tops = [alternatives(t.token_id, t.logprob, t.top, text) for t in tokens] if num_top else None
     return {
-        "tokens": [text.token_text(piece.token.token_id) for piece in pieces],
+        "tokens": [text.token_name(piece.token.token_id) for piece in pieces],
         "token_logprobs": [max(piece.token.logprob, LEAST_LOGPROB) for piece in pieces],
         "top_logprobs": tops,
         "text_offset": [offset + piece.start for piece in pieces],
     }
 
 
-def _top(
+def alternatives(
     token_id: int, logprob: float, top: Iterable[tuple[int, float]], text: TextModel
 ) -> dict[str, float]:
-    """The likeliest tokens, and the one that stands there where it is not among them."""
-    likeliest = {text.token_text(other): max(lp, LEAST_LOGPROB) for other, lp in top}
-    return {text.token_text(token_id): max(logprob, LEAST_LOGPROB)} | likeliest
+    """The likeliest tokens, and the one that stands there where it is not among them.
+
+    Of two that read the same, such as a special token and its text, the likelier one is told.
+    """
+    found: dict[str, float] = {}
+    for other, other_logprob in (*top, (token_id, logprob)):
+        name = text.token_name(other)
+        found[name] = max(other_logprob, found.get(name, LEAST_LOGPROB))
+    return found
 
 
 def prompt_logprobs(transcript: Transcript, text: TextModel) -> Json:
     """The prompt's own tokens in the older shape, for echo; the first has no probability."""
     logprobs = [max(lp, LEAST_LOGPROB) for lp in transcript.prompt_logprobs or ()]
     scored = zip(transcript.prompt_ids[1:], logprobs, transcript.prompt_top, strict=False)
-    tops = [_top(token_id, logprob, top, text) for token_id, logprob, top in scored]
+    tops = [alternatives(token_id, logprob, top, text) for token_id, logprob, top in scored]
     return {
-        "tokens": [text.token_text(token_id) for token_id in transcript.prompt_ids],
+        "tokens": [text.token_name(token_id) for token_id in transcript.prompt_ids],
         "token_logprobs": [None, *logprobs],
         "top_logprobs": [None, *tops] if transcript.prompt_top else None,
         "text_offset": _offsets(transcript.prompt_ids, text),

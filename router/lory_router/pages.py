@@ -10,7 +10,7 @@ from starlette.responses import Response
 from lory_router import validate
 from lory_router.endpoint import Front
 from lory_router.errors import Unhealthy, adapter_not_found
-from lory_router.intake_openai import adapter_of
+from lory_router.intake_openai import adapter_of, model_of
 from lory_server.messages import AdapterEntry
 
 VERSION = "0.1.0"
@@ -90,7 +90,9 @@ class Pages:
         return self._card(name, parent=None)
 
     def _adapter_card(self, entry: AdapterEntry) -> Json:
-        card = self._card(entry.adapter_id, parent=self._front.settings.model_names[0])
+        settings = self._front.settings
+        name = model_of(entry.adapter_id, settings)
+        card = self._card(name, parent=settings.model_names[0])
         return card | {"tier": entry.tier, "revision": entry.revision or None}
 
     def _card(self, name: str, parent: str | None) -> Json:

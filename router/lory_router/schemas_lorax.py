@@ -13,8 +13,10 @@ Json = dict[str, object]
 class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     adapter_id: str | None = None
     adapter_source: str | None = None
+    """"local"; empty is not given."""
     merged_adapters: Json | None = None
     api_token: str | None = None
+    """Refused unless empty: no source here takes one."""
     best_of: int | None = None
     temperature: float | None = None
     repetition_penalty: float | None = None
@@ -36,6 +38,7 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     apply_chat_template: bool | None = None
     seed: int | None = None
     response_format: Json | None = None
+    """{"type": "text"}, which is what goes without saying."""
 
 
 class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):

@@ -55,6 +55,15 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
     name: str | None = None
 
 
+class ChatMessages(msgspec.Struct, frozen=True, kw_only=True):
+    messages: list[ChatMessage]
+
+
+class TextPart(msgspec.Struct, frozen=True, kw_only=True):
+    type: str
+    text: str
+
+
 class ChatBody(CommonBody, frozen=True, kw_only=True):
     messages: list[Json]
     max_completion_tokens: int | None = None

@@ -74,6 +74,15 @@ class TextModel:
             text = self._texts[token_id] = self.decode((token_id,), skip_special_tokens=False)
         return text
 
+    def token_name(self, token_id: int) -> str:
+        """Its text, or its bytes where these are not whole characters: different tokens' differ."""
+        data = self.bytes_of(token_id)
+        try:
+            data.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+        return self.token_text(token_id)
+
     def bytes_of(self, token_id: int) -> bytes:
         """The bytes of one token by itself, exact where the tokenizer deals in bytes."""
         known = self.token_bytes.get(token_id)

@@ -74,6 +74,22 @@ def check_answer_length(name: str, value: int | None, low: int, info: EngineInfo
         raise Invalid(f"`{name}` must be between {low} and {high}", param=name)
 
 
+def check_num_sequences(
+    name: str, num_prompts: int, num_each: int, settings: RouterSettings
+) -> None:
+    """Refuses what could never run: all sequences of a request must fit the queue together."""
+    num = num_prompts * num_each
+    if num > settings.max_sequences:
+        most = settings.max_sequences
+        raise Invalid(f"prompts times `{name}` must be <= {most}. Given: {num}", param=name)
+    if num > settings.max_concurrent_requests:
+        most = settings.max_concurrent_requests
+        name = name if num_each > 1 else "prompt"
+        raise Invalid(
+            f"`{name}` asks for {num} sequences; this server's --max-queued is {most}", param=name
+        )
+
+
 def check_seed(seed: int | None) -> int | None:
     if seed is not None and not 0 <= seed <= MAX_SEED:
         raise Invalid("`seed` must be between 0 and 2**64 - 1", param="seed")
@@ -99,7 +115,7 @@ def check_stops(stops: Sequence[str], settings: RouterSettings) -> tuple[str, ..
 
 
 def check_adapter_source(source: str | None) -> None:
-    if source is not None and source != "local":
+    if source and source != "local":
         raise Invalid(
             "`adapter_source` other than `local` is not supported yet", param="adapter_source"
         )

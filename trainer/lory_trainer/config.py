@@ -132,6 +132,8 @@ def _parse_yaml(text: str, source: str) -> dict[str, Any]:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{source}: not valid YAML: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{source}: nested too deeply, or an alias within itself") from error
     if duplicates:
         raise ConfigError(f"{source}: given twice: {', '.join(duplicates)}; keep one of each")
     if not isinstance(values, dict):
@@ -145,6 +147,8 @@ def _duplicate_keys(node: yaml.Node | None) -> Iterator[str]:
         return
     seen: set[str] = set()
     for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode):
+            raise yaml.YAMLError(f"a key must be text, not a list or mapping{key.start_mark}")
         if key.value in seen:
             yield key.value
         seen.add(key.value)
