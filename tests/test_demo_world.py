@@ -45,6 +45,20 @@ def test_every_task_has_an_adapter_a_config_and_held_out_rows():
     assert sorted(path.parent.name for path in (DEMO / "data").glob("*/eval.jsonl")) == ADAPTERS
 
 
+def test_a_row_may_hold_any_character_but_a_line_feed(tmp_path, monkeypatch):
+    """U+2028 ends a line for `splitlines`, though not in JSONL."""
+    row = {"text": "a\u2028b\x85", "completion": "c"}
+    for folder, name, content in (
+        ("adapters", "adapter_manifest.json", {"template": "{text} ->"}),
+        ("data", "eval.jsonl", row),
+    ):
+        path = tmp_path / folder / "task" / name
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(content, ensure_ascii=False) + "\n", encoding="utf-8")
+    monkeypatch.setattr(evaluate, "DEMO_DIR", tmp_path)
+    assert evaluate.read_eval("task") == [("a\u2028b\x85 ->", "c")]
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_adapters_are_plain_lora_for_this_base(name):
     config = read_json("adapters", name, "adapter_config.json")

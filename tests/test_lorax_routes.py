@@ -190,8 +190,9 @@ def test_truncate_of_a_template_and_of_a_short_text(inputs: str):
 
 def test_decoder_input_details_tell_the_prompt_with_a_null_first():
     front = Front()
-    reply = front.post("/generate", body(decoder_input_details=True, details=True)).json()
+    reply = front.post("/generate", body(decoder_input_details=True)).json()
     assert front.engine.last.sampling.prompt_logprobs
+    assert len(reply["details"]["tokens"]) == 3
     assert reply["details"]["prefill"] == [
         {"id": 97, "text": "a", "logprob": None},
         {"id": 98, "text": "b", "logprob": -0.25},

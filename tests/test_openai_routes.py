@@ -536,6 +536,13 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (COMPLETIONS, {"logprobs": 21}, "logprobs"),
     (COMPLETIONS, {"prompt": ["a"] * 64, "n": 4}, "n"),
     (COMPLETIONS, {"suffix": "x"}, "suffix"),
+    (COMPLETIONS, {"max_completion_tokens": 5}, "max_completion_tokens"),
+    (COMPLETIONS, {"top_logprobs": 5}, "top_logprobs"),
+    (COMPLETIONS, {"max_new_tokens": 5}, "max_new_tokens"),
+    (CHAT, {"best_of": 2}, "best_of"),
+    (CHAT, {"echo": True}, "echo"),
+    (CHAT, {"truncate": 5}, "truncate"),
+    (CHAT, {"prompt": "x"}, "prompt"),
     (COMPLETIONS, {"guided_json": {}}, "guided_json"),
 ]
 
@@ -572,6 +579,9 @@ def test_harmless_fields_are_accepted_and_unknown_ones_told():
         "tool_choice": "none",
         "response_format": {"type": "text"},
         "audio": None,
+        "best_of": None,
+        "echo": False,
+        "suffix": "",
         "lora_path": BASE,
         "adapter_source": "local",
     }

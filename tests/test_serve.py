@@ -206,6 +206,13 @@ def test_a_busy_port_is_one_line(base: Path) -> None:
     ]
 
 
+def test_an_adapter_called_as_the_base_is_told_at_start(base: Path) -> None:
+    with serving(base, served_model_name="slow") as server:
+        server.signal()
+        _, log = server.end()
+    assert "adapter 'slow' has the base's name: as OpenAI's `model` it is 'slow:slow'" in log
+
+
 @pytest.mark.parametrize(
     ("is_given", "told"), [(True, "adapters in "), (False, "no --adapters: the base alone")]
 )

@@ -37,6 +37,7 @@ class LoraxJob:
     """Put before the answer; empty unless return_full_text."""
     num_input_chars: int
     details: bool
+    """Told with prefill_details, too."""
     prefill_details: bool
     sampled: bool
     """Whether tokens are drawn, so that the seed matters."""
@@ -73,7 +74,7 @@ async def accept(
         prompt_ids=prompt_ids,
         prompt_text=shown if wish.return_full_text else "",
         num_input_chars=len(body.inputs),
-        details=bool(wish.details),
+        details=bool(wish.details or wish.decoder_input_details),
         prefill_details=bool(wish.decoder_input_details),
         sampled=_samples(wish),
     )

@@ -18,6 +18,7 @@ from lory_router.errors import Invalid, adapter_not_found, shown
 from lory_router.schemas_openai import (
     ALLOWED_VALUES,
     HARMLESS,
+    OF_OTHER_ROUTES,
     REFUSED,
     ChatBody,
     ChatMessage,
@@ -77,7 +78,8 @@ def read_body(body: bytes, kind: type[B]) -> tuple[B, list[str]]:
     unknown = unknown_fields(value, kind)
     for name in unknown:
         _refuse_meaningful(name, value.pop(name))
-    ignored = [n for n in unknown if n not in HARMLESS | REFUSED and n not in ALLOWED_VALUES]
+    known = HARMLESS | REFUSED | OF_OTHER_ROUTES | ALLOWED_VALUES.keys()
+    ignored = [name for name in unknown if name not in known]
     options = value.get("stream_options")
     if isinstance(options, dict):
         _refuse_unknown_inside(options, StreamOptions, "stream_options")
@@ -87,6 +89,8 @@ def read_body(body: bytes, kind: type[B]) -> tuple[B, list[str]]:
 def _refuse_meaningful(name: str, value: object) -> None:
     if value is None:
         return
+    if name in OF_OTHER_ROUTES and value is not False:
+        raise Invalid(f"`{name}` is not a field of this route; leave it out", param=name)
     refused = name in REFUSED or (name in ALLOWED_VALUES and value not in ALLOWED_VALUES[name])
     if refused:
         raise Invalid(f"`{name}` is not supported with this value; leave it out", param=name)

@@ -6,6 +6,8 @@ is which is told in `REFUSED` and `HARMLESS`. It must not know limits or how fie
 
 import msgspec
 
+from lory_router.schemas_lorax import Parameters
+
 Json = dict[str, object]
 
 
@@ -72,6 +74,12 @@ class ChatBody(CommonBody, frozen=True, kw_only=True):
     chat_template_kwargs: Json | None = None
 
 
+OF_OTHER_ROUTES = frozenset(
+    name for kind in (CompletionBody, ChatBody, Parameters) for name in kind.__struct_fields__
+) | {"inputs", "parameters"}
+"""Fields of a route; on another they are refused and not ignored, whatever their value but null or
+false."""
+
 HARMLESS = frozenset(
     {
         "user",
@@ -86,6 +94,7 @@ HARMLESS = frozenset(
 """Known fields that change nothing in the answer; accepted without a word."""
 
 ALLOWED_VALUES: dict[str, tuple[object, ...]] = {
+    "suffix": ("",),
     "tools": ([],),
     "functions": ([],),
     "tool_choice": ("none",),
@@ -126,7 +135,6 @@ REFUSED = frozenset(
         "prompt_logprobs",
         "reasoning_effort",
         "structured_outputs",
-        "suffix",
         "tool_prompt",
         "truncate_prompt_tokens",
         "verbosity",

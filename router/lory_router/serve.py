@@ -9,7 +9,7 @@ import logging
 import signal
 import socket
 import sys
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import uvicorn
@@ -19,6 +19,7 @@ from lory_router.config import ServeConfig, StartError, engine_environment
 from lory_router.engine import Unavailable
 from lory_router.engine_client import ChildEngine
 from lory_router.engine_process import ENGINE_COMMAND
+from lory_router.intake_openai import model_of
 from lory_router.metrics import Metrics
 from lory_router.supervisor import GaveUp, RestartPolicy, Supervisor
 from lory_router.text import TextModel, load_text_model
@@ -146,7 +147,8 @@ async def _visit(config: ServeConfig, parts: _Parts, after_ready: AfterReady | N
     while not (parts.engine.is_ready() and parts.server.started):
         await asyncio.sleep(0.02)
     with contextlib.suppress(Unavailable):
-        _announce_adapters(config.model.adapters, len(await parts.engine.list_adapters()))
+        entries = await parts.engine.list_adapters()
+        _announce_adapters(config, [entry.adapter_id for entry in entries])
     if after_ready is not None:
         code = await after_ready(parts.url)
         if code is not None:
@@ -261,13 +263,18 @@ def _url(listener: socket.socket) -> str:
     return f"http://{shown}:{port}"
 
 
-def _announce_adapters(folder: str, count: int) -> None:
+def _announce_adapters(config: ServeConfig, names: Sequence[str]) -> None:
+    folder, settings = config.model.adapters, config.router_settings()
     if not folder:
         log.info("no --adapters: the base alone")
-    elif count:
-        log.info("%d adapters in %s", count, folder)
+    elif names:
+        log.info("%d adapters in %s", len(names), folder)
     else:
         log.warning("no adapter in %s; each is a sub-folder with an adapter_config.json", folder)
+    for name in names:
+        model = model_of(name, settings)
+        if model != name:
+            log.warning("adapter %r has the base's name: as OpenAI's `model` it is %r", name, model)
 
 
 def _announce(info: EngineInfo, url: str) -> None:

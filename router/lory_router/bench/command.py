@@ -293,8 +293,8 @@ def _read_prompts(path: Path | None, route: str) -> tuple[str, ...]:
             raise WorkloadError("--route generate takes text: give --prompt-file")
         return ()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
         raise WorkloadError(f"--prompt-file: {error}") from error
     texts = tuple(line for line in lines if line)
     if not texts:
