@@ -53,11 +53,19 @@ class SimulatedRunner:
 
     def submit(self, plan: StepPlan) -> StepResult:
         assert len({row.lane for row in plan.rows}) == len(plan.rows), "two rows share a lane"
-        return StepResult(tuple(self._compute(row) for row in plan.rows))
+        sampled = tuple(self._compute(row) for row in plan.rows)
+        scored = tuple(tuple(SampledToken(t, -1.0) for t in row.targets) for row in plan.rows)
+        return StepResult(sampled, scored if any(scored) else ())
 
     def collect(self, ticket: object) -> StepResult:
         assert isinstance(ticket, StepResult)
         return ticket
+
+    def check_still_there(self, plan: StepPlan) -> None:
+        """A device works on a step until it is collected, and reads its adapters until then."""
+        for row in plan.rows:
+            slot = self.slot_of.get(self.weights_of[row.sequence_id], -1)
+            assert slot == row.slot, "an adapter was evicted under a step in flight"
 
     def _compute(self, row) -> SampledToken | None:
         weights = self.weights_of[row.sequence_id]
@@ -73,6 +81,8 @@ class SimulatedRunner:
         if row.sample is None:
             return None
         assert row.sample.position == len(seen)
+        if row.sample.history is not None:
+            assert list(row.sample.history) == seen, "a history that lags"
         self.lanes[row.lane] = next_token(seen, weights)
         return SampledToken(self.lanes[row.lane], -1.0)
 
@@ -131,6 +141,7 @@ class World:
     in_flight: list[tuple[StepPlan, StepResult]] = field(default_factory=list)
     answers: dict[int, list[int]] = field(default_factory=dict)
     reasons: dict[int, str] = field(default_factory=dict)
+    scored: dict[int, list[int]] = field(default_factory=dict)
     preemptions: int = 0
     hits: int = 0
 
@@ -154,6 +165,9 @@ class World:
         self.tier.demand(demand)
         if plan.rows:
             self.in_flight.append((plan, self.runner.submit(plan)))
+        self.runner.slot_of = dict(self.tier.resident)
+        for submitted, _ in self.in_flight:
+            self.runner.check_still_there(submitted)
         progressed = bool(self.in_flight) or bool(self.tier.loading)
         depth = self.depth if plan.rows and not plan.needs_host_tokens else 0
         while len(self.in_flight) > depth:
@@ -162,10 +176,14 @@ class World:
         self.scheduler.check()
         return progressed
 
+    @property
+    def has_work(self) -> bool:
+        return bool(self.scheduler.waiting or self.scheduler.running)
+
     def run(self, max_steps: int = 10_000) -> int:
         """Steps until all is done; how many it took."""
         for step in range(max_steps):
-            if not self.scheduler.has_work and not self.in_flight:
+            if not self.has_work and not self.in_flight:
                 return step
             self.step()
         raise AssertionError(f"not done after {max_steps} steps")
@@ -173,6 +191,7 @@ class World:
     def _take(self, committed: Committed) -> None:
         request_id = committed.sequence.request_id
         assert request_id not in self.reasons, "an event after the terminal one"
+        self.scored.setdefault(request_id, []).extend(t.token_id for t in committed.scored)
         if committed.token is not None:
             self.answers[request_id].append(committed.token.token_id)
         if committed.finish_reason is not None:

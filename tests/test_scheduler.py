@@ -10,7 +10,7 @@ from lory_server.blocks import BlockPool
 from lory_server.messages import Sampling
 from lory_server.plan import PENDING, Residency
 from lory_server.scheduler import Scheduler, SchedulerLimits
-from lory_server.sequence import Sequence
+from lory_server.sequence import NO_LANE, Sequence
 from simulated import EOS, SimulatedRunner, SimulatedTier, World, alone
 
 
@@ -57,6 +57,7 @@ request_strategy = st.tuples(
     st.integers(0, 12),  # steps before it arrives
     st.booleans(),  # cancelled on the way
     st.booleans(),  # needs its history on the host
+    st.booleans(),  # has its prompt scored
 )
 
 
@@ -69,7 +70,7 @@ request_strategy = st.tuples(
     rows=st.integers(1, 8),
     extra_tokens=st.integers(0, 24),
     slots=st.integers(1, 4),
-    depth=st.integers(0, 1),
+    depth=st.integers(0, 2),
     seed=st.integers(0, 1000),
 )
 def test_any_trace_ends_with_every_answer_right(
@@ -82,9 +83,14 @@ def test_any_trace_ends_with_every_answer_right(
     arrivals: dict[int, list[Sequence]] = {}
     cancelled: set[int] = set()
     sequences = []
-    for i, (length, new, weights, which, at, cancels, history) in enumerate(requests):
+    for i, (length, new, weights, which, at, cancels, history, scores) in enumerate(requests):
         s = sequence(
-            i, prompts[which][:length], new, weights, presence_penalty=0.5 if history else 0.0
+            i,
+            prompts[which][:length],
+            new,
+            weights,
+            presence_penalty=0.5 if history else 0.0,
+            prompt_logprobs=scores,
         )
         sequences.append(s)
         arrivals.setdefault(at, []).append(s)
@@ -104,6 +110,40 @@ def test_any_trace_ends_with_every_answer_right(
     for s in sequences:  # what a cancelled request got is a prefix of what it would have got
         expected = alone(s.tokens[: s.prompt_len], s.sampling, s.weights)
         assert w.answers[s.request_id] == expected[: len(w.answers[s.request_id])]
+        if w.answers[s.request_id] and s.sampling.prompt_logprobs:
+            assert w.scored[s.request_id] == s.tokens[1 : s.prompt_len]
+
+
+@pytest.mark.parametrize("depth", [0, 1, 2])
+def test_a_storm_leaves_every_answer_right_and_nothing_behind(depth: int) -> None:
+    """Ten thousand steps of arrivals, cancellations, preemptions and evictions without a pause."""
+    w = world(num_blocks=18, rows=5, step_tokens=12, slots=2, depth=depth, max_overtakes=4)
+    rng = random.Random(depth)
+    prompts = [[rng.randrange(1, 50) for _ in range(30)] for _ in range(4)]
+    sequences: list[Sequence] = []
+    for _ in range(10_000):
+        if len(w.scheduler.waiting) < 6:
+            new = sequence(
+                len(sequences),
+                rng.choice(prompts)[: rng.randint(1, 30)],
+                rng.randint(1, 24),
+                rng.choice(["base", "base", "a", "b", "c"]),
+                ignore_eos=rng.random() < 0.5,
+                presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.5]),
+                prompt_logprobs=rng.random() < 0.2,
+            )
+            sequences.append(new)
+            w.add(new)
+        if rng.random() < 0.1:
+            w.cancel(rng.choice(sequences).request_id)
+        w.step()
+    w.run()
+    assert w.preemptions > 20
+    assert w.tier.loads > 50
+    assert {"length", "eos", "cancelled"} == set(w.reasons.values())
+    assert len(w.reasons) == len(sequences)
+    assert w.scheduler.pool.num_used == 0
+    check_answers(w, [s for s in sequences if w.reasons[s.request_id] != "cancelled"])
 
 
 def test_the_simulated_device_catches_a_wrong_block() -> None:
@@ -152,12 +192,29 @@ def test_prompt_logprobs_bypass_the_prefix_cache_and_name_every_target() -> None
     w.run()
     w.add(sequence(2, prompt, prompt_logprobs=True))
     targets: list[int] = []
-    while w.scheduler.has_work:
+    while w.has_work:
         plan, _ = w.scheduler.plan(Residency())
         targets += [t for row in plan.rows for t in row.targets]
         w.scheduler.commit(plan, w.runner.submit(plan))
     assert targets == prompt[1:]
     assert w.hits == 0
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_preempted_prompt_is_scored_once(depth: int) -> None:
+    """Recomputing a prompt told its scores again, before a token in the middle of the answer."""
+    w = world(num_blocks=12, rows=4, step_tokens=6, depth=depth)
+    sequences = [
+        sequence(i, [i + 1 + j for j in range(14)], 30, ignore_eos=True, prompt_logprobs=True)
+        for i in range(4)
+    ]
+    for s in sequences:
+        w.add(s)
+    w.run()
+    assert w.preemptions > 0
+    check_answers(w, sequences)
+    for s in sequences:
+        assert w.scored[s.request_id] == s.tokens[1 : s.prompt_len]
 
 
 def test_a_prompt_can_be_scored_without_generating() -> None:
@@ -176,6 +233,35 @@ def test_too_few_blocks_preempt_the_latest_and_recompute_it_exactly() -> None:
     w.run()
     assert w.preemptions > 0
     check_answers(w, sequences)
+
+
+def test_admission_leaves_the_running_a_block_each() -> None:
+    """The second prompt would just fit, and be thrown out as soon as the first one grows."""
+    w = world(num_blocks=5, rows=2)
+    sequences = [sequence(1, [7] * 4, 8, ignore_eos=True), sequence(2, [8] * 12, 8)]
+    w.add(sequences[0])
+    w.step()
+    w.add(sequences[1])
+    w.run()
+    assert w.preemptions == 0
+    check_answers(w, sequences)
+
+
+def test_a_preempted_sequence_comes_back_before_those_who_came_later() -> None:
+    w = world(num_blocks=12, rows=2)
+    sequences = [sequence(i, [i + 1] * 16, 30, ignore_eos=True) for i in (0, 1)]
+    for s in sequences:
+        w.add(s)
+    w.step()
+    late = sequence(2, [3], 4, ignore_eos=True)
+    w.add(late)
+    while not w.preemptions:
+        w.step()
+    while sequences[1].lane == NO_LANE:
+        assert not w.answers[2]
+        w.step()
+    w.run()
+    check_answers(w, [*sequences, late])
 
 
 def test_a_sequence_already_in_the_step_is_never_preempted_by_it() -> None:
@@ -211,6 +297,31 @@ def test_with_one_slot_a_flood_of_one_adapter_does_not_starve_another() -> None:
         assert request_id < 100, "b starved"
     w.run()
     assert len(w.answers[1]) == 6
+
+
+def test_a_resident_adapter_next_in_line_is_not_evicted_for_one_behind_it() -> None:
+    w = world(rows=1, slots=1)
+    w.add(sequence(0, [1], 2, "a"))
+    w.run()
+    w.add(sequence(1, [2], 6, ignore_eos=True))
+    w.step()
+    w.add(sequence(2, [3], 6, "a", ignore_eos=True))
+    w.add(sequence(3, [4], 6, "b", ignore_eos=True))
+    while not w.answers[2]:
+        w.step()
+        assert not w.answers[3]
+    w.run()
+    assert w.tier.loads == 2
+
+
+def test_adapters_of_those_who_wait_are_loaded_together() -> None:
+    w = world(rows=8, slots=8)
+    sequences = [sequence(i, [i + 1], 4, f"adapter-{i}") for i in range(8)]
+    for s in sequences:
+        w.add(s)
+    for _ in range(3):
+        w.step()
+    assert all(w.answers[s.request_id] for s in sequences)
 
 
 def test_more_adapters_than_slots_are_all_served() -> None:

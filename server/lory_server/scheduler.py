@@ -128,10 +128,6 @@ class Scheduler:
         self._finish(sequence, reason)
         return sequence
 
-    @property
-    def has_work(self) -> bool:
-        return bool(self.waiting or self.running)
-
     # -- plan -------------------------------------------------------------------------------
 
     def plan(self, residency: Residency) -> tuple[StepPlan, AdapterDemand]:
@@ -201,7 +197,7 @@ class Scheduler:
         if len(token_ids) < num_tokens:
             token_ids.append(PENDING)
         targets: list[int] = []
-        if sequence.sampling.prompt_logprobs:
+        if sequence.sampling.prompt_logprobs and end > sequence.num_scored:
             targets = sequence.tokens[start + 1 : min(end + 1, sequence.prompt_len)]
         adapter = residency.resident[sequence.revision] if sequence.revision else None
         return PlanRow(
@@ -377,7 +373,7 @@ class Scheduler:
             in_use.update(f.sequence.revision for f in flights if f.sequence.revision)
         wanted: dict[str, None] = {}
         queued: dict[str, None] = {}
-        for sequence in self._by_urgency():
+        for sequence in islice(self.waiting, LOOK_AHEAD):
             revision = sequence.revision
             if not revision or revision in wanted:
                 continue
@@ -390,11 +386,6 @@ class Scheduler:
                 wanted[revision] = None
         return AdapterDemand(frozenset(in_use), tuple(wanted), tuple(queued))
 
-    def _by_urgency(self) -> list[Sequence]:
-        limit = self.limits.max_overtakes
-        ahead = islice(self.waiting, LOOK_AHEAD)
-        return sorted(ahead, key=lambda s: s.overtaken < limit)
-
     # -- commit -----------------------------------------------------------------------------
 
     def commit(self, plan: StepPlan, result: StepResult) -> list[Committed]:
@@ -402,11 +393,11 @@ class Scheduler:
         flights = self._in_flight.pop(plan.step)
         committed: list[Committed] = []
         for i, (flight, token) in enumerate(zip(flights, result.sampled, strict=True)):
-            scored = result.scored[i] if result.scored else ()
             sequence = flight.sequence
             sequence.num_pending -= flight.samples
             if sequence.finish_reason is not None:
                 continue  # it ended while this row was in flight
+            scored = _not_known(sequence, plan.rows[i].start, result.scored[i : i + 1])
             self._commit_computed(flight)
             reason = self._commit_token(sequence, token, flight)
             committed.append(Committed(sequence, token, reason, scored))
@@ -468,3 +459,13 @@ class Scheduler:
         held = sum(len(s.blocks) for s in self.running)
         if held < self.pool.num_used:
             raise AssertionError("blocks are held by nobody")
+
+
+def _not_known(
+    sequence: Sequence, start: int, row_scored: tuple[tuple[SampledToken, ...], ...]
+) -> tuple[SampledToken, ...]:
+    """A row's scores, less those that were told before the sequence was preempted."""
+    scored = row_scored[0] if row_scored else ()
+    fresh = scored[max(sequence.num_scored - start, 0) :]
+    sequence.num_scored += len(fresh)
+    return fresh

@@ -32,6 +32,8 @@ class Sequence:
     num_committed: int = 0
     """Positions computed by steps that have been committed."""
     num_pending: int = 0
+    num_scored: int = 0
+    """Positions whose successor in the prompt has been scored."""
     num_cached: int = 0
     """Prompt tokens whose KV was reused at first admission."""
     blocks: list[int] = field(default_factory=list)
