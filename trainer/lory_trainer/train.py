@@ -51,10 +51,6 @@ class StepReport:
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.elapsed_s
 
-    @property
-    def remaining_s(self) -> float:
-        return self.elapsed_s / self.step * (self.num_steps - self.step)
-
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:

@@ -43,13 +43,3 @@ class KVCache:
     @property
     def block_size(self) -> int:
         return self.keys[0].shape[2]
-
-    def copy_blocks(self, sources: Tensor, targets: Tensor) -> None:
-        """Copy whole blocks, in every layer; no block may be both source and target."""
-        for pages in (*self.keys, *self.values):
-            pages[targets] = pages[sources]
-
-
-def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int:
-    """What one block costs over all layers."""
-    return spec.kv_bytes_per_block(block_size, dtype.itemsize)
