@@ -494,6 +494,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"logit_bias": {"-1": 1}}, "logit_bias"),
     (CHAT, {"logit_bias": {"258": 1}}, "logit_bias"),
     (CHAT, {"logit_bias": {"97": 101}}, "logit_bias"),
+    (CHAT, {"logit_bias": {"97": None}}, "logit_bias"),
     (CHAT, {"logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),
     (CHAT, {"stop": [""]}, "stop"),
     (CHAT, {"stop": ["a"] * 500}, "stop"),

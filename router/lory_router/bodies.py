@@ -47,7 +47,7 @@ def explain(message: str) -> tuple[str, str | None]:
     """msgspec's complaint turned round: the field first, without JSON-path marks."""
     found = AT_PATH.match(message)
     what = found["what"] if found else message
-    path = found["path"].removeprefix("$").removeprefix(".") if found else ""
+    path = found["path"].removeprefix("$").removeprefix(".").replace("[...]", "") if found else ""
     missing = MISSING.match(what)
     if missing:
         param = f"{path}.{missing['name']}".lstrip(".")

@@ -12,7 +12,7 @@ import msgspec
 
 from lory_router import tokenize, validate
 from lory_router.bodies import read_object, read_struct, unknown_fields
-from lory_router.chat_template import RESERVED_NAMES, TemplateError
+from lory_router.chat_template import RESERVED_NAMES, ChatTemplate, TemplateError
 from lory_router.engine import SequenceRequest
 from lory_router.errors import Invalid, adapter_not_found, shown
 from lory_router.schemas_openai import (
@@ -253,20 +253,23 @@ def _echo_text(prompt: Prompt, text: TextModel) -> str:
 
 
 async def _chat_ids(body: ChatBody, context: Context) -> tuple[int, ...]:
-    messages = chat_messages(body.messages)
-    template = context.text.chat_template
-    if template is None:
-        raise Invalid("this base has no chat template; use /v1/completions", param="messages")
-    options = _template_options(body)
-    try:
-        prompt = await asyncio.to_thread(template.render, messages, options)
-    except TemplateError as error:
-        raise Invalid(f"chat template: {error}", param="messages") from error
+    prompt = await asyncio.to_thread(_rendered, body, context.text.chat_template)
     most = validate.max_input_length(context.info, context.settings)
     tokenize.check_length("messages", prompt, context.text, most)
     ids = await tokenize.encode(context.text, prompt, context.settings, add_special_tokens=False)
     validate.check_prompt("messages", len(ids), context.info, context.settings)
     return ids
+
+
+def _rendered(body: ChatBody, template: ChatTemplate | None) -> str:
+    """The messages as one text; off the event loop, for there may be many."""
+    messages = chat_messages(body.messages)
+    if template is None:
+        raise Invalid("this base has no chat template; use /v1/completions", param="messages")
+    try:
+        return template.render(messages, _template_options(body))
+    except TemplateError as error:
+        raise Invalid(f"chat template: {error}", param="messages") from error
 
 
 def _template_options(body: ChatBody) -> Json:

@@ -36,7 +36,7 @@ class RouterSettings:
     """Most tokens with a bias."""
     max_body_bytes: int = 2 * 1024 * 1024
     """Largest request body; more is refused with 413."""
-    max_tokenize_bytes: int = 256 * 1024
+    max_tokenize_bytes: int = 128 * 1024
     """Longest text for /tokenize, whose reply is some fifty times as long; more is refused."""
     body_timeout_s: float = 30.0
     """Longest wait for the whole body of a request; more is refused with 408."""
