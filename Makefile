@@ -28,8 +28,9 @@ setup: $(VENV)/.installed ## Make the virtual environment; starts nothing
 demo: setup ## Serve the shipped base and adapters on 127.0.0.1:8080, print three lines to paste
 	$(BIN)/lory demo --port $(PORT)
 
+# On any free port, unless one is asked for.
 demo-check: setup ## Start the demo, ask every adapter, check the answers, stop
-	$(BIN)/lory demo --check --port $(PORT)
+	$(BIN)/lory demo --check $(if $(filter-out file,$(origin PORT)),--port $(PORT))
 
 demo-model: setup ## Train the demo's base and adapters again from scratch (under 15 minutes)
 	$(BIN)/python demo/make_data.py

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import msgspec
 
+from lory_server.lifeline import die_with_parent
 from lory_server.messages import (
     AdapterEntry,
     AdapterList,
@@ -231,6 +232,7 @@ def main() -> None:
     parser.add_argument("--crash-starts", type=int, default=0)
     parser.add_argument("--ignore-hangup", action="store_true")
     arguments = parser.parse_args()
+    die_with_parent()
     num_starts = 1
     if arguments.starts is not None:
         with arguments.starts.open("a") as file:

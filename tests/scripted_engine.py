@@ -6,7 +6,6 @@ of sequence (257).
 
 import asyncio
 import contextlib
-import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
@@ -14,12 +13,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import uvicorn
 from starlette.types import ASGIApp
 
 import tiny_tokenizers
 from lory_router.app import create_app
+from lory_router.connection import Connection, HttpServer, http_server
 from lory_router.engine import SequenceRequest, StreamEvent, Unavailable
+from lory_router.listener import listen, url_of
 from lory_router.observe import RequestRecord
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
@@ -225,6 +225,7 @@ class Front:
         self.engine = engine or ScriptedEngine(list(answers) or [Answer()])
         self.settings = RouterSettings(model_names=(BASE,), **settings)
         self.ledger = Ledger()
+        self._server: HttpServer | None = None
         self.app: ASGIApp = create_app(self.engine, self.settings, text, self.ledger)
 
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
@@ -250,20 +251,27 @@ class Front:
         return asyncio.run(main())
 
     @contextlib.contextmanager
-    def served(self) -> Iterator[str]:
-        """The same on a real socket, served by uvicorn in a thread; gives its address."""
-        listener = socket.create_server(("127.0.0.1", 0))
-        config = uvicorn.Config(self.app, log_level="error", http="h11", lifespan="off")
-        server = uvicorn.Server(config)
+    def served(
+        self, protocol: type[Connection] = Connection, max_connections: int = 100
+    ) -> Iterator[str]:
+        """The same on a real socket, served as `lory serve` does, in a thread; its address."""
+        listener = listen("127.0.0.1", 0)
+        server = http_server(self.app, max_connections, protocol)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
+        self._server = server
         try:
             wait_until(lambda: server.started)
-            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+            yield url_of(listener)
         finally:
-            server.should_exit = True
+            self.stop()
             thread.join(10)
             listener.close()
+
+    def stop(self) -> None:
+        """Tell the server to end, which `served` waits for."""
+        assert self._server is not None
+        self._server.should_exit = True
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float = 5.0) -> None:

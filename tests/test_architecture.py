@@ -30,7 +30,7 @@ MAY_IMPORT = {
 
 # Within the engine, from the bottom up: a module imports only modules of its own or lower layers.
 LAYERS = [
-    {"messages", "plan", "blocks", "model.sites", "model.errors", "memory_plan", "host_memory"},
+    {"messages", "lifeline", "plan", "blocks", "model.sites", "model.errors", "memory_plan", "host_memory"},
     {"sequence", "accounting", "adapters", "channel", "model.spec"},
     {"scheduler", "model"},
     {"engine"},
@@ -41,6 +41,7 @@ LAYERS = [
 
 TORCH_FREE = [
     "lory_server.messages",
+    "lory_server.lifeline",
     "lory_server.plan",
     "lory_server.blocks",
     "lory_server.sequence",

@@ -14,8 +14,8 @@ import msgspec
 import psutil
 import pytest
 
-from lory_router.engine import SequenceRequest, Unavailable
-from lory_router.engine_client import ChildEngine
+from lory_router.engine import BufferRoom, SequenceRequest, Unavailable
+from lory_router.engine_client import ChildEngine, EngineDeath
 from lory_router.metrics import Metrics
 from lory_router.sequence_stream import SequenceStream
 from lory_router.supervisor import GaveUp, RestartPolicy, Supervisor
@@ -61,7 +61,7 @@ class House:
         return self.engine.pid
 
 
-def build(*arguments: str, buffer_tokens: int = 4096) -> tuple[ChildEngine, Metrics]:
+def build(*arguments: str) -> tuple[ChildEngine, Metrics]:
     metrics = Metrics(model="fake")
     engine = ChildEngine(
         EngineOptions(model="fake"),
@@ -69,15 +69,14 @@ def build(*arguments: str, buffer_tokens: int = 4096) -> tuple[ChildEngine, Metr
         on_info=metrics.engine_up,
         on_report=metrics.engine_report,
         step_timeout_s=STEP_TIMEOUT_S,
-        stream_buffer_tokens=buffer_tokens,
         command=(sys.executable, FAKE, *arguments),
     )
     return engine, metrics
 
 
 @asynccontextmanager
-async def house(*arguments: str, buffer_tokens: int = 4096) -> AsyncIterator[House]:
-    engine, metrics = build(*arguments, buffer_tokens=buffer_tokens)
+async def house(*arguments: str) -> AsyncIterator[House]:
+    engine, metrics = build(*arguments)
     supervisor = Supervisor(engine, metrics, QUICK)
     keeping = asyncio.create_task(supervisor.run())
     try:
@@ -87,11 +86,14 @@ async def house(*arguments: str, buffer_tokens: int = 4096) -> AsyncIterator[Hou
         await asyncio.gather(keeping, return_exceptions=True)
 
 
-def request(script: str = "", num_tokens: int = 4) -> SequenceRequest:
+def request(
+    script: str = "", num_tokens: int = 4, room: BufferRoom | None = None
+) -> SequenceRequest:
     return SequenceRequest(
         prompt_ids=(11, 12, 13),
         sampling=Sampling(max_new_tokens=num_tokens, seed=0),
         adapter_id=script,
+        room=room or BufferRoom(),
     )
 
 
@@ -110,9 +112,9 @@ async def read_all(stream: SequenceStream) -> tuple[list[int], Finished]:
     return tokens, ends[0]
 
 
-def in_house(story: Callable[[House], Awaitable[None]], *arguments: str, **options: int) -> None:
+def in_house(story: Callable[[House], Awaitable[None]], *arguments: str) -> None:
     async def run() -> None:
-        async with house(*arguments, **options) as home:
+        async with house(*arguments) as home:
             await story(home)
 
     asyncio.run(asyncio.wait_for(run(), 20))
@@ -170,17 +172,18 @@ def test_adapters_are_listed_and_an_unknown_one_fails_alone() -> None:
 def test_a_reader_too_slow_is_cut_off_after_what_was_kept() -> None:
     async def story(home: House) -> None:
         await home.ready()
-        stream = await home.engine.submit(request("flood", 100_000))
+        stream = await home.engine.submit(request("flood", 100_000, BufferRoom(300)))
         await home.until(lambda: home.engine.num_in_flight == 0)
         tokens, end = await read_all(stream)
         assert len(tokens) == 300
         assert end.reason == "error"
         assert end.failure is not None
-        assert end.failure.code == "overloaded"
+        assert end.failure.code == "reader_too_slow"
+        assert "read too slowly" in end.failure.message
         assert end.usage.generated_tokens < 100_000
         await read_all(await home.engine.submit(request()))
 
-    in_house(story, buffer_tokens=300)
+    in_house(story)
 
 
 def test_before_the_base_is_loaded_requests_are_told_to_wait() -> None:
@@ -375,12 +378,42 @@ def test_an_engine_that_cannot_be_started_is_a_death_like_any_other() -> None:
     asyncio.run(run())
 
 
+def test_deaths_far_apart_are_not_in_a_row() -> None:
+    """Five deaths over a month, on a server that nobody asked anything, ended it."""
+
+    async def lives(loaded_s: float) -> int:
+        num_lives = 0
+
+        class Mortal(ChildEngine):
+            async def live(self) -> EngineDeath:
+                nonlocal num_lives
+                num_lives += 1
+                if num_lives == 10:
+                    supervisor.stop()
+                return EngineDeath("it died", False, 0, loaded_s)
+
+        engine = Mortal(
+            EngineOptions(model="fake"),
+            environment={},
+            on_info=lambda info: None,
+            on_report=lambda report: None,
+        )
+        policy = RestartPolicy(first_delay_s=0.001, max_delay_s=0.001, max_deaths=3)
+        supervisor = Supervisor(engine, Metrics(model="fake"), policy)
+        await supervisor.run()
+        return num_lives
+
+    assert asyncio.run(lives(61.0)) == 10
+    with pytest.raises(GaveUp, match="3 times in a row"):
+        asyncio.run(lives(59.0))
+
+
 # -- the stream and the wire, by themselves -------------------------------------------------
 
 
 def test_a_stream_gives_prompt_then_gathered_tokens_then_the_end() -> None:
     async def run() -> None:
-        stream = SequenceStream(7, 2, 10, lambda number, reason: None)
+        stream = SequenceStream(7, 2, BufferRoom(10), lambda number, reason: None)
         stream.push_token(Token(7, 1, -0.1))
         stream.push_prompt(PromptLogprobs(request_id=7, logprobs=(-1.0,)))
         stream.push_token(Token(7, 2, -0.1))
@@ -389,6 +422,26 @@ def test_a_stream_gives_prompt_then_gathered_tokens_then_the_end() -> None:
         assert [type(event) for event in events] == [PromptLogprobs, tuple, Finished]
         assert len(events[1]) == 2  # type: ignore[arg-type]
         assert [event async for event in stream] == []
+
+    asyncio.run(run())
+
+
+def test_the_streams_of_a_request_share_its_room_and_alternatives_count() -> None:
+    async def run() -> None:
+        room, cancelled = BufferRoom(7), []
+        streams = [
+            SequenceStream(number, 2, room, lambda number, _: cancelled.append(number))
+            for number in (1, 2)
+        ]
+        token = Token(1, 5, -0.1, top=((5, -0.1), (6, -2.0)))
+        for stream in streams:
+            stream.push_token(token)
+        assert room.left == 1
+        assert await anext(streams[0]) == (token,)
+        streams[1].push_token(token)
+        assert not cancelled
+        streams[0].push_token(token)
+        assert cancelled == [1]
 
     asyncio.run(run())
 

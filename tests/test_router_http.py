@@ -123,6 +123,30 @@ def test_a_sender_of_ten_megabytes_sees_the_413():
         assert response.status_code == 413
 
 
+def test_the_413_of_a_body_that_has_arrived_is_not_held_back():
+    """What was left of it was awaited for two seconds although nothing was."""
+    start = time.perf_counter()
+    with Front(max_body_bytes=1000).served() as url:
+        assert httpx.post(f"{url}/generate", content=b"a" * 1001).status_code == 413
+    assert time.perf_counter() - start < 1.5
+
+
+def test_open_bodies_are_bounded_together_and_small_ones_always_fit():
+    front = Front(max_body_bytes=200_000, max_held_body_bytes=200_000)
+    large = json.dumps({"inputs": "ab"}).encode().ljust(180_000)
+    with front.served() as url, _connection(url) as wire:
+        head = f"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: {len(large)}\r\n\r\n"
+        wire.sendall(head.encode() + large[:-1])
+        time.sleep(0.2)
+        refused = httpx.post(f"{url}/generate", content=large)
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "2")
+        assert "large bodies" in error_of(refused)
+        assert httpx.post(f"{url}/generate", json=GENERATE).status_code == 200
+        wire.sendall(large[-1:])
+        assert wire.recv(4096).startswith(b"HTTP/1.1 200")
+        assert httpx.post(f"{url}/generate", content=large).status_code == 200
+
+
 def test_a_body_that_dribbles_is_timed_out():
     with Front(body_timeout_s=0.1).served() as url, _connection(url) as wire:
         wire.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n{")
@@ -203,6 +227,73 @@ def test_a_valid_key_opens_every_route(key: str):
 @pytest.mark.parametrize("path", ["/health", "/ping"])
 def test_probes_need_no_key(path: str):
     assert Front(api_keys=("key",)).get(path).status_code == 200
+
+
+EVERY_REPLY = [
+    *EVERY_ROUTE,
+    *[("GET", path) for path in ("/health", "/ping", "/v1/nothing", "/generate")],
+]
+
+
+@pytest.mark.parametrize(("method", "path"), EVERY_REPLY)
+def test_every_reply_names_its_request(method: str, path: str):
+    for keys in ((), ("key",)):
+        front = Front(api_keys=keys)
+        own = [front.ask(method, path).headers["x-request-id"] for _ in range(2)]
+        assert len(own[0]) == 32
+        assert own[0] != own[1]
+        given = front.ask(method, path, headers={"x-request-id": "trace-1:a_b.C"})
+        assert given.headers.get_list("x-request-id") == ["trace-1:a_b.C"]
+
+
+@pytest.mark.parametrize("given", ["", "a b", "a" * 129, "a\u00e9", "<script>"])
+def test_a_request_id_that_a_log_should_not_hold_is_not_taken_over(given: str):
+    headers = [(b"x-request-id", given.encode("latin-1"))]
+    assert len(Front().get("/health", headers=headers).headers["x-request-id"]) == 32
+
+
+def test_a_request_is_called_in_its_body_as_in_its_header():
+    reply = Front().post("/v1/completions", COMPLETION, headers={"x-request-id": "mine"})
+    assert reply.json()["id"] == "cmpl-mine"
+
+
+# -- the list of models ---------------------------------------------------------------------
+
+
+def test_adapters_are_listed_once_for_all_who_ask_within_a_while(monkeypatch):
+    monkeypatch.setattr("lory_router.pages.LISTING_S", 0.5)
+    front, num_asked = Front(), 0
+    listed = front.engine.list_adapters
+
+    async def counted():
+        nonlocal num_asked
+        num_asked += 1
+        await asyncio.sleep(0.05)
+        return await listed()
+
+    front.engine.list_adapters = counted  # type: ignore[method-assign]
+
+    async def work(client):
+        leaver = asyncio.ensure_future(client.get("/v1/models"))
+        await asyncio.sleep(0.01)
+        leaver.cancel()
+        replies = await asyncio.gather(*(client.get("/v1/models") for _ in range(20)))
+        replies.append(await client.get("/v1/models/french"))
+        return [reply.status_code for reply in replies]
+
+    assert set(front.run(work)) == {200}
+    assert num_asked == 1
+    time.sleep(0.6)
+    front.get("/v1/models")
+    assert num_asked == 2
+
+
+def test_a_failed_listing_is_not_kept():
+    front = Front()
+    front.engine.down = Unavailable("down", "the engine restarts")
+    assert front.get("/v1/models").status_code == 503
+    front.engine.down = None
+    assert front.get("/v1/models").status_code == 200
 
 
 # -- states of the engine -------------------------------------------------------------------
@@ -382,19 +473,6 @@ def test_a_client_that_leaves_frees_its_place():
             wait_until(lambda num=num: len(front.ledger.records) == num)
 
 
-def test_a_client_that_stops_reading_is_cut_off():
-    flood = Answer(b"x" * 1024, repeats=True, ends=False, batch=256, delay_s=0.001, hangs=True)
-    front = Front(flood, send_timeout_s=0.2)
-    assert front.engine.info is not None
-    front.engine.info = _longer(front.engine.info)
-    with front.served() as url, _connection(url) as wire:
-        wire.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        wire.sendall(_raw_post("/generate_stream", GENERATE))
-        wait_until(lambda: bool(front.ledger.records), timeout_s=10)
-    assert front.engine.streams[0].cancels == ["cancelled"]
-    assert front.ledger.records[0].outcome == "cancelled"
-
-
 def test_two_requests_on_one_connection_are_answered_in_order():
     front = Front(Answer(b"a"), Answer(b"b"))
     with front.served() as url, httpx.Client() as client:
@@ -485,9 +563,3 @@ def _raw_post(path: str, body: dict[str, Any]) -> bytes:
     content = json.dumps(body).encode()
     head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
     return head.encode() + content
-
-
-def _longer(info: Any) -> Any:
-    import msgspec
-
-    return msgspec.structs.replace(info, max_model_len=10_000_000)

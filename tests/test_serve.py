@@ -1,6 +1,7 @@
 """A whole server as its operator sees it: signals, exit codes, and what its log says."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -53,7 +54,10 @@ class Server:
         if adapter_id:
             parameters["adapter_id"] = adapter_id
         body = {"inputs": "abc", "parameters": parameters}
-        with httpx.stream("POST", f"{self.url}/generate_stream", json=body, timeout=20) as reply:
+        with (
+            contextlib.suppress(httpx.RemoteProtocolError),
+            httpx.stream("POST", f"{self.url}/generate_stream", json=body, timeout=20) as reply,
+        ):
             lines = [line for line in reply.iter_lines() if line.startswith("data:")]
             self.replies.append((reply.status_code, [json.loads(line[5:]) for line in lines]))
 
@@ -135,19 +139,54 @@ def test_the_drains_deadline_ends_what_is_left_with_an_event(base: Path) -> None
         assert (code, "Traceback" in log) == (0, False)
         assert "1 requests did not finish" in log
         ((_, events),) = server.replies
-        assert events[-1]["error_type"] == "incomplete_generation"
+        assert events[-1]["error_type"] == "unavailable"
+        assert "shutting down" in events[-1]["error"]
 
 
-def test_a_second_signal_does_not_wait(base: Path) -> None:
+def test_the_drains_deadline_ends_a_plain_request_with_503(base: Path) -> None:
+    """It was a 500 that named no cause, and nothing to wait for."""
+    body = {"inputs": "abc", "parameters": {"adapter_id": "slow", "max_new_tokens": 4000}}
+    replies: list[httpx.Response] = []
+    with serving(base, drain_timeout=0.3) as server:
+        url = f"{server.url}/generate"
+        asking = threading.Thread(target=lambda: replies.append(httpx.post(url, json=body)))
+        asking.start()
+        server.wait_for_metric("lory_running_requests 1.0")
+        server.signal()
+        code, log = server.end()
+        asking.join()
+    assert (code, "Traceback" in log) == (0, False)
+    (reply,) = replies
+    assert (reply.status_code, reply.headers["retry-after"]) == (503, "2")
+    assert "shutting down" in reply.json()["error"]
+
+
+def test_a_client_stuck_in_its_request_does_not_hold_up_the_end(base: Path) -> None:
+    with serving(base) as server:
+        host, port = server.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as half:
+            half.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+            server.wait_for_metric("lory_open_requests 1.0")
+            start = time.monotonic()
+            server.signal()
+            code, log = server.end()
+            assert time.monotonic() - start < 2
+    assert (code, log.count("Traceback"), log.count("Cancel")) == (0, 0, 0)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_does_not_wait(base: Path, number: int) -> None:
     with serving(base, drain_timeout=60.0) as server:
         running = server.ask("stuck", 4000)
         server.wait_for_metric("lory_running_requests 1.0")
         server.signal()
         time.sleep(0.3)
         assert server.process.poll() is None
-        server.signal()
+        start = time.monotonic()
+        server.signal(number)
         code, log = server.end(6)
-        assert code == 130
+        assert time.monotonic() - start < 1
+        assert code == 128 + number
         assert "Traceback" not in log
         assert "starting another" not in log
         running.join()
@@ -191,6 +230,15 @@ def test_a_crash_loop_ends_the_server(base: Path, tmp_path: Path) -> None:
 def test_the_engine_does_not_outlive_a_killed_server(base: Path) -> None:
     with serving(base) as server:
         engine = psutil.Process(server.engine_pid())
+        server.process.kill()
+        engine.wait(3)
+
+
+def test_not_even_a_stopped_engine_outlives_a_killed_server(base: Path) -> None:
+    """It cannot read that its socket has ended."""
+    with serving(base) as server:
+        engine = psutil.Process(server.engine_pid())
+        engine.suspend()
         server.process.kill()
         engine.wait(3)
 
@@ -240,7 +288,7 @@ def test_a_base_without_a_tokenizer_is_one_line(tmp_path: Path) -> None:
 
 def test_replies_are_not_held_back_to_be_sent_together() -> None:
     """asyncio leaves Nagle's delay on for sockets that do not name TCP: 40 ms a reply."""
-    from lory_router.serve import _listen
+    from lory_router.listener import listen
 
     async def accepted_nodelay() -> int:
         told: asyncio.Future[int] = asyncio.get_running_loop().create_future()
@@ -250,7 +298,7 @@ def test_replies_are_not_held_back_to_be_sent_together() -> None:
             told.set_result(accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
             writer.close()
 
-        listener = _listen("127.0.0.1", 0)
+        listener = listen("127.0.0.1", 0)
         server = await asyncio.start_server(note, sock=listener)
         async with server:
             _, writer = await asyncio.open_connection(*listener.getsockname())

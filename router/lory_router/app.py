@@ -3,7 +3,9 @@
 It must not know what requests mean or how an engine is run.
 """
 
+import re
 import time
+import uuid
 
 import msgspec
 from starlette.applications import Starlette
@@ -11,13 +13,20 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lory_router import lorax, openai
 from lory_router.endpoint import Endpoint, Front, Handler
 from lory_router.engine import EngineClient, Unavailable
-from lory_router.errors import ApiError, Dialect, MethodNotAllowed, NotFound, Unauthorized
-from lory_router.exchange import Exchange, error_headers
+from lory_router.errors import (
+    ApiError,
+    BadHttp,
+    Dialect,
+    MethodNotAllowed,
+    NotFound,
+    Unauthorized,
+)
+from lory_router.exchange import REQUEST_ID, Exchange, error_headers
 from lory_router.gate import Gate, authorise
 from lory_router.observe import MetricsSink
 from lory_router.pages import Pages
@@ -74,22 +83,54 @@ def _page_routes(pages: Pages) -> list[Route]:
 
 
 class Guard:
-    """Asks for the key before anything else looks at a request, unknown paths included."""
+    """Names each request, and asks for the key before anything else looks at it, unknown paths
+    included."""
 
     def __init__(self, app: ASGIApp, settings: RouterSettings) -> None:
         self._app = app
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http":
-            try:
-                authorise(scope, self._settings)
-            except Unauthorized as error:
-                dialect = dialect_of(scope["path"])
-                exchange = Exchange(scope, receive, send, dialect, self._settings)
-                await exchange.reply_error(error)
-                return
-        await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        scope[REQUEST_ID] = request_id = _request_id(scope)
+
+        async def send_named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                named = (*message["headers"], (b"x-request-id", request_id.encode()))
+                message = {**message, "headers": named}
+            await send(message)
+
+        try:
+            _check_framing(scope)
+            authorise(scope, self._settings)
+        except (BadHttp, Unauthorized) as error:
+            dialect = dialect_of(scope["path"])
+            exchange = Exchange(scope, receive, send_named, dialect, self._settings)
+            if isinstance(error, BadHttp):
+                exchange.extra_headers["connection"] = "close"
+            await exchange.reply_error(error)
+        else:
+            await self._app(scope, receive, send_named)
+
+
+SANE_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+
+
+def _request_id(scope: Scope) -> str:
+    """The one the caller gave, if a log and a header can hold it; else a new one."""
+    given = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    if len(given) == 1 and SANE_ID.fullmatch(given[0]):
+        return given[0].decode()
+    return uuid.uuid4().hex
+
+
+def _check_framing(scope: Scope) -> None:
+    """Where a body ends must be told once: a proxy in front may have believed the other."""
+    names = {name for name, _ in scope["headers"]}
+    if {b"content-length", b"transfer-encoding"} <= names:
+        raise BadHttp("Send Content-Length or Transfer-Encoding, not both")
 
 
 def dialect_of(path: str) -> Dialect:

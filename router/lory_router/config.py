@@ -139,6 +139,9 @@ class HttpConfig:
         "Bearer keys callers must send one of, comma-separated; empty: open to all who reach it.",
         secret=True,
     )
+    max_connections: int = flag(
+        2048, "Most open connections, as far as open files allow; one more gets a 503.", at_least=1
+    )
     request_timeout: float = flag(600.0, "Seconds a request may take, queue included.", at_least=0)
     drain_timeout: float = flag(
         30.0, "Seconds running requests may take to finish at shutdown.", at_least=0

@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from lory_router import validate
 from lory_router.engine import EngineClient, Unavailable
-from lory_router.errors import ApiError, ClientGone, Dialect, TimedOut
+from lory_router.errors import ApiError, ClientGone, Dialect, ReaderTooSlow, TimedOut
 from lory_router.exchange import Exchange
 from lory_router.gate import Gate
 from lory_router.observe import MetricsSink, Outcome
@@ -76,9 +76,11 @@ class Endpoint:
 
     async def _serve(self, exchange: Exchange) -> None:
         self._front.require_ready()
-        body = await exchange.read_body()
-        with self._front.gate.enter():
-            await exchange.until_disconnect(self._handle(self._front, exchange, body))
+        gate = self._front.gate
+        with gate.holding() as hold:
+            body = await exchange.read_body(hold)
+            with gate.enter():
+                await exchange.until_disconnect(self._handle(self._front, exchange, body))
 
 
 async def _unless_gone(reply: Awaitable[None]) -> None:
@@ -96,6 +98,8 @@ def _good_outcome(exchange: Exchange) -> Outcome:
 def _bad_outcome(exchange: Exchange, error: Exception) -> Outcome:
     if isinstance(error, TimedOut):
         return "timeout"
+    if isinstance(error, ReaderTooSlow):
+        return "cancelled"
     if isinstance(error, Unavailable) or (isinstance(error, ApiError) and _is_refusal(error)):
         return "refused"
     return "error"

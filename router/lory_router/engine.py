@@ -6,14 +6,15 @@ must not know HTTP, text, sockets or processes.
 The contract of a stream, which implementations keep and the routes rely on:
   - at most one `PromptLogprobs` first, then batches of tokens (never an empty one), then exactly
     one `Finished`, after which iteration stops; also when the engine dies, hangs or drains;
-  - it buffers at most `RouterSettings.stream_buffer_tokens`. When the reader is slower than
-    that, the sequence is cancelled and the stream ends, after what it holds, in a `Finished`
-    with reason "error" and a failure;
+  - what it holds for its reader it takes from its request's `BufferRoom`. When the reader is
+    slower than that has room for, the sequence is cancelled and the stream ends, after what it
+    holds, in a `Finished` with reason "error" and the failure `reader_too_slow`;
+  - a sequence that the drain cut short ends in a `Finished` with reason "cancelled";
   - `cancel` returns at once, may be called at any time and any number of times, and is not an
     error after the end. The engine's own `Finished` still follows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from lory_server.messages import (
@@ -30,6 +31,14 @@ StreamEvent = PromptLogprobs | tuple[Token, ...] | Finished
 UnavailableReason = Literal["loading", "draining", "down"]
 
 
+class BufferRoom:
+    """What one request's streams may hold together, in tokens and their alternatives."""
+
+    def __init__(self, most: int = 65536) -> None:
+        self.most = most
+        self.left = most
+
+
 @dataclass(frozen=True, slots=True)
 class SequenceRequest:
     """One sequence to generate: `messages.Submit` without the number, which the client assigns."""
@@ -39,6 +48,8 @@ class SequenceRequest:
     adapter_id: str = ""
     """Empty: the base."""
     tenant: str = "default"
+    room: BufferRoom = field(default_factory=BufferRoom, compare=False, repr=False)
+    """Shared by the sequences of one request."""
 
 
 class Unavailable(Exception):  # noqa: N818 - a state of the engine, told as it is

@@ -7,6 +7,7 @@ HTTP, text, or when another life is due: that is `supervisor`.
 import asyncio
 import contextlib
 import itertools
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +56,8 @@ class EngineDeath:
     """The engine itself said that it cannot go on."""
     num_served: int
     """Requests that ended well in it."""
+    loaded_s: float
+    """How long it lived after its base was loaded."""
 
 
 class _Life:
@@ -65,10 +68,18 @@ class _Life:
         self.decoder = EventDecoder()
         self.streams: dict[int, SequenceStream] = {}
         self.calls: dict[int, asyncio.Future[tuple[AdapterEntry, ...]]] = {}
-        self.is_loaded = False
+        self.loaded_at: float | None = None
         self.fatal: str | None = None
         self.num_heard = 0
         self.num_served = 0
+
+    @property
+    def is_loaded(self) -> bool:
+        return self.loaded_at is not None
+
+    @property
+    def loaded_s(self) -> float:
+        return 0.0 if self.loaded_at is None else time.monotonic() - self.loaded_at
 
     def send(self, command: Command) -> None:
         self.child.writer.write(encode_frame(command))
@@ -89,7 +100,6 @@ class ChildEngine:
         on_info: Callable[[EngineInfo], None],
         on_report: Callable[[StepReport], None],
         step_timeout_s: float = 30.0,
-        stream_buffer_tokens: int = 4096,
         command: tuple[str, ...] = ENGINE_COMMAND,
     ) -> None:
         self._options = options
@@ -97,7 +107,6 @@ class ChildEngine:
         self._on_info = on_info
         self._on_report = on_report
         self._silence_s = step_timeout_s + SILENCE_MARGIN_S
-        self._stream_buffer_tokens = stream_buffer_tokens
         self._command = command
         self._numbers = itertools.count(1)
         self._life: _Life | None = None
@@ -141,9 +150,7 @@ class ChildEngine:
             tenant=request.tenant,
         )
         life.send(command)
-        stream = SequenceStream(
-            number, len(request.prompt_ids), self._stream_buffer_tokens, life.send_cancel
-        )
+        stream = SequenceStream(number, len(request.prompt_ids), request.room, life.send_cancel)
         life.streams[number] = stream
         return stream
 
@@ -193,7 +200,7 @@ class ChildEngine:
         try:
             child = await EngineProcess.spawn(self._command, self._environment)
         except OSError as error:
-            return EngineDeath(f"the engine could not be started: {error}", False, 0)
+            return EngineDeath(f"the engine could not be started: {error}", False, 0, 0.0)
         life = self._life = _Life(child)
         reason = "the router failed"
         grace_s = 0.0
@@ -202,10 +209,11 @@ class ChildEngine:
             reason, grace_s = await self._watch(life)
         finally:
             self._life = None
-            _abandon(life, reason)
+            _abandon(life, reason, self._is_draining)
+            loaded_s = life.loaded_s
             status = await child.end(grace_s)
         cause = life.fatal or reason or f"the engine {describe_exit(status)}"
-        return EngineDeath(cause, life.fatal is not None, life.num_served)
+        return EngineDeath(cause, life.fatal is not None, life.num_served, loaded_s)
 
     # -- one life ---------------------------------------------------------------------------
 
@@ -254,7 +262,8 @@ class ChildEngine:
         if info.protocol != PROTOCOL_VERSION:
             raise WireError(f"the engine speaks protocol {info.protocol}, not {PROTOCOL_VERSION}")
         self._info = info
-        self._has_been_loaded = life.is_loaded = True
+        self._has_been_loaded = True
+        life.loaded_at = time.monotonic()
         self._on_info(info)
 
     async def _stay_until_silent(self, life: _Life) -> None:
@@ -313,11 +322,14 @@ def _ended_well(finished: Finished) -> bool:
     return finished.reason != "error"
 
 
-def _abandon(life: _Life, reason: str) -> None:
+def _abandon(life: _Life, reason: str, is_draining: bool) -> None:
     """End everything that waited for this engine."""
     message = f"the engine ended while the request ran ({reason or 'it died'}); send it again"
     for stream in life.streams.values():
-        stream.fail("engine_died", message)
+        if is_draining and not life.fatal:
+            stream.end_cancelled()
+        else:
+            stream.fail("engine_died", message)
     for answer in life.calls.values():
         if not answer.done():
             answer.set_exception(Unavailable("down", "the engine has ended"))

@@ -4,10 +4,11 @@ ApiError
  |- BadJson 400               |- NotFound 404 (no such path)      |- Overloaded 429
  |- Unauthorized 401          |- MethodNotAllowed 405             |- GenerationFailed 424 / 500
  |- AdapterNotFound 404       |- BodyTimeout 408                  |- IncompleteGeneration 500
- |- BodyTooLarge 413          |- Invalid 422 / 400                |- InternalError 500
- |- WrongMediaType 415            |- ContextTooLong               |- EngineUnavailable 503
- |- ClientGone 499                |- AdapterInvalid               |- TimedOut 504
-                                  |- AdapterTooLarge
+ |- BodyTooLarge 413          |- ReaderTooSlow 408                |- InternalError 500
+ |- WrongMediaType 415        |- Invalid 422 / 400                |- EngineUnavailable 503
+ |- ClientGone 499                |- ContextTooLong               |- TooManyConnections 503
+ |- BadHttp 400                   |- AdapterInvalid               |- TimedOut 504
+     |- HeaderTooLarge 431        |- AdapterTooLarge
 
 Where two statuses stand, the first is on LoRAX's routes and the second on OpenAI's. The body is
 `{"error", "error_type"}` on the first, `{"error": {"message", "type", "param", "code"}}` on the
@@ -69,6 +70,17 @@ class BadJson(ApiError):
     openai_type = "invalid_request_error"
 
 
+class BadHttp(ApiError):
+    status = 400
+    error_type = "bad_http"
+    openai_type = "invalid_request_error"
+
+
+class HeaderTooLarge(BadHttp):
+    status = 431
+    error_type = "header_too_large"
+
+
 class Unauthorized(ApiError):
     status = 401
     error_type = "unauthorized"
@@ -107,6 +119,12 @@ class MethodNotAllowed(ApiError):
 class BodyTimeout(ApiError):
     status = 408
     error_type = "body_timeout"
+    openai_type = "invalid_request_error"
+
+
+class ReaderTooSlow(ApiError):
+    status = 408
+    error_type = "reader_too_slow"
     openai_type = "invalid_request_error"
 
 
@@ -185,6 +203,11 @@ class EngineUnavailable(ApiError):
     error_type = "unavailable"
 
 
+class TooManyConnections(ApiError):
+    status = 503
+    error_type = "too_many_connections"
+
+
 class TimedOut(ApiError):
     status = 504
     error_type = "timeout"
@@ -198,6 +221,7 @@ FAILURES: dict[str, type[ApiError]] = {
     "context_too_long": ContextTooLong,
     "bad_request": Invalid,
     "overloaded": Overloaded,
+    "reader_too_slow": ReaderTooSlow,
     "engine_died": GenerationFailed,
     "internal": GenerationFailed,
 }
@@ -226,7 +250,8 @@ def from_finished(finished: Finished, retry_after_s: int, adapter_id: str = "") 
     if finished.reason == "timeout":
         return TimedOut("The request ran past its deadline; ask for fewer tokens or try later")
     if finished.reason == "cancelled":
-        return IncompleteGeneration("Incomplete generation: the server cancelled the request")
+        text = "The server is shutting down and its drain ended before the request; send it again"
+        return EngineUnavailable(text, retry_after_s=retry_after_s)
     return GenerationFailed(f"The engine ended the request with reason {finished.reason!r}")
 
 

@@ -5,8 +5,7 @@ It must not know what a request means.
 
 import asyncio
 import time
-import uuid
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -20,6 +19,7 @@ from lory_router.errors import (
     BodyTooLarge,
     ClientGone,
     Dialect,
+    Overloaded,
     WrongMediaType,
 )
 from lory_router.observe import Outcome, RequestRecord
@@ -31,6 +31,9 @@ DISCARD_FACTOR = 16
 """An oversized body is read on and dropped up to this many limits, so that its sender, who may not
 read before having written everything, sees the reply and not a broken connection."""
 DISCARD_S = 2.0
+
+REQUEST_ID = "lory.request_id"
+"""Where a scope holds it."""
 
 Headers = Mapping[str, str]
 NO_HEADERS: Headers = MappingProxyType({})
@@ -45,7 +48,6 @@ class Exchange:
     send: Send
     dialect: Dialect
     settings: RouterSettings
-    request_id: str = field(default_factory=lambda: uuid.uuid4().hex)
     started_at: float = field(default_factory=time.perf_counter)
     ready_at: float | None = None
     """When the request was validated and tokenised."""
@@ -58,12 +60,16 @@ class Exchange:
     """Of so many in a row the prompt is the same, and counts once."""
     extra_headers: dict[str, str] = field(default_factory=dict)
 
-    async def read_body(self) -> bytes:
-        """The body, no larger and no later than allowed."""
+    @property
+    def request_id(self) -> str:
+        return self.scope[REQUEST_ID]
+
+    async def read_body(self, hold: Callable[[int], None]) -> bytes:
+        """The body, no larger and no later than allowed. `hold` is told its size as it grows."""
         self._check_media_type()
         try:
             async with asyncio.timeout(self.settings.body_timeout_s):
-                return await self._read_limited()
+                return await self._read_limited(hold)
         except TimeoutError as error:
             seconds = self.settings.body_timeout_s
             raise BodyTimeout(f"The body did not arrive within {seconds:g} s") from error
@@ -78,20 +84,26 @@ class Exchange:
         if self._header(b"content-encoding") not in (b"", b"identity"):
             raise WrongMediaType("Compressed bodies are not accepted")
 
-    async def _read_limited(self) -> bytes:
+    async def _read_limited(self, hold: Callable[[int], None]) -> bytes:
         most = self.settings.max_body_bytes
         declared = self._header(b"content-length")
         if declared.isdigit() and int(declared[:19]) > most * DISCARD_FACTOR:
             raise self._too_large()
-        chunks: list[bytes] = []
+        arriving = self._chunks()
+        kept: list[bytes] = []
         size = 0
-        async for chunk in self._chunks():
-            size += len(chunk)
-            if size > most:
-                await self._discard(most * DISCARD_FACTOR)
-                raise self._too_large()
-            chunks.append(chunk)
-        return b"".join(chunks)
+        try:
+            async for chunk in arriving:
+                size += len(chunk)
+                if size > most:
+                    raise self._too_large()
+                hold(size)
+                kept.append(chunk)
+        except (BodyTooLarge, Overloaded):
+            kept.clear()
+            await _discard(arriving, most * DISCARD_FACTOR)
+            raise
+        return b"".join(kept)
 
     async def _chunks(self) -> AsyncIterator[bytes]:
         more = True
@@ -101,17 +113,6 @@ class Exchange:
                 raise ClientGone("The client left while sending")
             more = message.get("more_body", False)
             yield message.get("body", b"")
-
-    async def _discard(self, most: int) -> None:
-        size = 0
-        try:
-            async with asyncio.timeout(DISCARD_S):
-                async for chunk in self._chunks():
-                    size += len(chunk)
-                    if size > most:
-                        return
-        except TimeoutError:
-            return
 
     def _too_large(self) -> BodyTooLarge:
         return BodyTooLarge(f"The body is larger than {self.settings.max_body_bytes} bytes")
@@ -138,7 +139,6 @@ class Exchange:
         self.status = status
         named = {
             "content-type": content_type,
-            "x-request-id": self.request_id,
             **self.extra_headers,
             **headers,
         }
@@ -146,12 +146,8 @@ class Exchange:
         await self.send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def write(self, body: bytes, more: bool) -> None:
-        """Send a part of the body; a client that does not read for too long is cut off."""
-        try:
-            async with asyncio.timeout(self.settings.send_timeout_s):
-                await self.send({"type": "http.response.body", "body": body, "more_body": more})
-        except TimeoutError as error:
-            raise ClientGone("The client stopped reading") from error
+        """Send a part of the body, once the client has read what was sent before."""
+        await self.send({"type": "http.response.body", "body": body, "more_body": more})
 
     async def reply_json(
         self, value: object, status: int = 200, headers: Headers = NO_HEADERS
@@ -201,6 +197,18 @@ class Exchange:
             generated_tokens=sum(usage.generated_tokens for usage in usages),
             cached_tokens=sum(usage.cached_tokens for usage in firsts),
         )
+
+
+async def _discard(arriving: AsyncIterator[bytes], most: int) -> None:
+    size = 0
+    try:
+        async with asyncio.timeout(DISCARD_S):
+            async for chunk in arriving:
+                size += len(chunk)
+                if size > most:
+                    return
+    except TimeoutError:
+        return
 
 
 def error_headers(error: ApiError) -> dict[str, str]:

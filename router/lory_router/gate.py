@@ -1,7 +1,7 @@
 """Who may come in, and how many at once. It must not know routes' contents or the engine."""
 
 import hmac
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from starlette.types import Scope
@@ -11,6 +11,8 @@ from lory_router.settings import RouterSettings
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
 """What an orchestrator probes; everything else, known or not, asks for a key when there is one."""
+SMALL_BODY_BYTES = 64 * 1024
+"""Of each body so much is never counted: large ones must not keep ordinary requests out."""
 
 
 def authorise(scope: Scope, settings: RouterSettings) -> None:
@@ -31,12 +33,14 @@ def _bearer(scope: Scope) -> bytes:
 
 
 class Gate:
-    """Counts generation requests in flight and refuses those above the limit."""
+    """Counts generation requests in flight and what their bodies hold; refuses what is above."""
 
     def __init__(self, settings: RouterSettings) -> None:
         self._most = settings.max_concurrent_requests
+        self._most_bytes = max(settings.max_held_body_bytes, settings.max_body_bytes)
         self._retry_after_s = settings.retry_after_s
         self.num_inside = 0
+        self.num_held_bytes = 0
 
     @contextmanager
     def enter(self) -> Iterator[None]:
@@ -47,3 +51,22 @@ class Gate:
             yield
         finally:
             self.num_inside -= 1
+
+    @contextmanager
+    def holding(self) -> Iterator[Callable[[int], None]]:
+        """Room for one body until left; what is given is told the body's size as it grows."""
+        held = 0
+
+        def hold(size: int) -> None:
+            nonlocal held
+            more = max(0, size - SMALL_BODY_BYTES) - held
+            if self.num_held_bytes + more > self._most_bytes:
+                text = "Too many large bodies at once; send it again"
+                raise Overloaded(text, retry_after_s=self._retry_after_s)
+            self.num_held_bytes += more
+            held += more
+
+        try:
+            yield hold
+        finally:
+            self.num_held_bytes -= held

@@ -3,19 +3,63 @@
 It must not know generation.
 """
 
+import asyncio
+import time
+from typing import Literal
+
 import msgspec
 from starlette.requests import Request
 from starlette.responses import Response
 
 from lory_router import validate
 from lory_router.endpoint import Front
+from lory_router.engine import EngineClient
 from lory_router.errors import Unhealthy, adapter_not_found
 from lory_router.intake_openai import adapter_of, model_of
 from lory_server.messages import AdapterEntry
 
 VERSION = "0.1.0"
 
+LISTING_S = 1.0
+"""How old a list of adapters may be: making one reads the whole adapters folder."""
+
 Json = dict[str, object]
+
+
+class Card(msgspec.Struct, frozen=True, kw_only=True):
+    """A model, as OpenAI's clients know it."""
+
+    id: str
+    created: int
+    root: str
+    parent: str | None
+    max_model_len: int | None
+    object: Literal["model"] = "model"
+    owned_by: str = "lory"
+
+
+class AdapterCard(Card, frozen=True, kw_only=True):
+    tier: Literal["disk", "host", "device"]
+    revision: str | None
+
+
+class _Listing:
+    """The engine's adapters, asked for once a second however many callers ask."""
+
+    def __init__(self, engine: EngineClient) -> None:
+        self._engine = engine
+        self._asking: asyncio.Future[tuple[AdapterEntry, ...]] | None = None
+        self._good_until = 0.0
+
+    async def entries(self) -> tuple[AdapterEntry, ...]:
+        if self._asking is None or (self._asking.done() and time.monotonic() > self._good_until):
+            self._asking = asyncio.ensure_future(self._ask())
+        return await asyncio.shield(self._asking)
+
+    async def _ask(self) -> tuple[AdapterEntry, ...]:
+        entries = await self._engine.list_adapters()
+        self._good_until = time.monotonic() + LISTING_S
+        return entries
 
 
 class Pages:
@@ -24,6 +68,7 @@ class Pages:
     def __init__(self, front: Front, started_at: int) -> None:
         self._front = front
         self._started_at = started_at
+        self._listing = _Listing(front.engine)
 
     async def health(self, request: Request) -> Response:
         """200 and nothing else while a request sent now would be taken."""
@@ -67,8 +112,8 @@ class Pages:
     async def models(self, request: Request) -> Response:
         """The base under each of its names, then every adapter."""
         base = [self._base_card(name) for name in self._front.settings.model_names]
-        adapters = await self._front.engine.list_adapters()
-        cards = base + [self._adapter_card(entry) for entry in adapters]
+        adapters = await self._listing.entries()
+        cards = [*base, *(self._adapter_card(entry) for entry in adapters)]
         return _json({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
@@ -77,7 +122,7 @@ class Pages:
         if model_id in self._front.settings.model_names:
             return _json(self._base_card(model_id))
         adapter_id = adapter_of(model_id, self._front.settings)
-        for entry in await self._front.engine.list_adapters():
+        for entry in await self._listing.entries():
             if entry.adapter_id == adapter_id:
                 return _json(self._adapter_card(entry))
         raise adapter_not_found(model_id)
@@ -86,26 +131,32 @@ class Pages:
         body, content_type = self._front.metrics.render()
         return Response(body, headers={"content-type": content_type})
 
-    def _base_card(self, name: str) -> Json:
-        return self._card(name, parent=None)
+    def _base_card(self, name: str) -> Card:
+        return Card(
+            id=name,
+            root=name,
+            parent=None,
+            created=self._started_at,
+            max_model_len=self._max_model_len,
+        )
 
-    def _adapter_card(self, entry: AdapterEntry) -> Json:
+    def _adapter_card(self, entry: AdapterEntry) -> AdapterCard:
         settings = self._front.settings
         name = model_of(entry.adapter_id, settings)
-        card = self._card(name, parent=settings.model_names[0])
-        return card | {"tier": entry.tier, "revision": entry.revision or None}
+        return AdapterCard(
+            id=name,
+            root=name,
+            parent=settings.model_names[0],
+            created=self._started_at,
+            max_model_len=self._max_model_len,
+            tier=entry.tier,
+            revision=entry.revision or None,
+        )
 
-    def _card(self, name: str, parent: str | None) -> Json:
+    @property
+    def _max_model_len(self) -> int | None:
         info = self._front.engine.info
-        return {
-            "id": name,
-            "object": "model",
-            "created": self._started_at,
-            "owned_by": "lory",
-            "root": name,
-            "parent": parent,
-            "max_model_len": info.max_model_len if info else None,
-        }
+        return info.max_model_len if info else None
 
 
 def _json(value: object) -> Response:

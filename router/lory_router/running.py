@@ -8,8 +8,9 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 
-from lory_router.engine import EngineClient, EngineStream
+from lory_router.engine import BufferRoom, EngineClient, EngineStream
 from lory_router.errors import IncompleteGeneration, from_finished
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
@@ -80,12 +81,13 @@ async def running(
 ) -> AsyncIterator[list[LiveSequence]]:
     """Submit all of `asks`; at the deadline, and when left, cancel those still running."""
     live: list[LiveSequence] = []
+    room = BufferRoom(settings.stream_buffer_tokens)
     timer = asyncio.get_running_loop().call_later(
         settings.request_timeout_s, _cancel_all, live, "timeout"
     )
     try:
         for ask in asks:
-            stream = await engine.submit(ask.request)
+            stream = await engine.submit(replace(ask.request, room=room))
             transcript = Transcript(text, ask.request.prompt_ids, ask.ending)
             adapter_id = ask.request.adapter_id
             live.append(LiveSequence(stream, transcript, settings.retry_after_s, adapter_id))

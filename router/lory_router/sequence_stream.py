@@ -8,12 +8,13 @@ from collections.abc import Callable
 
 import msgspec
 
-from lory_router.engine import StreamEvent
+from lory_router.engine import BufferRoom, StreamEvent
 from lory_server.messages import (
     CancelReason,
     Failure,
     FailureCode,
     Finished,
+    FinishReason,
     PromptLogprobs,
     Token,
     Usage,
@@ -27,12 +28,12 @@ class SequenceStream:
         self,
         request_id: int,
         num_prompt: int,
-        max_tokens: int,
+        room: BufferRoom,
         send_cancel: Callable[[int, CancelReason], None],
     ) -> None:
         self._request_id = request_id
         self._num_prompt = num_prompt
-        self._max_tokens = max_tokens
+        self._room = room
         self._send_cancel = send_cancel
         self._prompt: PromptLogprobs | None = None
         self._tokens: list[Token] = []
@@ -62,6 +63,7 @@ class SequenceStream:
             return prompt
         if self._tokens:
             tokens, self._tokens = tuple(self._tokens), []
+            self._room.left += sum(map(_weight, tokens))
             return tokens
         self._is_over = self._finished is not None
         return self._finished
@@ -81,24 +83,37 @@ class SequenceStream:
         self._num_pushed += 1
         if self._overflowed:
             return
-        if len(self._tokens) < self._max_tokens:
-            self._tokens.append(token)
-            self._wake.set()
+        weight = _weight(token)
+        if weight > self._room.left:
+            self._overflowed = True
+            self.cancel()
             return
-        self._overflowed = True
-        self.cancel()
+        self._room.left -= weight
+        self._tokens.append(token)
+        self._wake.set()
 
     def finish(self, finished: Finished) -> None:
         """The end, told once; a sequence that lost tokens to a slow reader ends in an error."""
         if self._overflowed:
-            text = f"the reader fell {self._max_tokens} tokens behind the engine and was cut off"
-            failure = Failure(code="overloaded", message=text)
+            text = (
+                f"The answer was read too slowly: {self._room.most} tokens waited to be read; "
+                "read faster, or ask for fewer answers or alternatives at once"
+            )
+            failure = Failure(code="reader_too_slow", message=text)
             finished = msgspec.structs.replace(finished, reason="error", failure=failure)
         self._finished = finished
         self._wake.set()
 
     def fail(self, code: FailureCode, message: str) -> None:
         """The end, when the engine cannot tell it."""
+        failure = Failure(code=code, message=message)
+        self.finish(self._broken_off("error", failure))
+
+    def end_cancelled(self) -> None:
+        """The end, when the engine was told to go before it could tell it."""
+        self.finish(self._broken_off("cancelled", None))
+
+    def _broken_off(self, reason: FinishReason, failure: Failure | None) -> Finished:
         usage = Usage(
             prompt_tokens=self._num_prompt,
             generated_tokens=self._num_pushed,
@@ -107,7 +122,8 @@ class SequenceStream:
             load_seconds=0.0,
             engine_seconds=0.0,
         )
-        failure = Failure(code=code, message=message)
-        self.finish(
-            Finished(request_id=self._request_id, reason="error", usage=usage, failure=failure)
-        )
+        return Finished(request_id=self._request_id, reason=reason, usage=usage, failure=failure)
+
+
+def _weight(token: Token) -> int:
+    return 1 + len(token.top)

@@ -1,25 +1,30 @@
 """`lory serve`, put together: engine, supervisor, metrics, HTTP application and signals.
 
 The one place that knows all of them. What each does is its own module's business.
+
+Exit codes: 0 after a drain, whether or not all requests finished in time; 1 when the server cannot
+start or its engine cannot be kept running; 128 + the signal's number (130, 143) when a second
+SIGINT or SIGTERM ends it at once, without waiting for anybody.
 """
 
 import asyncio
 import contextlib
 import logging
+import os
 import signal
 import socket
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import uvicorn
-
 from lory_router.app import create_app
 from lory_router.config import ServeConfig, StartError, engine_environment
+from lory_router.connection import HttpServer, http_server
 from lory_router.engine import Unavailable
 from lory_router.engine_client import ChildEngine
 from lory_router.engine_process import ENGINE_COMMAND
 from lory_router.intake_openai import model_of
+from lory_router.listener import listen, room_for_connections, url_of
 from lory_router.metrics import Metrics
 from lory_router.supervisor import GaveUp, RestartPolicy, Supervisor
 from lory_router.text import TextModel, load_text_model
@@ -27,23 +32,13 @@ from lory_server.messages import EngineInfo
 
 log = logging.getLogger("lory")
 
-FLUSH_GRACE_S = 5.0
-"""How long replies that have ended may take to leave after the drain."""
 EXIT_FAILED = 1
-EXIT_FORCED = 130
-BACKLOG = 2048
+EXIT_FORCED = 128
+"""And the signal's number."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 AfterReady = Callable[[str], Awaitable[int | None]]
 """Called with the server's URL once it answers; a number ends the server with that code."""
-
-
-class _HttpServer(uvicorn.Server):
-    """uvicorn without its signal handlers: ours drain first."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 @dataclass(frozen=True)
@@ -52,7 +47,7 @@ class _Parts:
 
     engine: ChildEngine
     supervisor: Supervisor
-    server: uvicorn.Server
+    server: HttpServer
     listener: socket.socket
     url: str
 
@@ -66,7 +61,7 @@ def run(
 ) -> int:
     """Serve until told to stop; the exit code. Raises `StartError` before anything runs."""
     _configure_logging(config.http.log_level)
-    listener = _listen(config.http.host, config.http.port)
+    listener = listen(config.http.host, config.http.port)
     if config.http.host not in LOOPBACK and not config.router_settings().api_keys:
         log.warning("open to everyone who reaches %s; set --api-key", config.http.host)
     with listener:
@@ -96,8 +91,6 @@ async def _serve(
     visited = (await asyncio.gather(visiting, return_exceptions=True))[0]
     if isinstance(visited, Exception):
         raise visited
-    if stopping.is_forced:
-        return EXIT_FORCED
     return code or (visited if isinstance(visited, int) else 0)
 
 
@@ -114,7 +107,7 @@ def _build(
         price_per_hour=config.metrics.price_per_hour,
         max_adapter_labels=config.metrics.metrics_adapter_labels,
     )
-    url = _url(listener)
+    url = url_of(listener)
 
     def on_info(info: EngineInfo) -> None:
         metrics.engine_up(info)
@@ -126,20 +119,11 @@ def _build(
         on_info=on_info,
         on_report=metrics.engine_report,
         step_timeout_s=config.step.step_timeout,
-        stream_buffer_tokens=settings.stream_buffer_tokens,
         command=engine_command,
     )
     app = create_app(engine, settings, text, metrics)
-    http = uvicorn.Config(
-        app,
-        http="h11",
-        ws="none",
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=int(FLUSH_GRACE_S),
-    )
-    return _Parts(engine, Supervisor(engine, metrics, policy), _HttpServer(http), listener, url)
+    server = http_server(app, room_for_connections(config.http.max_connections))
+    return _Parts(engine, Supervisor(engine, metrics, policy), server, listener, url)
 
 
 async def _visit(config: ServeConfig, parts: _Parts, after_ready: AfterReady | None) -> int | None:
@@ -186,7 +170,6 @@ class _Signals:
     def __init__(self, parts: _Parts) -> None:
         self._parts = parts
         self._asked = asyncio.Event()
-        self.is_forced = False
 
     async def wait(self) -> None:
         await self._asked.wait()
@@ -196,23 +179,18 @@ class _Signals:
         loop = asyncio.get_running_loop()
         signals = (signal.SIGTERM, signal.SIGINT)
         for number in signals:
-            loop.add_signal_handler(number, self._on_signal)
+            loop.add_signal_handler(number, self._on_signal, number)
         try:
             yield
         finally:
             for number in signals:
                 loop.remove_signal_handler(number)
 
-    def _on_signal(self) -> None:
+    def _on_signal(self, number: int) -> None:
         if self._asked.is_set():
-            self.is_forced = True
             log.warning("asked again: stopping at once")
-            # Replies are cut off now; that uvicorn sees them cut is no news.
-            logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-            self._parts.supervisor.stop()
             self._parts.engine.kill()
-            self._parts.server.force_exit = True
-            return
+            os._exit(EXIT_FORCED + number)
         log.info("stopping: new requests are refused, running ones may finish")
         self._asked.set()
 
@@ -227,25 +205,10 @@ def _configure_logging(level: str) -> None:
         stream=sys.stderr,
         force=True,
     )
-    for chatty in ("httpx", "httpcore", "uvicorn.error", "asyncio"):
+    for chatty in ("httpx", "httpcore", "asyncio"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLogger().level))
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """The listening socket, taken before a model is loaded for nothing."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's delay off only where the protocol is named: 40 ms a reply otherwise.
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
-        listener.listen(BACKLOG)
-    except OSError as error:
-        listener.close()
-        raise StartError(
-            f"cannot listen on {host}:{port}: {error.strerror or error}; choose another --port"
-        ) from error
-    return listener
+    # It warns of every request that is not HTTP: whoever can connect could fill the log.
+    logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
 
 
 def _load_text(config: ServeConfig) -> TextModel:
@@ -255,12 +218,6 @@ def _load_text(config: ServeConfig) -> TextModel:
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())
         raise StartError(f"--model {model}: its tokenizer cannot be read: {line}") from error
-
-
-def _url(listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return f"http://{shown}:{port}"
 
 
 def _announce_adapters(config: ServeConfig, names: Sequence[str]) -> None:

@@ -38,6 +38,8 @@ class RouterSettings:
     """Largest request body; more is refused with 413."""
     max_tokenize_bytes: int = 128 * 1024
     """Longest text for /tokenize, whose reply is some fifty times as long; more is refused."""
+    max_held_body_bytes: int = 256 * 1024 * 1024
+    """Most bytes of all bodies together, of each those beyond the first 64 KiB."""
     body_timeout_s: float = 30.0
     """Longest wait for the whole body of a request; more is refused with 408."""
     request_timeout_s: float = 600.0
@@ -46,10 +48,9 @@ class RouterSettings:
     """How long a stream's headers wait for the first token, so that early failures keep status."""
     keepalive_s: float = 15.0
     """Silence after which a stream carries a comment line."""
-    send_timeout_s: float = 30.0
-    """How long a client may stop reading its stream before it is cut off."""
-    stream_buffer_tokens: int = 4096
-    """Most tokens held for a reader slower than the engine; more cancels the sequence."""
+    stream_buffer_tokens: int = 65536
+    """Most tokens of one request, alternatives counted, held for a reader slower than the engine;
+    more ends it."""
     retry_after_s: int = 2
     """What a caller who was refused for load is told to wait."""
     offload_chars: int = 4096

@@ -28,7 +28,9 @@ class RestartPolicy:
     first_delay_s: float = 0.5
     max_delay_s: float = 10.0
     max_deaths: int = 5
-    """Deaths in a row without one request served after which it is given up."""
+    """Deaths in a row after which it is given up."""
+    settled_s: float = 60.0
+    """A death is the first in a row if a request was served or the base was loaded this long."""
 
     def delay_s(self, num_deaths: int) -> float:
         """The wait after the given death in a row, counted from 1."""
@@ -54,7 +56,8 @@ class Supervisor:
             self._metrics.engine_down()
             if self._stopped.is_set():
                 return
-            deaths = 1 if death.num_served else deaths + 1
+            is_new = death.num_served > 0 or death.loaded_s >= self._policy.settled_s
+            deaths = 1 if is_new else deaths + 1
             self._judge(death, deaths)
             delay_s = self._policy.delay_s(deaths)
             log.warning("%s; starting another in %.1f s", death.cause, delay_s)

@@ -28,6 +28,7 @@ FailureCode = Literal[
     "context_too_long",  # prompt + max_new_tokens exceed the context or the KV pool
     "bad_request",  # token ids out of range and the like, found by the engine
     "overloaded",  # the engine's queue is full
+    "reader_too_slow",  # the caller read its tokens more slowly than they came
     "engine_died",  # the engine process ended while the request was in flight
     "internal",
 ]

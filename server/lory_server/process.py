@@ -19,6 +19,7 @@ from typing import assert_never
 from lory_server.build import EngineError, build
 from lory_server.channel import Channel
 from lory_server.engine import Engine
+from lory_server.lifeline import die_with_parent
 from lory_server.messages import Cancel, Command, EngineOptions, Fatal, ListAdapters, Submit
 
 HEARTBEAT_S = 0.5
@@ -101,6 +102,7 @@ def _obey(engine: Engine, command: Command) -> None:
 
 def run() -> None:
     """Entry of the child process; leaves without waiting for daemon threads."""
+    die_with_parent()
     code = main()
     sys.stdout.flush()
     sys.stderr.flush()

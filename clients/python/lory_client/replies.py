@@ -41,6 +41,7 @@ _STATUS_OF_CODE = {
     "adapter_capacity": 400,
     "adapter_not_found": 404,
     "model_not_found": 404,
+    "reader_too_slow": 408,
     "validation": 422,
     "generation": 424,
     "overloaded": 429,
