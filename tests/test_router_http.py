@@ -158,7 +158,7 @@ def test_a_long_prompt_does_not_stall_the_others():
     front = Front(max_body_bytes=8_000_000)
 
     async def work(client):
-        long = asyncio.ensure_future(client.post("/tokenize", json={"inputs": "a b " * 60_000}))
+        long = asyncio.ensure_future(client.post("/tokenize", json={"inputs": "a b " * 30_000}))
         await asyncio.sleep(0.01)
         start = time.perf_counter()
         health = await client.get("/health")
