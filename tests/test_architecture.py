@@ -30,7 +30,16 @@ MAY_IMPORT = {
 
 # Within the engine, from the bottom up: a module imports only modules of its own or lower layers.
 LAYERS = [
-    {"messages", "lifeline", "plan", "blocks", "model.sites", "model.errors", "memory_plan", "host_memory"},
+    {
+        "messages",
+        "lifeline",
+        "plan",
+        "blocks",
+        "model.sites",
+        "model.errors",
+        "memory_plan",
+        "host_memory",
+    },
     {"sequence", "accounting", "adapters", "channel", "model.spec"},
     {"scheduler", "model"},
     {"engine"},

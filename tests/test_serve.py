@@ -180,7 +180,8 @@ def test_a_second_signal_does_not_wait(base: Path, number: int) -> None:
         running = server.ask("stuck", 4000)
         server.wait_for_metric("lory_running_requests 1.0")
         server.signal()
-        time.sleep(0.3)
+        server.signal()
+        time.sleep(0.8)
         assert server.process.poll() is None
         start = time.monotonic()
         server.signal(number)

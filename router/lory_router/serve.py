@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,8 @@ log = logging.getLogger("lory")
 EXIT_FAILED = 1
 EXIT_FORCED = 128
 """And the signal's number."""
+ECHO_S = 0.5
+"""A signal so soon after the first is the same: timeout(1) and others send it twice."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 AfterReady = Callable[[str], Awaitable[int | None]]
@@ -170,6 +173,7 @@ class _Signals:
     def __init__(self, parts: _Parts) -> None:
         self._parts = parts
         self._asked = asyncio.Event()
+        self._asked_at = 0.0
 
     async def wait(self) -> None:
         await self._asked.wait()
@@ -187,10 +191,14 @@ class _Signals:
                 loop.remove_signal_handler(number)
 
     def _on_signal(self, number: int) -> None:
+        now = time.monotonic()
         if self._asked.is_set():
-            log.warning("asked again: stopping at once")
-            self._parts.engine.kill()
-            os._exit(EXIT_FORCED + number)
+            if now - self._asked_at > ECHO_S:
+                log.warning("asked again: stopping at once")
+                self._parts.engine.kill()
+                os._exit(EXIT_FORCED + number)
+            return
+        self._asked_at = now
         log.info("stopping: new requests are refused, running ones may finish")
         self._asked.set()
 
