@@ -562,6 +562,11 @@ def test_what_is_not_acceptable_is_refused_by_name(path, wish, param):
     assert not front.engine.streams
 
 
+def test_the_field_of_another_route_is_told_under_its_name_here():
+    response = Front().post(CHAT, chat(adapter_id="french"))
+    assert "`adapter_id` is not a field of this route; it is called `model`" in response.text
+
+
 def test_a_missing_model_is_named():
     response = Front().post(CHAT, {"messages": USER})
     assert response.json()["error"]["param"] == "model"

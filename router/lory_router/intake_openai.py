@@ -36,6 +36,12 @@ from lory_server.messages import EngineInfo, Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_TOKENS = 64
+NAMES_HERE = {
+    "adapter_id": "model",
+    "max_completion_tokens": "max_tokens",
+    "max_new_tokens": "max_tokens",
+}
+"""What fields of other routes are called."""
 ROLES = ("system", "developer", "user", "assistant")
 
 B = TypeVar("B", bound=CommonBody)
@@ -90,7 +96,9 @@ def _refuse_meaningful(name: str, value: object) -> None:
     if value is None:
         return
     if name in OF_OTHER_ROUTES and value is not False:
-        raise Invalid(f"`{name}` is not a field of this route; leave it out", param=name)
+        here = NAMES_HERE.get(name)
+        hint = f"it is called `{here}`" if here else "leave it out"
+        raise Invalid(f"`{name}` is not a field of this route; {hint}", param=name)
     refused = name in REFUSED or (name in ALLOWED_VALUES and value not in ALLOWED_VALUES[name])
     if refused:
         raise Invalid(f"`{name}` is not supported with this value; leave it out", param=name)
