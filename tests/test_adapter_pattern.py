@@ -1,12 +1,15 @@
 """Patterns match exactly what `re` matches, and none can make the server wait."""
 
+import json
 import re
 import time
+from string import ascii_letters
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lory_server.adapters.config import read_config
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.pattern import Pattern
 
@@ -90,6 +93,26 @@ def test_work_is_bounded_over_all_names() -> None:
     names = ["model.layers.0.self_attn.q_proj"] * 10_000
     with pytest.raises(AdapterInvalidError, match=r"target_modules .* takes too long to match"):
         any(pattern.matches(name) for name in names)
+
+
+def test_work_is_bounded_over_all_patterns_of_an_adapter() -> None:
+    """Each pattern had a bound of its own, and what its leaves cost was not counted: a folder with
+    two hundred held a loader for minutes."""
+    classes = [f"[{a}{b}]" for a in ascii_letters for b in ascii_letters if a != b]
+    patterns = {f"({'|'.join(classes[i : i + 500])}){i}": 4 for i in range(200)}
+    raw = json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"], "rank_pattern": patterns})
+    started_s = time.monotonic()
+    with pytest.raises(AdapterInvalidError, match="takes too long"):
+        read_config(raw.encode()).rank_and_scale("model.layers.0.self_attn.q_proj")
+    assert time.monotonic() - started_s < 10
+
+
+def test_a_rank_for_each_module_of_a_large_model_is_no_hostility() -> None:
+    names = [f"model.layers.{n}.self_attn.{part}_proj" for n in range(126) for part in "qkvoGUD"]
+    fields = {"peft_type": "LORA", "target_modules": ["q_proj"]}
+    fields |= {key: dict.fromkeys(names, 4) for key in ("rank_pattern", "alpha_pattern")}
+    config = read_config(json.dumps(fields).encode())
+    assert all(config.rank_and_scale(name) == (4, 1.0) for name in names)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from lory_server.adapters.errors import AdapterInvalidError
-from lory_server.adapters.pattern import Pattern
+from lory_server.adapters.pattern import Pattern, Work
 from lory_server.adapters.strict_json import parse_object
 
 CONFIG_NAME = "adapter_config.json"
@@ -102,14 +102,15 @@ def read_config(raw: bytes) -> AdapterConfig:
     fields = parse_object(raw, CONFIG_NAME)
     _check_kind(fields)
     _check_keys(fields)
+    work = Work()
     return AdapterConfig(
         base_model_name=_text(fields, "base_model_name_or_path"),
         rank=_rank("r", fields.get("r", 8)),
         alpha=_alpha("lora_alpha", fields.get("lora_alpha", 8)),
         use_rslora=_flag(fields, "use_rslora"),
-        rank_patterns=_patterns(fields, "rank_pattern", _rank),
-        alpha_patterns=_patterns(fields, "alpha_pattern", _alpha),
-        is_selected=_selection(fields),
+        rank_patterns=_patterns(fields, "rank_pattern", _rank, work),
+        alpha_patterns=_patterns(fields, "alpha_pattern", _alpha, work),
+        is_selected=_selection(fields, work),
     )
 
 
@@ -170,13 +171,13 @@ def _text(fields: dict[str, Any], field: str) -> str:
 
 
 def _patterns(
-    fields: dict[str, Any], field: str, read: Callable[[str, object], Number]
+    fields: dict[str, Any], field: str, read: Callable[[str, object], Number], work: Work
 ) -> tuple[tuple[Pattern, Number], ...]:
     value = fields.get(field) or {}
     if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
         raise _invalid(f"{field} must map at most {MAX_PATTERNS} module patterns to numbers")
     return tuple(
-        (Pattern(field, key, suffix=True), read(f"{field}[{key[:100]!r}]", item))
+        (Pattern(field, key, suffix=True, work=work), read(f"{field}[{key[:100]!r}]", item))
         for key, item in value.items()
     )
 
@@ -184,11 +185,11 @@ def _patterns(
 # -- which modules --------------------------------------------------------------------------
 
 
-def _selection(fields: dict[str, Any]) -> Matcher:
+def _selection(fields: dict[str, Any], work: Work) -> Matcher:
     """PEFT's `check_target_module_exists`, for the modules of a causal language model."""
     targets = fields.get("target_modules")
-    is_target = _target_matcher(fields, targets)
-    is_excluded = _exclusion(fields)
+    is_target = _target_matcher(fields, targets, work)
+    is_excluded = _exclusion(fields, work)
     all_linear = isinstance(targets, str) and targets.lower() == _ALL_LINEAR
 
     def is_selected(module: str) -> bool:
@@ -200,14 +201,14 @@ def _selection(fields: dict[str, Any]) -> Matcher:
     return is_selected
 
 
-def _target_matcher(fields: dict[str, Any], targets: object) -> Matcher:
+def _target_matcher(fields: dict[str, Any], targets: object, work: Work) -> Matcher:
     if isinstance(targets, str) and targets:
         for field in ("layers_to_transform", "layers_pattern"):
             if not _is_off(fields.get(field)):
                 raise _invalid(f"{field} needs target_modules to be a list of names")
         if targets.lower() == _ALL_LINEAR:
             return lambda module: True
-        return Pattern("target_modules", targets).matches
+        return Pattern("target_modules", targets, work=work).matches
     names = _names("target_modules", targets)
     if not names:
         raise _invalid("target_modules is empty: name the modules that the adapter changes")
@@ -215,12 +216,12 @@ def _target_matcher(fields: dict[str, Any], targets: object) -> Matcher:
     return lambda module: module in names or (_ends_in(names, module) and in_layers(module))
 
 
-def _exclusion(fields: dict[str, Any]) -> Matcher:
+def _exclusion(fields: dict[str, Any], work: Work) -> Matcher:
     excluded = fields.get("exclude_modules")
     if _is_off(excluded):
         return lambda module: False
     if isinstance(excluded, str):
-        return Pattern("exclude_modules", excluded).matches
+        return Pattern("exclude_modules", excluded, work=work).matches
     names = _names("exclude_modules", excluded)
     return lambda module: module in names or _ends_in(names, module)
 

@@ -17,8 +17,11 @@ from lory_server.adapters.errors import AdapterInvalidError
 
 MAX_PATTERN_CHARS = 4096
 MAX_DEPTH = 32
-MAX_WORK = 1_000_000
-"""Nodes visited in the life of a pattern; an honest one takes some dozens a name."""
+MAX_WORK = 4_000_000
+"""Some 0.3 us each, for all patterns of an adapter together; an honest one takes some dozens
+a name."""
+PARSE_WORK = 10
+"""For each character of a pattern."""
 
 _PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\\.)*\$?")
 _GROUP = re.compile(r"\((?:\?:|\?P<\w+>|(?!\?))")
@@ -28,22 +31,33 @@ _QUANTIFIER = re.compile(r"(?:[*+?]|\{(?=[\d,])(?P<low>\d{0,4})(?P<high>,\d{0,4}
 
 
 @dataclass(slots=True)
+class Work:
+    """What the patterns that share it may still cost."""
+
+    left: int = MAX_WORK
+
+    def spend(self, amount: int) -> None:
+        self.left -= amount
+        if self.left < 0:
+            raise TimeoutError
+
+
+@dataclass(slots=True)
 class _Walk:
     """One name being matched. Sets of positions are the bits of whole numbers."""
 
     name: str
-    work_left: int
+    work: Work
     leaf_masks: dict[re.Pattern[str], int] = field(default_factory=dict)
 
     def count(self) -> None:
-        self.work_left -= 1
-        if self.work_left < 0:
-            raise TimeoutError
+        self.work.spend(1)
 
     def mask(self, leaf: re.Pattern[str]) -> int:
         """Where a leaf matches."""
         mask = self.leaf_masks.get(leaf)
         if mask is None:
+            self.work.spend(1 + len(self.name) // 4)
             positions = range(len(self.name) + 1)
             mask = sum(1 << at for at in positions if leaf.match(self.name, at))
             self.leaf_masks[leaf] = mask
@@ -60,26 +74,34 @@ class Pattern:
     With `suffix` it may match what follows any dot of the name, as in PEFT's `get_pattern_key`.
     """
 
-    def __init__(self, field: str, text: str, *, suffix: bool = False) -> None:
+    def __init__(
+        self, field: str, text: str, *, suffix: bool = False, work: Work | None = None
+    ) -> None:
         self._field = field
         self._text = text
-        self._work_left = MAX_WORK
+        self._work = work or Work()
         if len(text) > MAX_PATTERN_CHARS:
             raise self._invalid(f"is longer than {MAX_PATTERN_CHARS} characters")
+        self._spend(PARSE_WORK * len(text))
         whole = rf"(.*\.)?({text})" if suffix else text
         self._plain = re.compile(whole) if _PLAIN.fullmatch(text) else None
         self._root = _match_nothing if self._plain else self._parse(whole)
 
     def matches(self, name: str) -> bool:
         if self._plain is not None:
+            self._spend(1)
             return self._plain.fullmatch(name) is not None
-        walk = _Walk(name, self._work_left)
         try:
-            ends = self._root(walk, 1)
+            ends = self._root(_Walk(name, self._work), 1)
         except TimeoutError:
-            raise self._invalid("takes too long to match") from None
-        self._work_left = walk.work_left
+            raise self._too_long() from None
         return bool(ends >> len(name) & 1)
+
+    def _spend(self, amount: int) -> None:
+        try:
+            self._work.spend(amount)
+        except TimeoutError:
+            raise self._too_long() from None
 
     def _parse(self, text: str) -> _Node:
         parser = _Parser(text)
@@ -90,6 +112,9 @@ class Pattern:
         except (_SyntaxError, re.error):
             raise self._invalid(f"is not supported from character {parser.at}") from None
         return root
+
+    def _too_long(self) -> AdapterInvalidError:
+        return self._invalid("takes too long to match")
 
     def _invalid(self, reason: str) -> AdapterInvalidError:
         shown = self._text if len(self._text) <= 80 else self._text[:77] + "..."
