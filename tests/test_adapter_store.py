@@ -182,6 +182,64 @@ def test_a_change_while_reading_is_noticed(root: Path) -> None:
             files.check_unchanged()
 
 
+def test_a_folder_replaced_between_two_opens_is_never_mixed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old version's configuration was served with the new version's weights."""
+    write_adapter(root / "next", rank=2)
+    new = {os.stat(root / "next" / name).st_ino for name in os.listdir(root / "next")}
+    open_weights = AdapterStore._open_weights
+
+    def replace_first(store: AdapterStore, real_root: str, adapter_id: str) -> int:
+        if (root / "next").exists():
+            (root / "one").rename(root / "old")
+            (root / "next").rename(root / "one")
+        return open_weights(store, real_root, adapter_id)
+
+    monkeypatch.setattr(AdapterStore, "_open_weights", replace_first)
+    before = num_open_files()
+    with AdapterStore(root).locate("one") as files:
+        assert {os.fstat(fd).st_ino for fd in (files.config_fd, files.weights_fd)} == new
+    assert num_open_files() == before
+
+
+def test_a_folder_replaced_by_a_link_that_leaves_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    open_weights = AdapterStore._open_weights
+
+    def replace(store: AdapterStore, real_root: str, adapter_id: str) -> int:
+        weights_fd = open_weights(store, real_root, adapter_id)
+        (root / "one").rename(root / "old")
+        (root / "one").symlink_to(root.parent / "outside")
+        return weights_fd
+
+    monkeypatch.setattr(AdapterStore, "_open_weights", replace)
+    before = num_open_files()
+    with pytest.raises(AdapterInvalidError, match="link that leaves"):
+        AdapterStore(root).locate("one")
+    assert num_open_files() == before
+
+
+def test_a_folder_replaced_all_the_time_is_refused(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_adapter(root / "next")
+    open_weights = AdapterStore._open_weights
+
+    def replace_always(store: AdapterStore, real_root: str, adapter_id: str) -> int:
+        (root / "one").rename(root / "old")
+        (root / "next").rename(root / "one")
+        (root / "old").rename(root / "next")
+        return open_weights(store, real_root, adapter_id)
+
+    monkeypatch.setattr(AdapterStore, "_open_weights", replace_always)
+    before = num_open_files()
+    with pytest.raises(AdapterInvalidError, match="changed while it was read"):
+        AdapterStore(root).locate("one")
+    assert num_open_files() == before
+
+
 def test_a_fresh_file_is_not_settled(root: Path) -> None:
     with AdapterStore(root).locate("one") as files:
         changed_ns = max(files.signature[4], files.signature[9])

@@ -21,6 +21,7 @@ from lory_server.adapters.header import WEIGHTS_NAME
 
 MAX_LISTED = 100_000
 MAX_REMEMBERED = 65_536
+MAX_TRIES = 3
 SETTLED_NS = 100_000_000
 """A file changed less than this before it was read may change again within one clock tick."""
 
@@ -61,10 +62,7 @@ class AdapterFiles:
     def check_unchanged(self) -> None:
         """Raise if a file was written to since it was located, so that no mixture is served."""
         if _signature(self.config_fd, self.weights_fd) != self.signature:
-            raise AdapterInvalidError(
-                f"adapter {self.adapter_id!r} changed while it was read; write a new version to"
-                " another folder and rename it into place"
-            )
+            raise _changed(self.adapter_id)
 
     @property
     def is_settled(self) -> bool:
@@ -91,6 +89,14 @@ class AdapterStore:
                 " '.', '_' and '-', joined by '/'"
             )
         root = os.path.realpath(self.root)
+        for _ in range(MAX_TRIES):
+            files = self._open(root, adapter_id)
+            if _is_still_there(root, files):
+                return files
+            files.close()
+        raise _changed(adapter_id)
+
+    def _open(self, root: str, adapter_id: str) -> AdapterFiles:
         config_fd = self._open_config(root, adapter_id)
         try:
             weights_fd = self._open_weights(root, adapter_id)
@@ -146,6 +152,30 @@ class AdapterStore:
             if len(found) >= MAX_LISTED:
                 break
         return tuple(sorted(found[:MAX_LISTED]))
+
+
+def _is_still_there(root: str, files: AdapterFiles) -> bool:
+    """Whether the name still leads to this configuration, now that the weights are open too.
+
+    If not, the folder was replaced between the two, and they may be of different versions.
+    """
+    try:
+        again_fd = _open_inside(root, files.adapter_id, CONFIG_NAME)
+    except AdapterInvalidError:
+        return False
+    if again_fd is None:
+        return False
+    try:
+        return os.path.sameopenfile(again_fd, files.config_fd)
+    finally:
+        os.close(again_fd)
+
+
+def _changed(adapter_id: str) -> AdapterInvalidError:
+    return AdapterInvalidError(
+        f"adapter {adapter_id!r} changed while it was read; write a new version to another folder"
+        " and rename it into place"
+    )
 
 
 def _open_inside(root: str, adapter_id: str, name: str) -> int | None:
