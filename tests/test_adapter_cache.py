@@ -594,6 +594,46 @@ def test_the_list_shows_each_adapters_tier(make: MakeCache, root: Path) -> None:
     assert "a0" not in {entry.adapter_id for entry in listed(world, 8).adapters}
 
 
+def test_a_flood_of_lists_keeps_no_adapter_from_loading(
+    make: MakeCache, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each call walked the folder, and loads waited behind all of the walks."""
+    world = make(num_loaders=2)
+    may_walk = threading.Event()
+    walks: list[int] = []
+    list_ids = AdapterStore.list_ids
+
+    def slow(store: AdapterStore) -> tuple[str, ...]:
+        walks.append(1)
+        assert may_walk.wait(DEADLINE_S)
+        return list_ids(store)
+
+    monkeypatch.setattr(AdapterStore, "list_ids", slow)
+    for call_id in range(100):
+        world.cache.request_list(call_id)
+        world.cache.counts()
+    assert world.hold("a0").revision
+    write_adapter(root / "late")
+    may_walk.set()
+    lists: dict[int, Listed] = {}
+    end_s = time.monotonic() + DEADLINE_S
+    while len(lists) < 100:
+        assert time.monotonic() < end_s
+        lists |= {a.call_id: a for a in world.cache.poll() if isinstance(a, Listed)}
+    assert len(walks) == 2
+    assert "late" in {entry.adapter_id for entry in lists[99].adapters}
+
+
+def test_a_walk_that_fails_is_an_empty_list_and_the_next_is_whole(
+    make: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = make()
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterStore, "list_ids", lambda _: 1 / 0)
+        assert listed(world, 1).adapters == ()
+    assert len(listed(world, 2).adapters) == 8
+
+
 def test_counts_are_of_each_tier(make: MakeCache) -> None:
     world = make()
     resolved = world.hold("a0")

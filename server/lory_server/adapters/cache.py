@@ -21,7 +21,6 @@ from lory_server.adapters.errors import AdapterError
 from lory_server.adapters.format import Base
 from lory_server.adapters.host import HostBudget, HostEntry, HostTier
 from lory_server.adapters.jobs import (
-    IdsListed,
     Limits,
     ListJob,
     Loaded,
@@ -30,6 +29,7 @@ from lory_server.adapters.jobs import (
     Located,
     LocateJob,
     NeedsRoom,
+    OnDisk,
 )
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.store import AdapterStore
@@ -42,8 +42,6 @@ REFUSAL_MEMORY_S = 2.0
 MAX_REFUSALS = 1024
 COUNT_INTERVAL_S = 10.0
 JOIN_TIMEOUT_S = 5.0
-
-_COUNT_CALL = -1
 
 _log = logging.getLogger(__name__)
 
@@ -142,6 +140,8 @@ class AdapterCache:
         self._refusals: dict[LoadKey, _Refusal] = {}
         self._latest: dict[str, str] = {}
         self._moves: list[AdapterMove] = []
+        self._calls: list[int] = []
+        self._is_walking = False
         self._num_on_disk = 0
         self._counted_s = float("-inf")
 
@@ -196,8 +196,7 @@ class AdapterCache:
 
     def counts(self) -> AdapterCounts:
         if time.monotonic() - self._counted_s > COUNT_INTERVAL_S:
-            self._counted_s = time.monotonic()
-            self.request_list(_COUNT_CALL)
+            self._walk()
         return AdapterCounts(
             disk=self._num_on_disk,
             host=len(self.host),
@@ -213,7 +212,8 @@ class AdapterCache:
 
     def request_list(self, call_id: int) -> None:
         """Ask for all adapters and their tiers; `poll` answers with `Listed`."""
-        self._loaders.submit(ListJob(self._store, call_id))
+        self._calls.append(call_id)
+        self._walk()
 
     def close(self) -> None:
         """Stop the threads; those in the middle of a read end on their own."""
@@ -234,8 +234,8 @@ class AdapterCache:
             self._waiting_for_room.append(outcome)
             self._waiting_for_room.sort(key=lambda waiting: self._loads[waiting.key].order)
             self.budget.hold_back(True)
-        elif isinstance(outcome, IdsListed):
-            yield from self._on_listed(outcome)
+        elif isinstance(outcome, OnDisk):
+            yield from self._on_walked(outcome)
         else:
             assert isinstance(outcome, JobFailed)
             yield from self._on_failed(outcome)
@@ -267,10 +267,27 @@ class AdapterCache:
         for ticket in self._end_load(loaded.key):
             yield self._resolved(ticket, revision)
 
-    def _on_listed(self, listed: IdsListed) -> Iterator[Outcome]:
-        self._num_on_disk = len(listed.adapter_ids)
-        if listed.call_id != _COUNT_CALL:
-            yield Listed(listed.call_id, tuple(self._entry(i) for i in listed.adapter_ids))
+    def _on_walked(self, found: OnDisk) -> Iterator[Outcome]:
+        self._num_on_disk = len(found.entries)
+        if found.call_ids:
+            loaded = {i: self._entry(i) for i in self._latest if i in found.entries}
+            entries = tuple((found.entries | loaded).values())
+            yield from (Listed(call_id, entries) for call_id in found.call_ids)
+        self._end_walk()
+
+    def _walk(self) -> None:
+        """One walk at a time, so that no number of calls keeps loaders from loading: those that
+        come during one share the next."""
+        if not self._is_walking:
+            self._is_walking = True
+            self._loaders.submit(ListJob(self._store, tuple(self._calls)))
+            self._calls.clear()
+
+    def _end_walk(self) -> None:
+        self._is_walking = False
+        self._counted_s = time.monotonic()
+        if self._calls:
+            self._walk()
 
     def _on_failed(self, failed: JobFailed) -> Iterator[Outcome]:
         job, error = failed.job, failed.error
@@ -283,8 +300,9 @@ class AdapterCache:
             self._remember_refusal(job.key, error)
             for ticket in self._end_load(job.key):
                 yield self._failed(ticket, error)
-        elif isinstance(job, ListJob) and job.call_id != _COUNT_CALL:
-            yield Listed(job.call_id, ())
+        elif isinstance(job, ListJob):
+            yield from (Listed(call_id, ()) for call_id in job.call_ids)
+            self._end_walk()
 
     def _end_load(self, key: LoadKey) -> list[int]:
         return [ticket for ticket in self._loads.pop(key).tickets if ticket in self._tickets]

@@ -15,6 +15,7 @@ from lory_server.adapters.errors import AdapterCapacityError
 from lory_server.adapters.format import AdapterManifest, Base, read_manifest
 from lory_server.adapters.host import HostBudget
 from lory_server.adapters.store import AdapterFiles, AdapterStore, Signature
+from lory_server.messages import AdapterEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,15 +149,19 @@ class _Reservation:
 
 
 @dataclass(frozen=True, slots=True)
-class IdsListed:
-    call_id: int
-    adapter_ids: tuple[str, ...]
+class OnDisk:
+    call_ids: tuple[int, ...]
+    entries: dict[str, AdapterEntry]
+    """By name, in order; as if none had been loaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class ListJob:
-    store: AdapterStore
-    call_id: int
+    """One walk over the folder, for all who asked before it began."""
 
-    def run(self) -> IdsListed:
-        return IdsListed(self.call_id, self.store.list_ids())
+    store: AdapterStore
+    call_ids: tuple[int, ...]
+
+    def run(self) -> OnDisk:
+        entries = {i: AdapterEntry(adapter_id=i, tier="disk") for i in self.store.list_ids()}
+        return OnDisk(self.call_ids, entries)
