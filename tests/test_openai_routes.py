@@ -162,6 +162,14 @@ def test_every_sampling_parameter_reaches_the_engine():
     assert sampling.logit_bias == ((97, -100.0), (98, 2.5))
 
 
+def test_openais_whole_ranges_of_seed_and_top_p_are_taken():
+    front = Front()
+    assert front.post(CHAT, chat(seed=-1, top_p=0)).status_code == 200
+    sampling = front.engine.last.sampling
+    assert sampling.seed == 2**64 - 1
+    assert 0 < sampling.top_p < 1e-5
+
+
 @pytest.mark.parametrize("off", [0, -1, None])
 def test_top_k_can_be_off(off):
     front = Front()
@@ -470,12 +478,15 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"n": 5_000_000}, "n"),
     (CHAT, {"temperature": 2.5}, "temperature"),
     (CHAT, {"temperature": -1}, "temperature"),
-    (CHAT, {"top_p": 0}, "top_p"),
+    (CHAT, {"top_p": -0.1}, "top_p"),
+    (CHAT, {"top_p": 1.1}, "top_p"),
+    (CHAT, {"typical_p": 0}, "typical_p"),
     (CHAT, {"top_k": -2}, "top_k"),
     (CHAT, {"frequency_penalty": 3}, "frequency_penalty"),
     (CHAT, {"presence_penalty": -2.5}, "presence_penalty"),
     (CHAT, {"repetition_penalty": 0}, "repetition_penalty"),
-    (CHAT, {"seed": 2**70}, "seed"),
+    (CHAT, {"seed": 2**64}, "seed"),
+    (CHAT, {"seed": -(2**63) - 1}, "seed"),
     (CHAT, {"max_tokens": 0}, "max_tokens"),
     (CHAT, {"max_tokens": -1}, "max_tokens"),
     (CHAT, {"max_tokens": 60}, "max_tokens"),
@@ -492,6 +503,8 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
     (CHAT, {"logit_bias": {"x": 1}}, "logit_bias"),
     (CHAT, {"logit_bias": {"-1": 1}}, "logit_bias"),
+    (CHAT, {"logit_bias": {"7": 1, "07": 1}}, "logit_bias"),
+    (CHAT, {"logit_bias": {"\u0663": 1}}, "logit_bias"),
     (CHAT, {"logit_bias": {"258": 1}}, "logit_bias"),
     (CHAT, {"logit_bias": {"97": 101}}, "logit_bias"),
     (CHAT, {"logit_bias": {"97": None}}, "logit_bias"),

@@ -4,6 +4,7 @@ It must not know HTTP or how a reply is framed.
 """
 
 import asyncio
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -36,6 +37,9 @@ from lory_server.messages import EngineInfo, Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_TOKENS = 64
+LEAST_TOP_P = 1e-6
+"""The likeliest token alone, which is what OpenAI's 0 means."""
+TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
 NAMES_HERE = {
     "adapter_id": "model",
     "max_completion_tokens": "max_tokens",
@@ -169,14 +173,14 @@ def _answer_length_name(body: CommonBody) -> str:
 def check_common(body: CommonBody, context: Context) -> None:
     settings = context.settings
     validate.OPENAI_TEMPERATURE.check("temperature", body.temperature)
-    validate.TOP_P.check("top_p", body.top_p)
+    validate.OPENAI_TOP_P.check("top_p", body.top_p)
     validate.TOP_P.check("typical_p", body.typical_p)
     validate.REPETITION.check("repetition_penalty", body.repetition_penalty)
     validate.PENALTY.check("frequency_penalty", body.frequency_penalty)
     validate.PENALTY.check("presence_penalty", body.presence_penalty)
     validate.check_count("top_k", body.top_k, -1, 2**31 - 1)
     validate.check_count("n", body.n, 1, settings.max_best_of)
-    validate.check_seed(body.seed)
+    validate.check_seed(body.seed, signed=True)
     validate.check_adapter_source(body.adapter_source)
     _check_lora_path(body, settings)
     _check_format(body)
@@ -399,7 +403,7 @@ def _sampling(
         seed=0,
         temperature=_or(body.temperature, 1.0),
         top_k=max(0, body.top_k or 0),
-        top_p=_or(body.top_p, 1.0),
+        top_p=max(_or(body.top_p, 1.0), LEAST_TOP_P),
         typical_p=_or(body.typical_p, 1.0),
         repetition_penalty=_or(body.repetition_penalty, 1.0),
         frequency_penalty=_or(body.frequency_penalty, 0.0),
@@ -421,7 +425,7 @@ def _logit_bias(body: CommonBody, context: Context) -> tuple[tuple[int, float], 
     most = context.settings.max_logit_bias
     if len(bias) > most:
         raise Invalid(f"`logit_bias` may hold at most {most} tokens", param="logit_bias")
-    if not all(key.isascii() and key.isdigit() and len(key) < 10 for key in bias):
+    if not all(TOKEN_ID.fullmatch(key) for key in bias):
         raise Invalid("`logit_bias` keys must be token ids", param="logit_bias")
     for value in bias.values():
         validate.BIAS.check("logit_bias", value)

@@ -43,6 +43,7 @@ class Range:
 TEMPERATURE = Range(0, 100)
 OPENAI_TEMPERATURE = Range(0, 2)
 TOP_P = Range(0, 1, open_low=True)
+OPENAI_TOP_P = Range(0, 1)
 REPETITION = Range(0.01, 100)
 PENALTY = Range(-2, 2)
 BIAS = Range(-100, 100)
@@ -90,14 +91,17 @@ def check_num_sequences(
         )
 
 
-def check_seed(seed: int | None) -> int | None:
-    if seed is not None and not 0 <= seed <= MAX_SEED:
-        raise Invalid("`seed` must be between 0 and 2**64 - 1", param="seed")
-    return seed
+def check_seed(seed: int | None, signed: bool = False) -> None:
+    if seed is not None and not (-(2**63) if signed else 0) <= seed <= MAX_SEED:
+        low = "-2**63" if signed else "0"
+        raise Invalid(f"`seed` must be between {low} and 2**64 - 1", param="seed")
 
 
 def pick_seeds(seed: int | None, num: int) -> list[int]:
-    """A seed for each sequence; a request without one still gets seeds it could repeat."""
+    """A seed for each sequence; a request without one still gets seeds it could repeat.
+
+    A negative one is taken modulo 2**64.
+    """
     first = secrets.randbits(64) if seed is None else seed
     return [(first + index) & MAX_SEED for index in range(num)]
 
