@@ -13,8 +13,11 @@ from lory_router.connection import BACKLOG
 
 log = logging.getLogger("lory")
 
-SPARE_FILES = BACKLOG + 64
-"""Open files that are not connections: ours, and those accepted before they can be refused."""
+SPARE_FILES = 4 * BACKLOG + 64
+"""Open files that are not connections: ours, and those accepted before they can be refused.
+
+asyncio accepts a whole backlog in each turn of its loop; one too many is closed three turns later.
+"""
 UNBOUNDED_FILES = 10240
 PEER_TIMEOUT_S = 60
 """How long a peer may leave sent bytes or probes unacknowledged."""
