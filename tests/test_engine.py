@@ -243,6 +243,7 @@ def test_replacing_an_adapter_changes_new_requests_and_no_running_one(
         ({"device": "cuda"}, "--device cpu"),
         ({"kv_bytes": 100}, "--kv-memory"),
         ({"max_model_len": 4096}, "max_model_len"),
+        ({"max_model_len": 100, "kv_bytes": 12 * 4096}, "--max-model-len 100"),
         ({"max_batch_rows": 64, "max_step_tokens": 32}, "max_step_tokens"),
         ({"block_size": 0}, "block_size"),
     ],

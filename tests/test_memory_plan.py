@@ -56,6 +56,7 @@ def test_no_more_blocks_than_the_largest_batch_can_use() -> None:
         ({"adapter_pool_bytes": 600 * MIB}, "--adapter-memory"),
         ({"kv_bytes": 500 * MIB}, "--kv-memory"),
         ({"kv_bytes": 1}, "--kv-memory"),
+        ({"kv_bytes": 10 * MIB, "asked_model_len": 161}, "--max-model-len 161 .* 160 tokens"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_fix(changes: dict[str, int], flag: str) -> None:

@@ -109,6 +109,7 @@ def memory_needs(options: EngineOptions, decoder: Decoder) -> MemoryNeeds:
         block_size=options.block_size,
         max_batch_rows=options.max_batch_rows,
         max_model_len=decoder.max_model_len,
+        asked_model_len=options.max_model_len,
         adapter_pool_bytes=options.adapter_pool_bytes,
         adapter_pool_cap_bytes=CPU_POOL_BYTES if decoder.device.type == "cpu" else 0,
         kv_bytes=options.kv_bytes,

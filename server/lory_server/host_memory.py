@@ -26,9 +26,22 @@ def _available(meminfo: Path) -> int:
 
 
 def _left_in_container(cgroup: Path) -> int | None:
-    """The limit of this control group (version 2), less what it uses; None: no limit."""
+    """The limit of this control group (version 2), less what it uses; None: no limit.
+
+    Pages of files that nobody has touched lately count as use, and are given up on demand.
+    """
     limit, used = cgroup / "memory.max", cgroup / "memory.current"
     if not limit.exists() or not used.exists():
         return None
     text = limit.read_text().strip()
-    return None if text == "max" else max(int(text) - int(used.read_text()), 0)
+    if text == "max":
+        return None
+    return max(int(text) - int(used.read_text()) + _inactive_file_bytes(cgroup), 0)
+
+
+def _inactive_file_bytes(cgroup: Path) -> int:
+    stat = cgroup / "memory.stat"
+    for line in stat.read_text().splitlines() if stat.exists() else ():
+        if line.startswith("inactive_file "):
+            return int(line.split()[1])
+    return 0

@@ -27,6 +27,8 @@ class MemoryNeeds:
     max_batch_rows: int
     max_model_len: int
     """Tokens; what the base allows, or what was asked for."""
+    asked_model_len: int = 0
+    """What was asked for, and is never lowered; 0: nothing."""
     adapter_pool_bytes: int = 0
     """0: a quarter of what weights and workspace leave, up to `adapter_pool_cap_bytes`."""
     adapter_pool_cap_bytes: int = 0
@@ -73,6 +75,12 @@ def plan_memory(needs: MemoryNeeds) -> MemoryPlan:
     pool = _adapter_pool(needs, left)
     num_blocks = _num_blocks(needs, left - pool)
     holds = num_blocks * needs.block_size
+    if holds < needs.asked_model_len:
+        raise MemoryPlanError(
+            f"--max-model-len {needs.asked_model_len} needs more than the {holds} tokens that the "
+            f"KV cache holds ({_mib(num_blocks * needs.block_bytes)}); lower it, or raise "
+            "--kv-memory or --memory"
+        )
     return MemoryPlan(
         weight_bytes=needs.weight_bytes,
         workspace_bytes=needs.workspace_bytes,
