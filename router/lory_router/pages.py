@@ -5,6 +5,7 @@ It must not know generation.
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import Literal
 
 import msgspec
@@ -44,22 +45,27 @@ class AdapterCard(Card, frozen=True, kw_only=True):
 
 
 class _Listing:
-    """The engine's adapters, asked for once a second however many callers ask."""
+    """The engine's adapters as cards, asked for once a second however many callers ask."""
 
-    def __init__(self, engine: EngineClient) -> None:
+    def __init__(
+        self, engine: EngineClient, render: Callable[[tuple[AdapterEntry, ...]], bytes]
+    ) -> None:
         self._engine = engine
-        self._asking: asyncio.Future[tuple[AdapterEntry, ...]] | None = None
+        self._render = render
+        self._asking: asyncio.Future[tuple[tuple[AdapterEntry, ...], bytes]] | None = None
         self._good_until = 0.0
 
-    async def entries(self) -> tuple[AdapterEntry, ...]:
+    async def read(self) -> tuple[tuple[AdapterEntry, ...], bytes]:
+        """The entries, and the reply that shows them."""
         if self._asking is None or (self._asking.done() and time.monotonic() > self._good_until):
             self._asking = asyncio.ensure_future(self._ask())
         return await asyncio.shield(self._asking)
 
-    async def _ask(self) -> tuple[AdapterEntry, ...]:
+    async def _ask(self) -> tuple[tuple[AdapterEntry, ...], bytes]:
         entries = await self._engine.list_adapters()
+        body = await asyncio.to_thread(self._render, entries)
         self._good_until = time.monotonic() + LISTING_S
-        return entries
+        return entries, body
 
 
 class Pages:
@@ -68,7 +74,7 @@ class Pages:
     def __init__(self, front: Front, started_at: int) -> None:
         self._front = front
         self._started_at = started_at
-        self._listing = _Listing(front.engine)
+        self._listing = _Listing(front.engine, self._render_models)
 
     async def health(self, request: Request) -> Response:
         """200 and nothing else while a request sent now would be taken."""
@@ -111,10 +117,13 @@ class Pages:
 
     async def models(self, request: Request) -> Response:
         """The base under each of its names, then every adapter."""
+        _, body = await self._listing.read()
+        return Response(body, media_type="application/json")
+
+    def _render_models(self, entries: tuple[AdapterEntry, ...]) -> bytes:
         base = [self._base_card(name) for name in self._front.settings.model_names]
-        adapters = await self._listing.entries()
-        cards = [*base, *(self._adapter_card(entry) for entry in adapters)]
-        return _json({"object": "list", "data": cards})
+        cards = [*base, *(self._adapter_card(entry) for entry in entries)]
+        return msgspec.json.encode({"object": "list", "data": cards})
 
     async def model(self, request: Request) -> Response:
         """One of them; an adapter's name may hold slashes."""
@@ -122,7 +131,8 @@ class Pages:
         if model_id in self._front.settings.model_names:
             return _json(self._base_card(model_id))
         adapter_id = adapter_of(model_id, self._front.settings)
-        for entry in await self._listing.entries():
+        entries, _ = await self._listing.read()
+        for entry in entries:
             if entry.adapter_id == adapter_id:
                 return _json(self._adapter_card(entry))
         raise adapter_not_found(model_id)
