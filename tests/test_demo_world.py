@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -190,3 +193,18 @@ def test_base_is_a_small_llama_in_one_precision():
     assert config["hidden_size"] % 64 == config["intermediate_size"] % 64 == 0
     with safe_open(DEMO / "base" / "model.safetensors", "pt") as file:
         assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float32}  # noqa: SIM118
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="make is not installed")
+@pytest.mark.parametrize(("given", "port"), [((), ""), (("PORT=9000",), " --port 9000")])
+def test_the_check_takes_a_free_port_unless_one_is_asked_for(given: tuple[str, ...], port: str):
+    """It failed wherever something listened on 8080."""
+    done = subprocess.run(
+        ["make", "-n", "demo-check", *given],
+        cwd=DEMO.parent,
+        env={"PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.splitlines()[-1].strip() == f".venv/bin/lory demo --check{port}"

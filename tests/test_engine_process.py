@@ -12,6 +12,7 @@ import msgspec
 import pytest
 
 import tiny_models
+from lory_server import process
 from lory_server.messages import (
     EngineInfo,
     EngineOptions,
@@ -126,3 +127,12 @@ def test_what_cannot_be_built_is_one_fatal_message(tmp_path: Path) -> None:
     assert "no such folder" in event.message
     assert child.process.wait(timeout=5) == 1
     child.stop()
+
+
+def test_it_is_tied_to_its_router_before_anything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(process, "die_with_parent", lambda: calls.append("tied"))
+    monkeypatch.setattr(process, "main", lambda: calls.append("main") or 0)
+    monkeypatch.setattr(os, "_exit", calls.append)
+    process.run()
+    assert calls == ["tied", "main", 0]

@@ -241,7 +241,11 @@ def test_not_even_a_stopped_engine_outlives_a_killed_server(base: Path) -> None:
         engine = psutil.Process(server.engine_pid())
         engine.suspend()
         server.process.kill()
-        engine.wait(3)
+        try:
+            engine.wait(3)
+        finally:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                engine.kill()
 
 
 def test_a_busy_port_is_one_line(base: Path) -> None:

@@ -101,7 +101,8 @@ def _root(
 def _serve(**flags: Any) -> None:
     """Serve a base and its adapters over HTTP.
 
-    Every option can also be set as LORY_<NAME>, as shown beside it.
+    Every option can also be set as LORY_<NAME>, as shown beside it. SIGTERM or Ctrl-C lets running
+    requests finish and exits with 0; a second one ends at once with 128 + the signal's number.
     """
     check_environment()
     config = ServeConfig.from_flags(flags)

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
+from typing import Any
 
 import msgspec
 from starlette.types import Receive, Scope, Send
@@ -219,7 +220,7 @@ def error_headers(error: ApiError) -> dict[str, str]:
     return {}
 
 
-async def end_task(task: "asyncio.Future[None]") -> None:
+async def end_task(task: "asyncio.Future[Any]") -> None:
     """Cancel `task` if it still runs, and wait until it has cleaned up."""
     if not task.done():
         task.cancel()

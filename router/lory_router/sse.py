@@ -40,9 +40,7 @@ async def reply_events(
             await exchange.start(200, "text/event-stream", {**EVENT_HEADERS, **headers})
             await _Writer(exchange).run(first, chunks)
         finally:
-            if not first.done():
-                first.cancel()
-                await asyncio.wait((first,))
+            await end_task(first)
 
 
 class _Writer:
