@@ -307,9 +307,20 @@ def check_environment(
             raise ConfigError(f"{name}: lory {command} does not take it; unset it or use serve")
 
 
+_HUGE_PAGES = "glibc.malloc.hugetlb"
+
+
 def engine_environment() -> dict[str, str]:
-    """What the engine's process inherits: everything but our own settings and keys."""
-    return {k: v for k, v in os.environ.items() if not k.startswith(ENVIRONMENT_PREFIX)}
+    """What the engine's process inherits: everything but our own settings and keys.
+
+    And malloc on huge pages, unless its tunables say otherwise: steps allocate and free megabytes,
+    and faulting them in by 4 KiB takes a third of a prefill's time on a CPU.
+    """
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(ENVIRONMENT_PREFIX)}
+    tunables = kept.get("GLIBC_TUNABLES", "")
+    if _HUGE_PAGES not in tunables:
+        kept["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
+    return kept
 
 
 def _leaves() -> Iterator[tuple[Field[Any], Field[Any]]]:

@@ -77,6 +77,11 @@ INLINE attention_task attention_task_at(const attention_call *c, long row, int i
                           .num_keys = first_position + num_queries};
 }
 
+INLINE int first_key(const attention_call *c, const attention_task *task) {
+  int start = c->window > 0 ? task->first_position - c->window + 1 : 0;
+  return start > 0 ? start : 0;
+}
+
 /* Scores of one line become exp(cap(scale * s) - largest), 0 outside keys [low, high); the line's
  * running maximum and sum move on. Returns the factor for what was summed before. */
 static float softmax_tile(const attention_call *c, float *scores, int low, int high, float *largest,
@@ -159,16 +164,17 @@ static void score_lines(attention_scratch *s, int lines, int head_dim) {
 }
 #endif
 
-/* out[m][d] = factor[m] * out[m][d] + sum_j p[m][j] * values[j][d] over `vectors` vectors of d. */
+/* out[m][d] = factor[m] * out[m][d] + sum_j p[m][j] * values[j][d] over `vectors` vectors of d, of
+ * which `left` numbers are there. */
 INLINE void FN(mix_block)(int lines, int vectors, const float (*p)[KEY_TILE], const float *factor,
-                          const ELEM *const *values, int num_keys, int d, int head_dim,
+                          const ELEM *const *values, int num_keys, int d, int left,
                           float (*out)[MAX_HEAD_DIM]) {
   vf acc[4][4];
   UNROLL for (int m = 0; m < lines; m++)
     UNROLL for (int v = 0; v < vectors; v++) acc[m][v] = load_f32(out[m] + d + v * VL) * factor[m];
   for (int j = 0; j < num_keys; j++)
     UNROLL for (int v = 0; v < vectors; v++) {
-      vf vs = FN(load_n)(values[j] + d + v * VL, head_dim - d - v * VL);
+      vf vs = FN(load_n)(values[j] + d + v * VL, left - v * VL);
       UNROLL for (int m = 0; m < lines; m++) acc[m][v] += p[m][j] * vs;
     }
   UNROLL for (int m = 0; m < lines; m++)
@@ -180,9 +186,9 @@ INLINE void FN(mix_lines)(int lines, const float (*p)[KEY_TILE], const float *fa
                           float (*out)[MAX_HEAD_DIM]) {
   int d = 0;
   for (; d + 4 * VL <= head_dim; d += 4 * VL)
-    FN(mix_block)(lines, 4, p, factor, values, num_keys, d, head_dim, out);
+    FN(mix_block)(lines, 4, p, factor, values, num_keys, d, 4 * VL, out);
   for (; d < head_dim; d += VL)
-    FN(mix_block)(lines, 1, p, factor, values, num_keys, d, head_dim, out);
+    FN(mix_block)(lines, 1, p, factor, values, num_keys, d, head_dim - d, out);
 }
 
 static void FN(mix_values)(attention_scratch *s, int lines, const float *factor,
@@ -199,29 +205,47 @@ static void FN(mix_values)(attention_scratch *s, int lines, const float *factor,
                   head_dim, s->out + m);
 }
 
+/* Where position `position` of the task's kv head lies in either cache. */
+INLINE long FN(place_of)(const attention_call *c, const attention_task *task, int position) {
+  long block = c->block_tables[task->row * c->max_blocks + position / c->block_size];
+  long page = block * c->kv_heads + task->kv_head;
+  return (page * c->block_size + position % c->block_size) * c->head_dim;
+}
+
+/* Positions from `position` that lie side by side, at most up to `end`. */
+INLINE int FN(run_from)(const attention_call *c, int position, int end) {
+  return min_int(c->block_size - position % c->block_size, end - position);
+}
+
 /* Where positions [start, start + num) of a kv head lie; past the last, the last again. */
 static void FN(find_keys)(const attention_call *c, const attention_task *task, int start, int num,
                           const ELEM *k_cache, const ELEM *v_cache, const ELEM **keys,
                           const ELEM **values) {
-  const int32_t *table = c->block_tables + task->row * c->max_blocks;
-  int block = start / c->block_size, offset = start % c->block_size;
-  for (int j = 0; j < num; j++) {
-    long page = (long)table[block] * c->kv_heads + task->kv_head;
-    long place = (page * c->block_size + offset) * c->head_dim;
-    keys[j] = k_cache + place;
-    values[j] = v_cache + place;
-    if (++offset == c->block_size) offset = 0, block++;
+  for (int j = 0; j < num;) {
+    long place = FN(place_of)(c, task, start + j);
+    for (int run = FN(run_from)(c, start + j, start + num); run > 0; run--, j++) {
+      keys[j] = k_cache + place;
+      values[j] = v_cache + place;
+      place += c->head_dim;
+    }
   }
   for (int j = num; j < KEY_TILE; j++) keys[j] = keys[num - 1];
 }
 
-/* Blocks lie apart, so the hardware does not see the next one coming. */
-INLINE void FN(prefetch)(const ELEM *const *keys, const ELEM *const *values, int num, int head_dim) {
-  for (int j = 0; j < num; j++)
-    for (int d = 0; d < head_dim; d += 64 / sizeof(ELEM)) {
-      __builtin_prefetch(keys[j] + d, 0, 2);
-      __builtin_prefetch(values[j] + d, 0, 2);
+/* Asks for the keys and values of positions [start, start + KEY_TILE) of a task: blocks lie apart,
+ * so the hardware does not see the next one coming. */
+static void FN(ask_for_keys)(const attention_call *c, const attention_task *task, int start,
+                             const ELEM *k_cache, const ELEM *v_cache) {
+  int end = min_int(start + KEY_TILE, task->num_keys);
+  while (start < end) {
+    long place = FN(place_of)(c, task, start);
+    int run = FN(run_from)(c, start, end);
+    for (long i = 0; i < (long)run * c->head_dim; i += 64 / sizeof(ELEM)) {
+      __builtin_prefetch(k_cache + place + i, 0, 2);
+      __builtin_prefetch(v_cache + place + i, 0, 2);
     }
+    start += run;
+  }
 }
 
 static void FN(attend)(const attention_call *c, const attention_task *task, const ELEM *qkv,
@@ -239,14 +263,9 @@ static void FN(attend)(const attention_call *c, const attention_task *task, cons
     s->largest[m] = -INFINITY;
     s->total[m] = 0;
   }
-  int start = c->window > 0 ? task->first_position - c->window + 1 : 0;
-  for (start = start > 0 ? start : 0; start < task->num_keys; start += KEY_TILE) {
+  for (int start = first_key(c, task); start < task->num_keys; start += KEY_TILE) {
     int num = min_int(KEY_TILE, task->num_keys - start);
-    int ahead = min_int(KEY_TILE, task->num_keys - start - KEY_TILE);
-    if (ahead > 0) {
-      FN(find_keys)(c, task, start + KEY_TILE, ahead, k_cache, v_cache, keys, values);
-      FN(prefetch)(keys, values, ahead, head_dim);
-    }
+    FN(ask_for_keys)(c, task, start + KEY_TILE, k_cache, v_cache);
     FN(find_keys)(c, task, start, num, k_cache, v_cache, keys, values);
     if (outer) {
       FN(transpose_keys)(keys, head_dim, s->keys);
@@ -272,6 +291,17 @@ static void FN(attend)(const attention_call *c, const attention_task *task, cons
   }
 }
 
+/* Takes a task and asks for its first keys, so that they come while the task before is computed.
+ * 0 if there is none left. */
+static int FN(next_attention)(const attention_call *c, attention_cursor *at, long *next,
+                              const ELEM *k_cache, const ELEM *v_cache, attention_task *task) {
+  long index = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+  if (!seek_attention(c, at, index)) return 0;
+  *task = attention_task_at(c, at->row, (int)(index - at->first));
+  FN(ask_for_keys)(c, task, first_key(c, task), k_cache, v_cache);
+  return 1;
+}
+
 EXPORT void FN(paged_attention)(const ELEM *qkv, long qkv_stride, const ELEM *k_cache,
                                 const ELEM *v_cache, const int32_t *block_tables, long max_blocks,
                                 const int32_t *query_starts, const int32_t *context_lens, long rows,
@@ -287,10 +317,11 @@ EXPORT void FN(paged_attention)(const ELEM *qkv, long qkv_stride, const ELEM *k_
   {
     attention_scratch scratch;
     attention_cursor at = {-1, 0, 0};
-    for (;;) {
-      long index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (!seek_attention(&call, &at, index)) break;
-      attention_task task = attention_task_at(&call, at.row, (int)(index - at.first));
+    attention_task task, coming;
+    int more = FN(next_attention)(&call, &at, &next, k_cache, v_cache, &coming);
+    while (more) {
+      task = coming;
+      more = FN(next_attention)(&call, &at, &next, k_cache, v_cache, &coming);
       FN(attend)(&call, &task, qkv, k_cache, v_cache, out, &scratch);
     }
   }

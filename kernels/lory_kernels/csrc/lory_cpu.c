@@ -39,5 +39,6 @@ INLINE int threads_for(long work, long per_thread, int threads) {
 #include "elementwise.h"
 #include "sgmv.h"
 #include "attention.h"
+#include "linear.h"
 
 EXPORT int lory_vector_lanes(void) { return VL; }

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import Protocol
 
+import torch
+
 LOADER_NICENESS = 10
 
 _log = logging.getLogger(__name__)
@@ -69,6 +71,9 @@ class Workers:
         return self._threads
 
     def _work(self) -> None:
+        # Of this thread alone. A team of torch's own beside the step's makes OpenMP see more
+        # threads than cores: it stops spinning, and every later step is a third slower.
+        torch.set_num_threads(1)
         if self._low_priority:
             _lower_priority()
         while (job := self._jobs.get()) is not None:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lory_kernels import panels
+
 if TYPE_CHECKING:
     from lory_server.model.lora import LoraRows
 
@@ -63,8 +65,28 @@ class PrepackedLinear:
         return self._apply(x_TK, self._packed_NK, self._bias_N, "none", [], "")
 
 
+class PanelLinear:
+    """y = x W^T + b in bfloat16 on the CPU, the weight laid out once in panels."""
+
+    __slots__ = ("_multiply", "_num_bytes")
+
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
+        weight = panels.pack(weight_NK)
+        self._multiply = panels.PanelMultiply(weight, bias_N, torch.get_num_threads())
+        self._num_bytes = weight.panels.nbytes + bias_bytes(bias_N)
+
+    @property
+    def num_bytes(self) -> int:
+        return self._num_bytes
+
+    def __call__(self, x_TK: Tensor, rows: "LoraRows | None") -> Tensor:
+        return self._multiply(x_TK)
+
+
 def dense_linear(weight_NK: Tensor, bias_N: Tensor | None, typical_rows: int) -> Linear:
     """The fastest full-precision linear for where the weight lies and what it is made of."""
+    if panels.can_pack(weight_NK):
+        return PanelLinear(weight_NK, bias_N)
     if weight_NK.device.type == "cpu" and weight_NK.dtype == torch.bfloat16 and can_prepack():
         return PrepackedLinear(weight_NK, bias_N, typical_rows)
     return DenseLinear(weight_NK, bias_N)
