@@ -414,6 +414,19 @@ def test_a_cancelled_ticket_gives_up_its_place_in_the_queue(make: MakeCache) -> 
     assert not world.cache._loads
 
 
+def test_a_small_load_does_not_take_the_room_that_a_large_one_waits_for(make: MakeCache) -> None:
+    world = make(host_bytes=2 * RANK_4_BYTES)
+    first = world.hold("a0").revision
+    world.hold("a1")
+    large = world.ask("a2")
+    world.until(lambda: world.cache._waiting_for_room)
+    small = world.ask("a3")
+    world.until(lambda: len(world.cache._waiting_for_room) == 2)
+    world.cache.release(first)
+    world.until(lambda: large in world.answers)
+    world.until(lambda: small in world.answers)
+
+
 def test_newcomers_do_not_overtake_those_who_wait_for_room() -> None:
     budget = HostBudget(100)
     assert budget.try_reserve(60)
@@ -465,6 +478,20 @@ def test_the_least_recently_used_is_evicted_first(make: MakeCache) -> None:
     assert world.bring(d).resident.keys() == {a, c, d}
 
 
+def test_whom_others_wait_for_is_evicted_last_however_long_unused(make: MakeCache) -> None:
+    world = make(max_slots=3)
+    soon, later, idle, wanted = (world.hold(f"a{index}").revision for index in range(4))
+    world.bring(soon, later, idle)
+    for revision in (soon, later, idle):
+        world.cache.demand(AdapterDemand(frozenset({revision}), ()))
+    world.cache.demand(AdapterDemand(frozenset(), (wanted,), queued=(soon, later)))
+    world.until(lambda: wanted in world.cache.residency().resident)
+    assert world.cache.residency().resident.keys() == {soon, later, wanted}
+    world.cache.demand(AdapterDemand(frozenset({wanted}), (idle,), queued=(soon, later)))
+    world.until(lambda: idle in world.cache.residency().resident)
+    assert world.cache.residency().resident.keys() == {soon, idle, wanted}
+
+
 def test_a_large_adapter_is_not_starved_by_small_ones(make: MakeCache) -> None:
     """The first demand that does not fit ends the search: later ones leave its room alone."""
     world = make(pool_bytes=RANK_4_BYTES + 2048)
@@ -472,7 +499,9 @@ def test_a_large_adapter_is_not_starved_by_small_ones(make: MakeCache) -> None:
     world.bring(used)
     for _ in range(20):
         world.cache.demand(AdapterDemand(frozenset({used}), (large, small)))
-        assert world.turn().resident.keys() == {used}
+        residency = world.turn()
+        assert residency.resident.keys() == {used}
+        assert not residency.loading
     assert large in world.bring(large).resident
 
 

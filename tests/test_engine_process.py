@@ -14,6 +14,7 @@ import pytest
 import tiny_models
 from lory_server import process
 from lory_server.messages import (
+    MAX_FRAME_BYTES,
     EngineInfo,
     EngineOptions,
     Event,
@@ -117,6 +118,12 @@ def test_a_frame_it_cannot_read_ends_it(child: Child) -> None:
     """A reader thread that died left an engine that heard nothing and lived on."""
     assert isinstance(child.receive(), EngineInfo)
     child.socket.sendall((2).to_bytes(4, "big") + b"\xc1\xff")
+    assert child.process.wait(timeout=5) == 76
+
+
+def test_a_frame_longer_than_any_ends_it_before_it_is_read(child: Child) -> None:
+    assert isinstance(child.receive(), EngineInfo)
+    child.socket.sendall((MAX_FRAME_BYTES + 1).to_bytes(4, "big"))
     assert child.process.wait(timeout=5) == 76
 
 

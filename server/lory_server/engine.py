@@ -288,18 +288,12 @@ class Engine:
             if isinstance(outcome, Listed):
                 self._lists.append(AdapterList(call_id=outcome.call_id, adapters=outcome.adapters))
                 continue
-            request = self._resolving.pop(outcome.ticket, None)
+            request = self._resolving.pop(outcome.ticket)
             if isinstance(outcome, Resolved):
-                self._resolved(request, outcome)
-            elif request is not None:
+                request.resolved = self._clock()
+                self._enqueue(request, outcome.revision, outcome.num_bytes)
+            else:
                 self._end(request, "error", _failure(outcome.code, outcome.message))
-
-    def _resolved(self, request: _Request | None, resolved: Resolved) -> None:
-        if request is None:
-            self._adapters.release(resolved.revision)
-            return
-        request.resolved = self._clock()
-        self._enqueue(request, resolved.revision, resolved.num_bytes)
 
     def _enqueue(self, request: _Request, revision: str, adapter_bytes: int) -> None:
         command = request.command
