@@ -29,42 +29,38 @@ def outcome_of(function: object) -> object:
     return outcome
 
 
-def num_threads_started_by(function: object) -> int:
-    """In this process, by a job that runs to its end."""
-    before = len(os.listdir("/proc/self/task"))
-    counts: list[int] = []
-
-    def job() -> None:
-        assert callable(function)
-        function()
-        counts.append(len(os.listdir("/proc/self/task")) - before - 1)
-
-    outcome_of(job)
-    return counts[0]
-
-
-def start_a_team() -> None:
+def report_threads_started(num_threads: int | None) -> None:
+    """By a job that torch would share among threads, in this process; the step's own come first."""
+    torch.set_num_threads(2)
     torch.zeros(1 << 22)
 
+    def count() -> int:
+        return len(os.listdir("/proc/self/task"))
 
-def main() -> None:
-    torch.set_num_threads(2)
-    start_a_team()
-    print(num_threads_started_by(start_a_team), torch.get_num_threads())
-    print(num_threads_started_by(lambda: (torch.set_num_threads(2), start_a_team())))
+    def job() -> int:
+        before = count()
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
+        torch.zeros(1 << 22)
+        return count() - before
+
+    print(outcome_of(job), torch.get_num_threads())
+
+
+def threads_started(num_threads: int | None) -> list[int]:
+    """By the job, in a process of its own, and those the step has afterwards."""
+    program = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
+    program += f"import test_adapter_workers as t; t.report_threads_started({num_threads})"
+    answer = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
+    )
+    return [int(word) for word in answer.stdout.split()]
 
 
 def test_a_job_of_torch_starts_no_threads_and_takes_none_from_the_step() -> None:
     """A second team of OpenMP threads beside the step's costs every later step a third."""
-    program = f"import sys; sys.path.insert(0, {os.path.dirname(__file__)!r})\n"
-    program += "import test_adapter_workers; test_adapter_workers.main()"
-    answer = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60
-    )
-    in_worker, of_the_step, unrestrained = map(int, answer.stdout.split())
-    assert in_worker == 0
-    assert of_the_step == 2
-    assert unrestrained == 1, "a job that may does start one"
+    assert threads_started(None) == [0, 2]
+    assert threads_started(2) == [1, 2], "a job that may does start one"
 
 
 def test_an_exception_ends_the_job_and_not_the_thread() -> None:
