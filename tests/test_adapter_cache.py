@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import shutil
 import threading
 import time
@@ -18,6 +19,7 @@ from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.cache import AdapterCache, Listed, Outcome, Resolved, ResolveFailed
 from lory_server.adapters.host import HostBudget
 from lory_server.adapters.jobs import LoadJob
+from lory_server.adapters.journal import MAX_LINES, Journal
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.store import AdapterFiles, AdapterStore
 from lory_server.adapters.workers import LOADER_NICENESS, Workers
@@ -684,10 +686,64 @@ def test_moves_are_reported_with_their_time(make: MakeCache, root: Path) -> None
     moves = world.cache.drain_moves()
     assert [(m.kind, m.tier, m.adapter_id) for m in moves] == [
         ("load", "host", "a0"),
-        ("fail", "host", "bad"),
         ("load", "device", "a0"),
+        ("fail", "host", "bad"),
     ]
     assert all(move.seconds > 0 for move in moves if move.kind == "load")
+
+
+def test_the_log_tells_what_became_of_an_adapter(
+    make: MakeCache, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "lory_server.adapters.journal")
+    world = make(max_slots=1, host_bytes=2 * RANK_4_BYTES)
+    first = world.hold("a0").revision
+    world.bring(first)
+    replace(root, "a0", seed=99)
+    second = world.hold("a0").revision
+    world.cache.release(first)
+    world.bring(second)
+    world.hold("a2")
+    write_adapter(root / "bad", r=3)
+    for _ in range(3):
+        world.refusal("bad")
+    world.refusal("absent")
+    lines = [(r.levelname, r.getMessage()) for r in caplog.records]
+    told = [line.partition(":")[0] for _, line in lines]
+    assert told == [
+        "adapter 'a0' loaded to host",
+        "adapter 'a0' loaded to device",
+        "adapter 'a0' loaded to host",
+        "adapter 'a0' replaced",
+        "adapter 'a0' evicted from device",
+        "adapter 'a0' loaded to device",
+        "adapter 'a0' evicted from host",
+        "adapter 'a2' loaded to host",
+        "adapter 'bad' refused",
+    ]
+    assert re.fullmatch(rf".*: revision {first}, {RANK_4_BYTES} bytes, \d+\.\d ms", lines[0][1])
+    assert lines[3][1].endswith(f": revision {second}, was {first}")
+    assert [level for level, _ in lines] == ["INFO"] * 8 + ["WARNING"]
+    assert "lora_A" in lines[-1][1]
+
+
+def test_a_flood_of_swaps_leaves_few_lines_and_a_refusal_among_them(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "lory_server.adapters.journal")
+    now_s = 0.0
+    journal = Journal(lambda: now_s)
+    for index in range(5000):
+        now_s += 0.01
+        journal.loaded("device", f"a{index}", "revision", 1, 0.001)
+    journal.refused("bad", ValueError("reason"))
+    assert len(journal.drain()) == 5000
+    levels = [record.levelname for record in caplog.records]
+    assert levels.count("INFO") <= 6 * (MAX_LINES + 1)
+    assert levels[-1] == "WARNING"
+    left_out = [r for r in caplog.records if "left out" in r.getMessage()]
+    assert {record.getMessage().split()[0] for record in left_out} <= {"980", "981", "979"}
+    assert len(left_out) >= 4
 
 
 def test_news_wakes_the_engine(make: MakeCache) -> None:

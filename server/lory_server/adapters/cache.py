@@ -14,12 +14,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
-from typing import Literal
 
 from lory_server.adapters.device import DeviceTier
 from lory_server.adapters.errors import AdapterError
 from lory_server.adapters.format import Base
-from lory_server.adapters.host import HostBudget, HostEntry, HostTier
+from lory_server.adapters.host import HostBudget, HostTier
 from lory_server.adapters.jobs import (
     Limits,
     ListJob,
@@ -31,6 +30,7 @@ from lory_server.adapters.jobs import (
     NeedsRoom,
     OnDisk,
 )
+from lory_server.adapters.journal import Journal
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.store import AdapterStore
 from lory_server.adapters.workers import JobFailed, Workers
@@ -74,7 +74,6 @@ class Listed:
     adapters: tuple[AdapterEntry, ...]
 
 
-MoveKind = Literal["load", "evict", "fail"]
 Outcome = Resolved | ResolveFailed | Listed
 
 
@@ -126,7 +125,8 @@ class AdapterCache:
         self._outcomes: SimpleQueue[object] = SimpleQueue()
         self.budget = HostBudget(host_bytes)
         self.host = HostTier(self.budget)
-        self.device = DeviceTier(pool, self.host, on_ready)
+        self._journal = Journal()
+        self.device = DeviceTier(pool, self.host, self._journal, on_ready)
         self._locators = Workers(
             "lory-adapter-locate", 1, self._outcomes, on_ready, low_priority=False
         )
@@ -139,7 +139,6 @@ class AdapterCache:
         self._num_loads = 0
         self._refusals: dict[LoadKey, _Refusal] = {}
         self._latest: dict[str, str] = {}
-        self._moves: list[AdapterMove] = []
         self._calls: list[int] = []
         self._is_walking = False
         self._num_on_disk = 0
@@ -206,9 +205,7 @@ class AdapterCache:
         )
 
     def drain_moves(self) -> list[AdapterMove]:
-        moves = self._moves + self.device.moves
-        self._moves, self.device.moves = [], []
-        return moves
+        return self._journal.drain()
 
     def request_list(self, call_id: int) -> None:
         """Ask for all adapters and their tiers; `poll` answers with `Listed`."""
@@ -263,7 +260,9 @@ class AdapterCache:
         self.host.put(loaded.key.adapter_id, loaded.blob)
         if loaded.is_settled:
             self._store.remember(loaded.signature, revision)
-        self._record("load", loaded.key.adapter_id, loaded.seconds, loaded.blob.num_bytes)
+        self._journal.loaded(
+            "host", loaded.key.adapter_id, revision, loaded.blob.num_bytes, loaded.seconds
+        )
         for ticket in self._end_load(loaded.key):
             yield self._resolved(ticket, revision)
 
@@ -293,10 +292,12 @@ class AdapterCache:
         job, error = failed.job, failed.error
         if not isinstance(error, AdapterError):
             _log.error("adapter work failed: %r", job, exc_info=error)
+        elif isinstance(job, LocateJob | LoadJob) and error.code != "adapter_not_found":
+            self._journal.refused(job.adapter_id, error)
         if isinstance(job, LocateJob) and job.ticket in self._tickets:
             yield self._failed(job.ticket, error)
         elif isinstance(job, LoadJob):
-            self._record("fail", job.key.adapter_id, 0.0, 0)
+            self._journal.failed(job.adapter_id)
             self._remember_refusal(job.key, error)
             for ticket in self._end_load(job.key):
                 yield self._failed(ticket, error)
@@ -310,7 +311,7 @@ class AdapterCache:
     def _resolved(self, ticket: int, revision: str) -> Resolved:
         asked = self._tickets.pop(ticket)
         self.host.hold(revision)
-        self._latest[asked.adapter_id] = revision
+        self._note_latest(asked.adapter_id, revision)
         manifest = self.host.entry(revision).blob.manifest
         return Resolved(
             ticket=ticket,
@@ -320,6 +321,12 @@ class AdapterCache:
             max_rank=manifest.max_rank,
             load_seconds=time.monotonic() - asked.asked_s,
         )
+
+    def _note_latest(self, adapter_id: str, revision: str) -> None:
+        previous = self._latest.get(adapter_id, revision)
+        if previous != revision:
+            self._journal.replaced(adapter_id, previous, revision)
+        self._latest[adapter_id] = revision
 
     def _failed(self, ticket: int, error: Exception) -> ResolveFailed:
         adapter_id = self._tickets.pop(ticket).adapter_id
@@ -365,16 +372,8 @@ class AdapterCache:
         self.budget.hold_back(False)
 
     def _reserve(self, num_bytes: int) -> bool:
+        started_s = time.monotonic()
         for entry in self.host.make_room(num_bytes):
-            self._record_eviction(entry)
+            blob, seconds = entry.blob, time.monotonic() - started_s
+            self._journal.evicted("host", entry.adapter_id, blob.revision, blob.num_bytes, seconds)
         return self.budget.try_reserve(num_bytes, is_waiter=True)
-
-    def _record_eviction(self, entry: HostEntry) -> None:
-        self._record("evict", entry.adapter_id, 0.0, entry.blob.num_bytes)
-
-    def _record(self, kind: MoveKind, adapter_id: str, seconds: float, num_bytes: int) -> None:
-        self._moves.append(
-            AdapterMove(
-                adapter_id=adapter_id, kind=kind, tier="host", seconds=seconds, num_bytes=num_bytes
-            )
-        )

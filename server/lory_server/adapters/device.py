@@ -11,15 +11,14 @@ from dataclasses import dataclass
 from itertools import pairwise
 from queue import Empty, SimpleQueue
 from types import MappingProxyType
-from typing import Literal
 
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.copier import Copier, make_copier
 from lory_server.adapters.extents import Allocation
 from lory_server.adapters.host import HostTier
+from lory_server.adapters.journal import Journal
 from lory_server.adapters.pool import AdapterPool, SlotRow
 from lory_server.adapters.workers import JobFailed, Workers
-from lory_server.messages import AdapterMove
 from lory_server.plan import AdapterDemand, Residency, ResidentAdapter
 
 
@@ -53,11 +52,13 @@ class _CopyJob:
 
 
 class DeviceTier:
-    def __init__(self, pool: AdapterPool, host: HostTier, on_outcome: Callable[[], None]) -> None:
+    def __init__(
+        self, pool: AdapterPool, host: HostTier, journal: Journal, on_outcome: Callable[[], None]
+    ) -> None:
         self.pool = pool
         self.pinned: dict[str, int] = {}
-        self.moves: list[AdapterMove] = []
         self._host = host
+        self._journal = journal
         self._copier = make_copier(pool)
         self._outcomes: SimpleQueue[object] = SimpleQueue()
         self._workers = Workers(
@@ -165,7 +166,10 @@ class DeviceTier:
         self._resident[copied.revision] = tenure
         self._host.release(copied.revision)
         self._picture = None
-        self._record("load", tenure, copied.seconds)
+        num_bytes = tenure.allocation.num_bytes
+        self._journal.loaded(
+            "device", tenure.adapter_id, copied.revision, num_bytes, copied.seconds
+        )
 
     def _evict(self, revision: str) -> None:
         started_s = time.monotonic()
@@ -174,7 +178,8 @@ class DeviceTier:
         self._free_slots.append(tenure.slot)
         del self._last_use[revision]
         self._picture = None
-        self._record("evict", tenure, time.monotonic() - started_s)
+        num_bytes, seconds = tenure.allocation.num_bytes, time.monotonic() - started_s
+        self._journal.evicted("device", tenure.adapter_id, revision, num_bytes, seconds)
 
     # -- what others see --------------------------------------------------------------------
 
@@ -199,15 +204,4 @@ class DeviceTier:
             loading=frozenset(self._loading),
             free_bytes=self.pool.extents.placeable_bytes(self._largest_chunk),
             free_slots=len(self._free_slots),
-        )
-
-    def _record(self, kind: Literal["load", "evict"], tenure: _Tenure, seconds: float) -> None:
-        self.moves.append(
-            AdapterMove(
-                adapter_id=tenure.adapter_id,
-                kind=kind,
-                tier="device",
-                seconds=seconds,
-                num_bytes=tenure.allocation.num_bytes,
-            )
         )

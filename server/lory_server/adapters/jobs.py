@@ -98,6 +98,10 @@ class LoadJob:
     key: LoadKey
     reserved_bytes: int = 0
 
+    @property
+    def adapter_id(self) -> str:
+        return self.key.adapter_id
+
     def run(self) -> Loaded | NeedsRoom:
         reservation = _Reservation(self.budget, self.reserved_bytes)
         try:
