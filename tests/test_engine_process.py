@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import msgspec
 import pytest
@@ -19,6 +20,7 @@ from lory_server.messages import (
     EngineOptions,
     Event,
     Fatal,
+    LogLevel,
     Message,
     Sampling,
     StepEvents,
@@ -32,11 +34,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Child:
-    def __init__(self, options: EngineOptions) -> None:
+    def __init__(self, options: EngineOptions, stderr: IO[bytes] | None = None) -> None:
         self.socket, theirs = socket.socketpair()
         self.socket.settimeout(60)
         command = [sys.executable, "-m", "lory_server", "--fd", str(theirs.fileno())]
-        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
+        self.process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=stderr)
         theirs.close()
         self._decoder = msgspec.msgpack.Decoder(Event)
         self.send(options)
@@ -76,9 +78,12 @@ def child(base: Path):
     child.stop()
 
 
-def answer(child: Child, request_id: int) -> list[int]:
+def answer(child: Child, request_id: int, adapter_id: str = "") -> list[int]:
     sampling = Sampling(max_new_tokens=4, seed=1, ignore_eos=True)
-    child.send(Submit(request_id=request_id, prompt_ids=(4, 5), sampling=sampling))
+    command = Submit(
+        request_id=request_id, prompt_ids=(4, 5), sampling=sampling, adapter_id=adapter_id
+    )
+    child.send(command)
     tokens: list[int] = []
     while True:
         event = child.receive()
@@ -125,6 +130,34 @@ def test_a_frame_longer_than_any_ends_it_before_it_is_read(child: Child) -> None
     assert isinstance(child.receive(), EngineInfo)
     child.socket.sendall((MAX_FRAME_BYTES + 1).to_bytes(4, "big"))
     assert child.process.wait(timeout=5) == 76
+
+
+@pytest.mark.parametrize("level", ["info", "warning"])
+def test_it_logs_what_becomes_of_adapters_as_far_as_asked(
+    base: Path, tmp_path: Path, level: LogLevel
+) -> None:
+    tiny_models.save_adapter(tmp_path / "adapters" / "good", base, 4, 8, ["q_proj"], 0)
+    tiny_models.save_adapter(tmp_path / "adapters" / "bad", base, 4, 8, ["q_proj"], 0)
+    (tmp_path / "adapters" / "bad" / "adapter_model.safetensors").write_bytes(b"broken")
+    options = EngineOptions(
+        model=str(base),
+        adapters_dir=str(tmp_path / "adapters"),
+        device="cpu",
+        threads=1,
+        log_level=level,
+    )
+    with open(tmp_path / "log", "w+b") as log:
+        child = Child(options, stderr=log)
+        assert isinstance(child.receive(), EngineInfo)
+        assert len(answer(child, 1, "good")) == 4
+        assert answer(child, 2, "bad") == []
+        child.stop()
+        log.seek(0)
+        text = log.read().decode()
+    assert ("INFO lory_server.adapters.journal adapter 'good' loaded to host" in text) == (
+        level == "info"
+    )
+    assert "WARNING lory_server.adapters.journal adapter 'bad' refused" in text
 
 
 def test_what_cannot_be_built_is_one_fatal_message(tmp_path: Path) -> None:

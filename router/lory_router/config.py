@@ -19,10 +19,9 @@ from typing import Any, Literal, TypeVar, get_type_hints
 import typer
 
 from lory_router.settings import RouterSettings
-from lory_server.messages import DeviceName, DtypeName, EngineOptions, Quantization
+from lory_server.messages import DeviceName, DtypeName, EngineOptions, LogLevel, Quantization
 
 ENVIRONMENT_PREFIX = "LORY_"
-LogLevel = Literal["debug", "info", "warning", "error"]
 T = TypeVar("T")
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B)?", re.IGNORECASE)
@@ -232,6 +231,7 @@ class ServeConfig:
             prefix_caching=self.step.prefix_caching,
             threads=self.step.threads,
             allow_base_mismatch=self.model.allow_base_mismatch,
+            log_level=self.http.log_level,
         )
 
     def router_settings(self) -> RouterSettings:

@@ -16,6 +16,7 @@ MAX_FRAME_BYTES = 256 * 1024 * 1024
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "nf4"]
+LogLevel = Literal["debug", "info", "warning", "error"]
 
 FinishReason = Literal["length", "eos", "stop_token", "cancelled", "timeout", "error"]
 CancelReason = Literal["cancelled", "timeout"]
@@ -77,6 +78,7 @@ class EngineOptions(Message, frozen=True):
     """CPU threads of the step; 0: all cores but what the router needs."""
     allow_base_mismatch: bool = False
     """Serve adapters whose configuration names another base of equal shapes."""
+    log_level: LogLevel = "info"
 
 
 class Sampling(Message, frozen=True):

@@ -33,12 +33,13 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="lory_server")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the router")
     arguments = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     # bitsandbytes warns at import of kernels it could fetch; what runs here is its own library.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     wake = threading.Event()
     channel = Channel(socket.socket(fileno=arguments.fd), wake.set)
     options = channel.read_options()
+    logging.getLogger().setLevel(options.log_level.upper())
     channel.start()
     try:
         engine, info = build(options, wake.set)
