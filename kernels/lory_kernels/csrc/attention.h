@@ -82,6 +82,15 @@ INLINE int first_key(const attention_call *c, const attention_task *task) {
   return start > 0 ? start : 0;
 }
 
+/* Takes the next task; 0 if there is none left. */
+static int next_attention(const attention_call *c, attention_cursor *at, long *next,
+                          attention_task *task) {
+  long index = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+  if (!seek_attention(c, at, index)) return 0;
+  *task = attention_task_at(c, at->row, (int)(index - at->first));
+  return 1;
+}
+
 /* Scores of one line become exp(cap(scale * s) - largest), 0 outside keys [low, high); the line's
  * running maximum and sum move on. Returns the factor for what was summed before. */
 static float softmax_tile(const attention_call *c, float *scores, int low, int high, float *largest,
@@ -113,6 +122,12 @@ static float softmax_tile(const attention_call *c, float *scores, int low, int h
   return factor;
 }
 #endif
+
+/* Up to KEY_TILE keys, and their values, where they lie. */
+typedef struct {
+  const ELEM *keys[KEY_TILE], *values[KEY_TILE];
+  int num;
+} FN(key_tile);
 
 /* scores[j] = q . keys[j] for VL keys where they lie. */
 INLINE void FN(score_keys)(const ELEM *q, const ELEM *const *keys, int head_dim, float *scores) {
@@ -164,45 +179,58 @@ static void score_lines(attention_scratch *s, int lines, int head_dim) {
 }
 #endif
 
+/* Columns [d, d + vectors * VL) of a key and its value. */
+INLINE void FN(ask_for_columns)(const FN(key_tile) *tile, int j, int d, int vectors) {
+  UNROLL for (int i = 0; i < vectors * VL; i += 64 / sizeof(ELEM)) {
+    __builtin_prefetch(tile->keys[j] + d + i);
+    __builtin_prefetch(tile->values[j] + d + i);
+  }
+}
+
 /* out[m][d] = factor[m] * out[m][d] + sum_j p[m][j] * values[j][d] over `vectors` vectors of d, of
- * which `left` numbers are there. */
+ * which `left` numbers are there. Asks for the columns of the next tile meanwhile: asked for all at
+ * once, before, they stop the core until its line buffers are free. */
 INLINE void FN(mix_block)(int lines, int vectors, const float (*p)[KEY_TILE], const float *factor,
-                          const ELEM *const *values, int num_keys, int d, int left,
+                          const FN(key_tile) *tile, const FN(key_tile) *next, int d, int left,
                           float (*out)[MAX_HEAD_DIM]) {
   vf acc[4][4];
   UNROLL for (int m = 0; m < lines; m++)
     UNROLL for (int v = 0; v < vectors; v++) acc[m][v] = load_f32(out[m] + d + v * VL) * factor[m];
-  for (int j = 0; j < num_keys; j++)
+  for (int j = 0; j < tile->num; j++) {
+    if (j < next->num) FN(ask_for_columns)(next, j, d, vectors);
     UNROLL for (int v = 0; v < vectors; v++) {
-      vf vs = FN(load_n)(values[j] + d + v * VL, left - v * VL);
+      vf vs = FN(load_n)(tile->values[j] + d + v * VL, left - v * VL);
       UNROLL for (int m = 0; m < lines; m++) acc[m][v] += p[m][j] * vs;
     }
+  }
+  for (int j = tile->num; j < next->num; j++) FN(ask_for_columns)(next, j, d, vectors);
   UNROLL for (int m = 0; m < lines; m++)
     UNROLL for (int v = 0; v < vectors; v++) store_f32(out[m] + d + v * VL, acc[m][v]);
 }
 
 INLINE void FN(mix_lines)(int lines, const float (*p)[KEY_TILE], const float *factor,
-                          const ELEM *const *values, int num_keys, int head_dim,
+                          const FN(key_tile) *tile, const FN(key_tile) *next, int head_dim,
                           float (*out)[MAX_HEAD_DIM]) {
   int d = 0;
   for (; d + 4 * VL <= head_dim; d += 4 * VL)
-    FN(mix_block)(lines, 4, p, factor, values, num_keys, d, 4 * VL, out);
+    FN(mix_block)(lines, 4, p, factor, tile, next, d, 4 * VL, out);
   for (; d < head_dim; d += VL)
-    FN(mix_block)(lines, 1, p, factor, values, num_keys, d, head_dim - d, out);
+    FN(mix_block)(lines, 1, p, factor, tile, next, d, head_dim - d, out);
 }
 
 static void FN(mix_values)(attention_scratch *s, int lines, const float *factor,
-                           const ELEM *const *values, int num_keys, int head_dim) {
+                           const FN(key_tile) *tile, const FN(key_tile) *next, int head_dim) {
+  const FN(key_tile) none = {.num = 0};
   int m = 0;
   for (; m + 4 <= lines; m += 4)
-    FN(mix_lines)(4, (const float(*)[KEY_TILE])s->scores + m, factor + m, values, num_keys,
-                  head_dim, s->out + m);
+    FN(mix_lines)(4, (const float(*)[KEY_TILE])s->scores + m, factor + m, tile,
+                  m == 0 ? next : &none, head_dim, s->out + m);
   for (; m + 2 <= lines; m += 2)
-    FN(mix_lines)(2, (const float(*)[KEY_TILE])s->scores + m, factor + m, values, num_keys,
-                  head_dim, s->out + m);
+    FN(mix_lines)(2, (const float(*)[KEY_TILE])s->scores + m, factor + m, tile,
+                  m == 0 ? next : &none, head_dim, s->out + m);
   for (; m < lines; m++)
-    FN(mix_lines)(1, (const float(*)[KEY_TILE])s->scores + m, factor + m, values, num_keys,
-                  head_dim, s->out + m);
+    FN(mix_lines)(1, (const float(*)[KEY_TILE])s->scores + m, factor + m, tile,
+                  m == 0 ? next : &none, head_dim, s->out + m);
 }
 
 /* Where position `position` of the task's kv head lies in either cache. */
@@ -217,42 +245,29 @@ INLINE int FN(run_from)(const attention_call *c, int position, int end) {
   return min_int(c->block_size - position % c->block_size, end - position);
 }
 
-/* Where positions [start, start + num) of a kv head lie; past the last, the last again. */
-static void FN(find_keys)(const attention_call *c, const attention_task *task, int start, int num,
-                          const ELEM *k_cache, const ELEM *v_cache, const ELEM **keys,
-                          const ELEM **values) {
-  for (int j = 0; j < num;) {
+/* The tile of a task's keys from position `start`. */
+static void FN(find_tile)(const attention_call *c, const attention_task *task, int start,
+                          const ELEM *k_cache, const ELEM *v_cache, FN(key_tile) *tile) {
+  tile->num = min_int(KEY_TILE, task->num_keys - start);
+  for (int j = 0; j < tile->num;) {
     long place = FN(place_of)(c, task, start + j);
-    for (int run = FN(run_from)(c, start + j, start + num); run > 0; run--, j++) {
-      keys[j] = k_cache + place;
-      values[j] = v_cache + place;
+    for (int run = FN(run_from)(c, start + j, start + tile->num); run > 0; run--, j++) {
+      tile->keys[j] = k_cache + place;
+      tile->values[j] = v_cache + place;
       place += c->head_dim;
     }
   }
-  for (int j = num; j < KEY_TILE; j++) keys[j] = keys[num - 1];
 }
 
-/* Asks for the keys and values of positions [start, start + KEY_TILE) of a task: blocks lie apart,
- * so the hardware does not see the next one coming. */
-static void FN(ask_for_keys)(const attention_call *c, const attention_task *task, int start,
-                             const ELEM *k_cache, const ELEM *v_cache) {
-  int end = min_int(start + KEY_TILE, task->num_keys);
-  while (start < end) {
-    long place = FN(place_of)(c, task, start);
-    int run = FN(run_from)(c, start, end);
-    for (long i = 0; i < (long)run * c->head_dim; i += 64 / sizeof(ELEM)) {
-      __builtin_prefetch(k_cache + place + i, 0, 2);
-      __builtin_prefetch(v_cache + place + i, 0, 2);
-    }
-    start += run;
-  }
+/* Scores want whole vectors of keys: past the last, the last again. */
+INLINE void FN(pad_tile)(FN(key_tile) *tile) {
+  for (int j = tile->num; j < KEY_TILE; j++) tile->keys[j] = tile->keys[tile->num - 1];
 }
 
-static void FN(attend)(const attention_call *c, const attention_task *task, const ELEM *qkv,
-                       const ELEM *k_cache, const ELEM *v_cache, ELEM *out,
-                       attention_scratch *s) {
+/* Writes the lines' queries to `q` and clears what they will sum up. */
+static void FN(open_lines)(const attention_call *c, const attention_task *task, const ELEM *qkv,
+                           const ELEM **q, attention_scratch *s) {
   int head_dim = c->head_dim, outer = task->lines >= LINES_TO_TRANSPOSE;
-  const ELEM *q[TILE_LINES], *keys[KEY_TILE], *values[KEY_TILE];
   for (int m = 0; m < task->lines; m++) {
     long token = task->first_token + m / task->heads, head = task->first_head + m % task->heads;
     q[m] = qkv + token * c->qkv_stride + head * head_dim;
@@ -263,26 +278,11 @@ static void FN(attend)(const attention_call *c, const attention_task *task, cons
     s->largest[m] = -INFINITY;
     s->total[m] = 0;
   }
-  for (int start = first_key(c, task); start < task->num_keys; start += KEY_TILE) {
-    int num = min_int(KEY_TILE, task->num_keys - start);
-    FN(ask_for_keys)(c, task, start + KEY_TILE, k_cache, v_cache);
-    FN(find_keys)(c, task, start, num, k_cache, v_cache, keys, values);
-    if (outer) {
-      FN(transpose_keys)(keys, head_dim, s->keys);
-      score_lines(s, task->lines, head_dim);
-    } else {
-      for (int m = 0; m < task->lines; m++)
-        for (int j = 0; j < num; j += VL) FN(score_keys)(q[m], keys + j, head_dim, s->scores[m] + j);
-    }
-    float factor[TILE_LINES];
-    for (int m = 0; m < task->lines; m++) {
-      int position = task->first_position + m / task->heads;
-      int low = c->window > 0 ? position - c->window + 1 - start : 0;
-      factor[m] = softmax_tile(c, s->scores[m], low, min_int(position + 1 - start, num),
-                               &s->largest[m], &s->total[m]);
-    }
-    FN(mix_values)(s, task->lines, factor, values, num, head_dim);
-  }
+}
+
+static void FN(close_lines)(const attention_call *c, const attention_task *task, ELEM *out,
+                            const attention_scratch *s) {
+  int head_dim = c->head_dim;
   for (int m = 0; m < task->lines; m++) {
     long token = task->first_token + m / task->heads, head = task->first_head + m % task->heads;
     ELEM *to = out + (token * c->heads + head) * head_dim;
@@ -291,15 +291,49 @@ static void FN(attend)(const attention_call *c, const attention_task *task, cons
   }
 }
 
-/* Takes a task and asks for its first keys, so that they come while the task before is computed.
- * 0 if there is none left. */
-static int FN(next_attention)(const attention_call *c, attention_cursor *at, long *next,
-                              const ELEM *k_cache, const ELEM *v_cache, attention_task *task) {
-  long index = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-  if (!seek_attention(c, at, index)) return 0;
-  *task = attention_task_at(c, at->row, (int)(index - at->first));
-  FN(ask_for_keys)(c, task, first_key(c, task), k_cache, v_cache);
-  return 1;
+/* `tile` starts at position `start`; the next one is asked for. */
+static void FN(attend_tile)(const attention_call *c, const attention_task *task, int start,
+                            const ELEM *const *q, const FN(key_tile) *tile,
+                            const FN(key_tile) *next, attention_scratch *s) {
+  float factor[TILE_LINES];
+  if (task->lines >= LINES_TO_TRANSPOSE) {
+    FN(transpose_keys)(tile->keys, c->head_dim, s->keys);
+    score_lines(s, task->lines, c->head_dim);
+  } else {
+    for (int m = 0; m < task->lines; m++)
+      for (int j = 0; j < tile->num; j += VL)
+        FN(score_keys)(q[m], tile->keys + j, c->head_dim, s->scores[m] + j);
+  }
+  for (int m = 0; m < task->lines; m++) {
+    int position = task->first_position + m / task->heads;
+    int low = c->window > 0 ? position - c->window + 1 - start : 0;
+    factor[m] = softmax_tile(c, s->scores[m], low, min_int(position + 1 - start, tile->num),
+                             &s->largest[m], &s->total[m]);
+  }
+  FN(mix_values)(s, task->lines, factor, tile, next, c->head_dim);
+}
+
+/* One task; `first` is its first tile, and becomes that of the task after it, if there is one. */
+static void FN(attend)(const attention_call *c, const attention_task *task,
+                       const attention_task *after, const ELEM *qkv, const ELEM *k_cache,
+                       const ELEM *v_cache, ELEM *out, FN(key_tile) *first, attention_scratch *s) {
+  const ELEM *q[TILE_LINES];
+  FN(key_tile) spare, *tile = first, *next = &spare;
+  FN(open_lines)(c, task, qkv, q, s);
+  for (int start = first_key(c, task); start < task->num_keys; start += KEY_TILE) {
+    next->num = 0;
+    if (start + KEY_TILE < task->num_keys)
+      FN(find_tile)(c, task, start + KEY_TILE, k_cache, v_cache, next);
+    else if (after)
+      FN(find_tile)(c, after, first_key(c, after), k_cache, v_cache, next);
+    FN(pad_tile)(tile);
+    FN(attend_tile)(c, task, start, q, tile, next, s);
+    FN(key_tile) *done = tile;
+    tile = next;
+    next = done;
+  }
+  if (tile != first) *first = *tile;
+  FN(close_lines)(c, task, out, s);
 }
 
 EXPORT void FN(paged_attention)(const ELEM *qkv, long qkv_stride, const ELEM *k_cache,
@@ -317,12 +351,14 @@ EXPORT void FN(paged_attention)(const ELEM *qkv, long qkv_stride, const ELEM *k_
   {
     attention_scratch scratch;
     attention_cursor at = {-1, 0, 0};
-    attention_task task, coming;
-    int more = FN(next_attention)(&call, &at, &next, k_cache, v_cache, &coming);
+    attention_task task, after;
+    FN(key_tile) tile;
+    int more = next_attention(&call, &at, &next, &after);
+    if (more) FN(find_tile)(&call, &after, first_key(&call, &after), k_cache, v_cache, &tile);
     while (more) {
-      task = coming;
-      more = FN(next_attention)(&call, &at, &next, k_cache, v_cache, &coming);
-      FN(attend)(&call, &task, qkv, k_cache, v_cache, out, &scratch);
+      task = after;
+      more = next_attention(&call, &at, &next, &after);
+      FN(attend)(&call, &task, more ? &after : 0, qkv, k_cache, v_cache, out, &tile, &scratch);
     }
   }
 }
