@@ -27,7 +27,7 @@ _SIGNATURES = {
     "gelu_tanh_mul": "ppll i",
     "rope_write_kv": "pl pp i ppp l iiii pp if i",
     "paged_attention": "pl pp pl pp l p iiii f if i",
-    "sgmv": "pl pl p l pp pp pp l pp l li i",
+    "sgmv": "pp pl pl i",
 }
 _CTYPES = {
     "p": ctypes.c_void_p,
@@ -35,6 +35,50 @@ _CTYPES = {
     "i": ctypes.c_int,
     "f": ctypes.c_float,
 }
+
+
+class _Site(ctypes.Structure):
+    """`sgmv_site` of csrc/sgmv.h."""
+
+    _fields_ = (
+        ("pool", ctypes.c_void_p),
+        ("in_features", ctypes.c_long),
+        ("out_offsets", ctypes.POINTER(ctypes.c_int64)),
+        ("out_features", ctypes.POINTER(ctypes.c_int64)),
+        ("a_offset", ctypes.c_void_p),
+        ("b_offset", ctypes.c_void_p),
+        ("rank", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("slices", ctypes.c_long),
+    )
+
+
+class _Rows(ctypes.Structure):
+    """`sgmv_rows` of csrc/sgmv.h."""
+
+    _fields_ = (
+        ("starts", ctypes.c_void_p),
+        ("slots", ctypes.c_void_p),
+        ("segments", ctypes.c_long),
+        ("adapted_rows", ctypes.c_long),
+        ("max_rank", ctypes.c_int),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownSite:
+    """A site as C reads it; its tensors are rewritten in place, so their addresses stay."""
+
+    pool: Tensor
+    address: int
+    kept: _Site
+
+
+@dataclass(frozen=True, slots=True)
+class _KnownRows:
+    segments: Segments
+    address: int
+    kept: _Rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +115,8 @@ class CpuOps:
         }
         self._threads = threads or torch.get_num_threads()
         self._reference = TorchOps()
-        self._long_arrays: dict[tuple[int, ...], ctypes.Array[ctypes.c_int64]] = {}
+        self._sites: dict[SiteTable, _KnownSite] = {}
+        self._rows: _KnownRows | None = None
 
     def rms_norm(
         self,
@@ -274,37 +319,57 @@ class CpuOps:
         kernels = self._kernels.get(pool.dtype)
         if kernels is None:
             return self._reference.sgmv(y_TN, x_TH, site, pool, segments)
-        if segments.max_rank > MAX_RANK:
-            raise ValueError(f"segments.max_rank: {segments.max_rank} is above {MAX_RANK}")
         kernels.sgmv(
+            self._site_address(site, pool),
+            self._rows_address(segments),
             y_TN.data_ptr(),
             y_TN.stride(0),
             x_TH.data_ptr(),
             x_TH.stride(0),
-            pool.data_ptr(),
-            site.in_features,
-            self._longs(site.out_offsets),
-            self._longs(site.out_features),
-            site.a_offset_SK.data_ptr(),
-            site.b_offset_SK.data_ptr(),
-            site.rank_SK.data_ptr(),
-            site.scale_SK.data_ptr(),
-            len(site.out_offsets),
-            segments.starts_G1.data_ptr(),
-            segments.slots_G.data_ptr(),
-            segments.num_segments,
-            segments.adapted_rows,
-            segments.max_rank,
             self._threads,
         )
 
-    def _longs(self, values: tuple[int, ...]) -> ctypes.Array[ctypes.c_int64]:
-        """The tuple as a C array; a model has a handful of distinct ones."""
-        array = self._long_arrays.get(values)
-        if array is None:
-            array = (ctypes.c_int64 * len(values))(*values)
-            self._long_arrays[values] = array
-        return array
+    def _site_address(self, site: SiteTable, pool: Tensor) -> int:
+        known = self._sites.get(site)
+        if known is None or known.pool is not pool:
+            known = self._sites[site] = _known_site(site, pool)
+        return known.address
+
+    def _rows_address(self, segments: Segments) -> int:
+        """The same for all sites of a step."""
+        known = self._rows
+        if known is None or known.segments is not segments:
+            if segments.max_rank > MAX_RANK:
+                raise ValueError(f"segments.max_rank: {segments.max_rank} is above {MAX_RANK}")
+            known = self._rows = _known_rows(segments)
+        return known.address
+
+
+def _known_site(site: SiteTable, pool: Tensor) -> _KnownSite:
+    longs = ctypes.c_int64 * len(site.out_offsets)
+    struct = _Site(
+        pool.data_ptr(),
+        site.in_features,
+        longs(*site.out_offsets),
+        longs(*site.out_features),
+        site.a_offset_SK.data_ptr(),
+        site.b_offset_SK.data_ptr(),
+        site.rank_SK.data_ptr(),
+        site.scale_SK.data_ptr(),
+        len(site.out_offsets),
+    )
+    return _KnownSite(pool, ctypes.addressof(struct), struct)
+
+
+def _known_rows(segments: Segments) -> _KnownRows:
+    struct = _Rows(
+        segments.starts_G1.data_ptr(),
+        segments.slots_G.data_ptr(),
+        segments.num_segments,
+        segments.adapted_rows,
+        segments.max_rank,
+    )
+    return _KnownRows(segments, ctypes.addressof(struct), struct)
 
 
 def _norm_mode(x: Tensor, weight: Tensor, weight_in_fp32: bool) -> int:

@@ -11,6 +11,7 @@ import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from lory_kernels.build import compiled_library
 from lory_kernels.contract import KernelUnavailableError
 
 PANEL = 32
-_LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
+_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -29,6 +30,17 @@ class PanelWeight:
     panels: Tensor
     out_features: int
     in_features: int
+
+
+class _Weight(ctypes.Structure):
+    """`panel_weight` of csrc/linear.h."""
+
+    _fields_ = (
+        ("panels", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("n", ctypes.c_long),
+        ("k", ctypes.c_long),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +58,15 @@ def _kernels() -> _Kernels | None:
         return None
     if not library.can_multiply_panels_bf16():
         return None
-    multiply, pack = library.linear_bf16, library.pack_panels_bf16
-    multiply.argtypes = [
-        *(_POINTER, _LONG, _POINTER, _LONG, _POINTER, _POINTER),
-        *(_LONG, _LONG, _LONG, ctypes.c_int),
-    ]
-    pack.argtypes = [_POINTER, _POINTER, _LONG, _LONG]
-    multiply.restype = pack.restype = None
-    return _Kernels(multiply, pack)
+    return _Kernels(
+        _bound(library.linear_bf16, _POINTER, _POINTER, _POINTER, _LONG, _INT),
+        _bound(library.pack_panels_bf16, _POINTER, _POINTER, _LONG, _LONG),
+    )
+
+
+def _bound(function: Any, *argtypes: type) -> Callable[..., None]:
+    function.argtypes, function.restype = argtypes, None
+    return function
 
 
 def can_pack(weight_NK: Tensor) -> bool:
@@ -82,41 +95,35 @@ def pack(weight_NK: Tensor) -> PanelWeight:
 class PanelMultiply:
     """x -> x W^T + b for one packed weight; `threads` bounds the cores a call may use."""
 
-    __slots__ = (
-        "_bias",
-        "_in_features",
-        "_kept",
-        "_kernel",
-        "_out_features",
-        "_panels",
-        "_threads",
-    )
+    __slots__ = ("_bias_N", "_kernel", "_struct", "_threads", "address", "weight")
 
     def __init__(self, weight: PanelWeight, bias_N: Tensor | None, threads: int) -> None:
         kernels = _kernels()
         assert kernels is not None, "a PanelWeight exists"
         self._kernel = kernels.multiply
-        self._kept = (weight, bias_N)
-        self._panels = weight.panels.data_ptr()
-        self._bias = None if bias_N is None else bias_N.data_ptr()
-        self._out_features, self._in_features = weight.out_features, weight.in_features
+        self._bias_N = bias_N
         self._threads = threads
+        self._struct = _Weight(
+            weight.panels.data_ptr(),
+            None if bias_N is None else bias_N.data_ptr(),
+            weight.out_features,
+            weight.in_features,
+        )
+        self.weight = weight
+        self.address = ctypes.addressof(self._struct)
+        """Of the `panel_weight`."""
+
+    def check(self, x_TK: Tensor) -> None:
+        width = self.weight.in_features
+        if x_TK.shape[1] != width or not x_TK.is_contiguous() or x_TK.dtype != torch.bfloat16:
+            raise ValueError(
+                f"x_TK: must be [T, {width}], bfloat16 and contiguous, not {tuple(x_TK.shape)} "
+                f"of {x_TK.dtype} with strides {x_TK.stride()}"
+            )
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        rows, width = x_TK.shape
-        if width != self._in_features or not x_TK.is_contiguous():
-            raise ValueError(f"x_TK: [T, {self._in_features}] contiguous, not {tuple(x_TK.shape)}")
-        y_TN = x_TK.new_empty((rows, self._out_features))
-        self._kernel(
-            y_TN.data_ptr(),
-            self._out_features,
-            x_TK.data_ptr(),
-            width,
-            self._panels,
-            self._bias,
-            rows,
-            self._out_features,
-            width,
-            self._threads,
-        )
+        self.check(x_TK)
+        rows = x_TK.shape[0]
+        y_TN = x_TK.new_empty((rows, self.weight.out_features))
+        self._kernel(self.address, y_TN.data_ptr(), x_TK.data_ptr(), rows, self._threads)
         return y_TN

@@ -3,11 +3,17 @@
  *
  * A panel stays in the first cache while blocks of rows go over it, and the next panel is asked for
  * meanwhile, so that arithmetic hides memory. Sums run over k in order, whatever the rows around:
- * a row's result does not depend on its batch, nor on threads. Must not know adapters. */
+ * a row's result does not depend on its batch, nor on threads. Must not know
+ * adapters. */
 
 #define PANEL 32
 #define BLOCK_ROWS 12
 #define ROWS_AT_ONCE 384 /* Rows that go over all panels before the next: x stays in the second cache. */
+
+typedef struct {
+  const bf16 *panels, *bias;
+  long n, k;
+} panel_weight;
 
 #if VL == 16 && defined(__AVX512BF16__)
 
@@ -86,44 +92,47 @@ static void multiply_panel(linear_block b, long rows) {
   }
 }
 
-EXPORT int can_multiply_panels_bf16(void) { return 1; }
-
-EXPORT void linear_bf16(bf16 *y, long y_stride, const bf16 *x, long x_stride, const bf16 *panels,
-                        const bf16 *bias, long rows, long n, long k, int threads) {
-  long num_panels = (n + PANEL - 1) / PANEL;
-  threads = threads_for(2 * rows * n * k, FLOPS_PER_THREAD, threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    long thread = omp_get_thread_num(), team = omp_get_num_threads();
-    long first = num_panels * thread / team, end = num_panels * (thread + 1) / team;
-    for (long row = 0; row < rows; row += ROWS_AT_ONCE)
-      for (long p = first; p < end; p++) {
-        const bf16 *panel = panels + p * PANEL * k;
-        linear_block b = {.x = x + row * x_stride,
-                          .panel = panel,
-                          .bias = bias ? bias + p * PANEL : 0,
-                          .next = (const char *)(p + 1 < end ? panel + PANEL * k : panel),
-                          .y = y + row * y_stride + p * PANEL,
-                          .k = k,
-                          .x_stride = x_stride,
-                          .y_stride = y_stride,
-                          .columns = (int)(n - p * PANEL < PANEL ? n - p * PANEL : PANEL)};
-        multiply_panel(b, rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE);
-      }
-  }
+/* The part of y = x @ W.T + b that falls to one thread of a team: its panels, all rows. */
+static void multiply_share(const panel_weight *w, bf16 *y, long y_stride, const bf16 *x,
+                           long x_stride, long rows, long thread, long team) {
+  long num_panels = (w->n + PANEL - 1) / PANEL;
+  long first = num_panels * thread / team, end = num_panels * (thread + 1) / team;
+  for (long row = 0; row < rows; row += ROWS_AT_ONCE)
+    for (long p = first; p < end; p++) {
+      const bf16 *panel = w->panels + p * PANEL * w->k;
+      linear_block b = {.x = x + row * x_stride,
+                        .panel = panel,
+                        .bias = w->bias ? w->bias + p * PANEL : 0,
+                        .next = (const char *)(p + 1 < end ? panel + PANEL * w->k : panel),
+                        .y = y + row * y_stride + p * PANEL,
+                        .k = w->k,
+                        .x_stride = x_stride,
+                        .y_stride = y_stride,
+                        .columns = (int)(w->n - p * PANEL < PANEL ? w->n - p * PANEL : PANEL)};
+      multiply_panel(b, rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE);
+    }
 }
+
+EXPORT int can_multiply_panels_bf16(void) { return 1; }
 
 #else
 
-EXPORT int can_multiply_panels_bf16(void) { return 0; }
-
-EXPORT void linear_bf16(bf16 *y, long y_stride, const bf16 *x, long x_stride, const bf16 *panels,
-                        const bf16 *bias, long rows, long n, long k, int threads) {
-  (void)y, (void)y_stride, (void)x, (void)x_stride, (void)panels, (void)bias;
-  (void)rows, (void)n, (void)k, (void)threads;
+static void multiply_share(const panel_weight *w, bf16 *y, long y_stride, const bf16 *x,
+                           long x_stride, long rows, long thread, long team) {
+  (void)w, (void)y, (void)y_stride, (void)x, (void)x_stride, (void)rows;
+  (void)thread, (void)team;
 }
 
+EXPORT int can_multiply_panels_bf16(void) { return 0; }
+
 #endif
+
+/* y [rows, n] and x [rows, k] without gaps. */
+EXPORT void linear_bf16(const panel_weight *w, bf16 *y, const bf16 *x, long rows, int threads) {
+  threads = threads_for(2 * rows * w->n * w->k, FLOPS_PER_THREAD, threads);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  multiply_share(w, y, w->n, x, w->k, rows, omp_get_thread_num(), omp_get_num_threads());
+}
 
 /* panels[p][k / 2][c][k % 2] = w[p * PANEL + c][k], zero past the last column. k is even. */
 EXPORT void pack_panels_bf16(const bf16 *w, bf16 *panels, long n, long k) {

@@ -14,17 +14,28 @@
  * a Zen 5 core, asking four rows (at least 8 KB) ahead lifts 20 GB/s to 31-37. */
 #define AHEAD(n) (4 * (n) > 4096 ? 4 * (n) : 4096)
 
+/* A site: where the adapters of every slot keep their factors for one packed linear. */
 typedef struct {
+  const void *pool;
   long in_features;
   const int64_t *out_offsets, *out_features;
   const int64_t *a_offset, *b_offset;
   const int32_t *rank;
   const float *scale;
   long slices;
+} sgmv_site;
+
+/* A step's rows: segment g covers [starts[g], starts[g + 1]) and uses slots[g], the base if < 0. */
+typedef struct {
   const int32_t *starts, *slots;
-  long segments;
-  int tile_rows;
-  int slices_per_task;
+  long segments, adapted_rows;
+  int max_rank;
+} sgmv_rows;
+
+typedef struct {
+  const sgmv_site *site;
+  const sgmv_rows *rows;
+  int tile_rows, slices_per_task;
 } sgmv_tables;
 
 /* Walks the tasks in order; `first` is the index of the current segment's first task. */
@@ -33,16 +44,16 @@ typedef struct {
 } sgmv_cursor;
 
 INLINE long tasks_of(const sgmv_tables *t, long segment) {
-  if (t->slots[segment] < 0) return 0;
-  long rows = t->starts[segment + 1] - t->starts[segment];
-  return (rows + t->tile_rows - 1) / t->tile_rows * (t->slices / t->slices_per_task);
+  if (t->rows->slots[segment] < 0) return 0;
+  long rows = t->rows->starts[segment + 1] - t->rows->starts[segment];
+  return (rows + t->tile_rows - 1) / t->tile_rows * (t->site->slices / t->slices_per_task);
 }
 
 /* Moves to the segment that holds task `index`; 0 if there is none. */
 INLINE int seek_task(const sgmv_tables *t, sgmv_cursor *at, long index) {
   while (index >= at->first + at->count) {
     at->first += at->count;
-    if (++at->segment >= t->segments) return 0;
+    if (++at->segment >= t->rows->segments) return 0;
     at->count = tasks_of(t, at->segment);
   }
   return 1;
@@ -204,16 +215,18 @@ static void FN(expand_row)(ELEM *y, const ELEM *b, long n, int rank, const float
 
 static void FN(sgmv_tile)(const sgmv_tables *t, const sgmv_cursor *at, long tile, long k, ELEM *y,
                           long y_stride, const ELEM *x, long x_stride, const ELEM *pool) {
-  long entry = t->slots[at->segment] * t->slices + k;
-  int rank = t->rank[entry];
+  const sgmv_site *site = t->site;
+  const int32_t *starts = t->rows->starts;
+  long entry = t->rows->slots[at->segment] * site->slices + k;
+  int rank = site->rank[entry];
   if (rank == 0) return;
-  long begin = t->starts[at->segment] + tile * t->tile_rows;
-  int rows = min_int(t->tile_rows, t->starts[at->segment + 1] - begin), r = 0;
-  const ELEM *a = pool + t->a_offset[entry], *b = pool + t->b_offset[entry];
-  long n = t->in_features, width = t->out_features[k];
-  float scale = t->scale[entry], h[TILE_ROWS * MAX_RANK];
+  long begin = starts[at->segment] + tile * t->tile_rows;
+  int rows = min_int(t->tile_rows, starts[at->segment + 1] - begin), r = 0;
+  const ELEM *a = pool + site->a_offset[entry], *b = pool + site->b_offset[entry];
+  long n = site->in_features, width = site->out_features[k];
+  float scale = site->scale[entry], h[TILE_ROWS * MAX_RANK];
   x += begin * x_stride;
-  y += begin * y_stride + t->out_offsets[k];
+  y += begin * y_stride + site->out_offsets[k];
   for (; r + 4 <= rows; r += 4)
     FN(shrink_rows)(4, x + r * x_stride, x_stride, a, n, rank, scale, h + r * MAX_RANK);
   for (; r < rows; r++)
@@ -226,33 +239,42 @@ static void FN(sgmv_tile)(const sgmv_tables *t, const sgmv_cursor *at, long tile
 
 static void FN(sgmv_task)(const sgmv_tables *t, const sgmv_cursor *at, long index, ELEM *y,
                           long y_stride, const ELEM *x, long x_stride, const ELEM *pool) {
-  long groups = t->slices / t->slices_per_task, local = index - at->first;
+  long groups = t->site->slices / t->slices_per_task, local = index - at->first;
   long first = local % groups * t->slices_per_task;
   for (long k = first; k < first + t->slices_per_task; k++)
     FN(sgmv_tile)(t, at, local / groups, k, y, y_stride, x, x_stride, pool);
 }
 
-EXPORT void FN(sgmv)(ELEM *y, long y_stride, const ELEM *x, long x_stride, const ELEM *pool,
-                     long in_features, const int64_t *out_offsets, const int64_t *out_features,
-                     const int64_t *a_offset, const int64_t *b_offset, const int32_t *rank,
-                     const float *scale, long slices, const int32_t *starts, const int32_t *slots,
-                     long segments, long adapted_rows, int max_rank, int threads) {
-  long width = slices * in_features;
-  for (long k = 0; k < slices; k++) width += out_features[k];
-  threads = threads_for(adapted_rows * max_rank * width, FLOPS_PER_THREAD, threads);
-  int tile_rows = (int)((adapted_rows / threads + 3) / 4 * 4);
-  tile_rows = tile_rows < 4 ? 4 : min_int(tile_rows, TILE_ROWS);
-  sgmv_tables tables = {in_features, out_offsets, out_features, a_offset, b_offset, rank,
-                        scale,       slices,      starts,       slots,    segments, tile_rows,
-                        segments >= 4 * threads ? (int)slices : 1};
+static int FN(sgmv_threads)(const sgmv_site *site, const sgmv_rows *rows, int threads) {
+  long width = site->slices * site->in_features;
+  for (long k = 0; k < site->slices; k++) width += site->out_features[k];
+  return threads_for(rows->adapted_rows * rows->max_rank * width, FLOPS_PER_THREAD, threads);
+}
+
+static sgmv_tables FN(sgmv_plan)(const sgmv_site *site, const sgmv_rows *rows, int threads) {
+  int tile_rows = (int)((rows->adapted_rows / threads + 3) / 4 * 4);
+  return (sgmv_tables){.site = site,
+                       .rows = rows,
+                       .tile_rows = tile_rows < 4 ? 4 : min_int(tile_rows, TILE_ROWS),
+                       .slices_per_task = rows->segments >= 4 * threads ? (int)site->slices : 1};
+}
+
+/* Tasks for one thread of a team, until none is left; `next` is shared. */
+static void FN(sgmv_share)(const sgmv_tables *tables, long *next, ELEM *y, long y_stride,
+                           const ELEM *x, long x_stride, const ELEM *pool) {
+  sgmv_cursor at = {-1, 0, 0};
+  for (;;) {
+    long index = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
+    if (!seek_task(tables, &at, index)) return;
+    FN(sgmv_task)(tables, &at, index, y, y_stride, x, x_stride, pool);
+  }
+}
+
+EXPORT void FN(sgmv)(const sgmv_site *site, const sgmv_rows *rows, ELEM *y, long y_stride,
+                     const ELEM *x, long x_stride, int threads) {
+  threads = FN(sgmv_threads)(site, rows, threads);
+  sgmv_tables tables = FN(sgmv_plan)(site, rows, threads);
   long next = 0;
 #pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    sgmv_cursor at = {-1, 0, 0};
-    for (;;) {
-      long index = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
-      if (!seek_task(&tables, &at, index)) break;
-      FN(sgmv_task)(&tables, &at, index, y, y_stride, x, x_stride, pool);
-    }
-  }
+  FN(sgmv_share)(&tables, &next, y, y_stride, x, x_stride, site->pool);
 }

@@ -68,11 +68,11 @@ class PrepackedLinear:
 class PanelLinear:
     """y = x W^T + b in bfloat16 on the CPU, the weight laid out once in panels."""
 
-    __slots__ = ("_multiply", "_num_bytes")
+    __slots__ = ("_num_bytes", "multiply")
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
         weight = panels.pack(weight_NK)
-        self._multiply = panels.PanelMultiply(weight, bias_N, torch.get_num_threads())
+        self.multiply = panels.PanelMultiply(weight, bias_N, torch.get_num_threads())
         self._num_bytes = weight.panels.nbytes + bias_bytes(bias_N)
 
     @property
@@ -80,7 +80,7 @@ class PanelLinear:
         return self._num_bytes
 
     def __call__(self, x_TK: Tensor, rows: "LoraRows | None") -> Tensor:
-        return self._multiply(x_TK)
+        return self.multiply(x_TK)
 
 
 def dense_linear(weight_NK: Tensor, bias_N: Tensor | None, typical_rows: int) -> Linear:
