@@ -8,11 +8,14 @@ way: the revision is the digest of exactly the bytes that were decoded. It must 
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lory_server.adapters.errors import AdapterInvalidError
@@ -20,11 +23,15 @@ from lory_server.adapters.format import AdapterManifest, TensorSpec, read_config
 from lory_server.adapters.header import WEIGHTS_NAME, read_exactly
 
 REVISION_CHARS = 32
-PIECE_ELEMENTS = 16_384
-"""Elements converted at once: few enough that torch does not start threads for them."""
+BATCH_BYTES = 256 * 1024
+"""Of a file read, hashed and cast at once. Every call hands the interpreter to the step and has to
+get it back, so not too few; fresh pages are dear, so few enough that malloc keeps them."""
 
-_READ_BYTES = 1024 * 1024
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_WORDS = {2: np.uint16, 4: np.uint32}
+
+Words = NDArray[np.uint16] | NDArray[np.uint32]
+"""Numbers of any dtype, moved without a look at them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -50,11 +57,14 @@ def read_blob(
     digest = hashlib.sha256(len(config).to_bytes(8, "little") + config)
     chunks = _chunks_in_file_order(manifest, starts)
     digest.update(read_exactly(weights_fd, chunks[0].spec.offset, 0, WEIGHTS_NAME))
-    for chunk in chunks:
-        raw = bytearray(chunk.spec.num_bytes)
-        for piece in _read_into(weights_fd, raw, chunk.spec.offset):
-            digest.update(piece)
-        _decode(raw, chunk, data)
+    words = _words(data)
+    for batch in _batches(chunks):
+        raw = _read(weights_fd, batch)
+        digest.update(raw)
+        for run, source in _cast_runs(raw, batch, dtype):
+            _place(source, run, words)
+    if not _is_finite(data):
+        raise _not_finite(weights_fd, chunks, data)
     revision = digest.hexdigest()[:REVISION_CHARS]
     return AdapterBlob(revision, manifest, data, starts, sum(chunk_bytes))
 
@@ -65,6 +75,10 @@ class _Chunk:
     start: int
     is_b: bool
 
+    @property
+    def numel(self) -> int:
+        return math.prod(self.spec.shape)
+
 
 def _chunks_in_file_order(manifest: AdapterManifest, starts: tuple[int, ...]) -> list[_Chunk]:
     chunks: list[_Chunk] = []
@@ -74,37 +88,80 @@ def _chunks_in_file_order(manifest: AdapterManifest, starts: tuple[int, ...]) ->
     return sorted(chunks, key=lambda chunk: chunk.spec.offset)
 
 
-def _read_into(fd: int, raw: bytearray, offset: int) -> Iterator[bytes]:
-    for start in range(0, len(raw), _READ_BYTES):
-        num_bytes = min(_READ_BYTES, len(raw) - start)
-        piece = read_exactly(fd, num_bytes, offset + start, WEIGHTS_NAME)
-        raw[start : start + num_bytes] = piece
-        yield piece
+def _batches(chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
+    """Chunks side by side in the file, of bounded size together unless one alone is larger."""
+    batch: list[_Chunk] = []
+    for chunk in chunks:
+        if batch and _end(chunk) - batch[0].spec.offset > BATCH_BYTES:
+            yield batch
+            batch = []
+        batch.append(chunk)
+    yield batch
 
 
-def _decode(raw: bytearray, chunk: _Chunk, data: Tensor) -> None:
-    """Cast a tensor into its chunk, B transposed, a bounded piece at a time."""
-    spec = chunk.spec
-    source = torch.frombuffer(raw, dtype=_DTYPES[spec.dtype]).view(spec.shape)
-    flat = data[chunk.start : chunk.start + source.numel()]
-    target = flat.view(spec.shape[::-1]).t() if chunk.is_b else flat.view(spec.shape)
-    rows = max(1, PIECE_ELEMENTS // spec.shape[1])
-    for row in range(0, spec.shape[0], rows):
-        target[row : row + rows].copy_(source[row : row + rows])
-    if not all(_is_finite(piece) for piece in flat.split(PIECE_ELEMENTS)):
-        raise _not_finite(spec, source, data.dtype)
+def _end(chunk: _Chunk) -> int:
+    return chunk.spec.offset + chunk.spec.num_bytes
 
 
-def _is_finite(piece: Tensor) -> bool:
-    """By the extremes, which NaN spreads to: 2.4 us for 16,384 numbers, isfinite takes 95."""
-    low, high = torch.aminmax(piece)
+def _read(fd: int, batch: list[_Chunk]) -> NDArray[np.uint8]:
+    start = batch[0].spec.offset
+    raw = np.empty(_end(batch[-1]) - start, np.uint8)
+    done = 0
+    while done < len(raw):
+        num_bytes = os.preadv(fd, [raw.data[done:]], start + done)
+        if num_bytes == 0:
+            raise AdapterInvalidError(f"{WEIGHTS_NAME}: the file is truncated")
+        done += num_bytes
+    return raw
+
+
+def _cast_runs(
+    raw: NDArray[np.uint8], batch: list[_Chunk], dtype: torch.dtype
+) -> Iterator[tuple[list[_Chunk], Words]]:
+    """Chunks of one dtype that lie side by side, and their numbers in `dtype`."""
+    origin = batch[0].spec.offset
+    for name, group in groupby(batch, key=lambda chunk: chunk.spec.dtype):
+        run = list(group)
+        source = torch.frombuffer(
+            raw,
+            dtype=_DTYPES[name],
+            count=sum(chunk.numel for chunk in run),
+            offset=run[0].spec.offset - origin,
+        )
+        yield run, _words(source.to(dtype))
+
+
+def _words(tensor: Tensor) -> Words:
+    return tensor.view(torch.uint8).numpy().view(_WORDS[tensor.element_size()])
+
+
+def _place(source: Words, run: list[_Chunk], words: Words) -> None:
+    """Each tensor into its chunk, B transposed. numpy's copies, because a view costs it nothing."""
+    done = 0
+    for chunk in run:
+        rows, columns = chunk.spec.shape
+        matrix = source[done : done + chunk.numel].reshape(rows, columns)
+        target = words[chunk.start : chunk.start + chunk.numel]
+        if chunk.is_b:
+            target.reshape(columns, rows)[...] = matrix.T
+        else:
+            target.reshape(rows, columns)[...] = matrix
+        done += chunk.numel
+
+
+def _is_finite(numbers: Tensor) -> bool:
+    """By the extremes, which NaN spreads to: 40 times as fast as isfinite."""
+    low, high = torch.aminmax(numbers)
     return math.isfinite(low) and math.isfinite(high)
 
 
-def _not_finite(spec: TensorSpec, source: Tensor, dtype: torch.dtype) -> AdapterInvalidError:
-    if torch.isfinite(source).all():
-        name = str(dtype).removeprefix("torch.")
+def _not_finite(fd: int, chunks: list[_Chunk], data: Tensor) -> AdapterInvalidError:
+    """Names the first tensor of the file that is to blame."""
+    bad = next(c for c in chunks if not _is_finite(data[c.start : c.start + c.numel]))
+    source = torch.frombuffer(_read(fd, [bad]), dtype=_DTYPES[bad.spec.dtype])
+    if _is_finite(source):
+        name = str(data.dtype).removeprefix("torch.")
         reason = f"has values that do not fit {name}; serve the base in bfloat16 or float32"
     else:
         reason = "has values that are not finite (NaN or infinity)"
-    return AdapterInvalidError(f"tensor {spec.name!r} {reason}")
+    return AdapterInvalidError(f"tensor {bad.spec.name!r} {reason}")

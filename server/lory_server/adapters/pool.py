@@ -50,7 +50,8 @@ class AdapterPool:
         self.sites = tuple(sites)
         self.max_slots = max_slots
         self.extents = ExtentAllocator(num_bytes, grain_bytes)
-        self.data = torch.empty(
+        # Touched now: the first touch of a page beside a running step holds the step up.
+        self.data = torch.zeros(
             self.extents.total_bytes // dtype.itemsize, dtype=dtype, device=device
         )
         self._make_tables()
