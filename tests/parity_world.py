@@ -116,6 +116,7 @@ class ParityWorld:
             "kv_bytes": 1 << 20,
             "adapter_pool_bytes": 8 << 20,
             "adapter_host_bytes": 64 << 20,
+            "reader_processes": 0,  # half the time to build an engine; one test has one
         }
         return EngineOptions(**(fields | changes))
 

@@ -18,9 +18,9 @@ from lory_server.adapters import cache as cache_module
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.cache import AdapterCache, Listed, Outcome, Resolved, ResolveFailed
 from lory_server.adapters.host import HostBudget
-from lory_server.adapters.jobs import LoadJob
 from lory_server.adapters.journal import MAX_LINES, Journal
 from lory_server.adapters.pool import AdapterPool
+from lory_server.adapters.reader import ThreadReader
 from lory_server.adapters.store import AdapterFiles, AdapterStore
 from lory_server.adapters.workers import LOADER_NICENESS, Workers
 from lory_server.plan import AdapterDemand, Residency
@@ -140,15 +140,15 @@ class Gate:
         self.closed: set[str] = set()
         self.reads: list[str] = []
         self.opened = threading.Event()
-        read = LoadJob._read
+        read = ThreadReader.blob
 
-        def slow(job: LoadJob, files: AdapterFiles, manifest: Any) -> AdapterBlob:
+        def slow(reader: ThreadReader, files: AdapterFiles, manifest: Any) -> AdapterBlob:
             self.reads.append(files.adapter_id)
             if files.adapter_id in self.closed:
                 assert self.opened.wait(DEADLINE_S)
-            return read(job, files, manifest)
+            return read(reader, files, manifest)
 
-        monkeypatch.setattr(LoadJob, "_read", slow)
+        monkeypatch.setattr(ThreadReader, "blob", slow)
 
     def open(self) -> None:
         self.closed.clear()
@@ -273,7 +273,7 @@ def test_an_unexpected_error_is_reported_and_the_thread_lives(
         raise ZeroDivisionError("secret")
 
     with monkeypatch.context() as patch:
-        patch.setattr(LoadJob, "_read", explode)
+        patch.setattr(ThreadReader, "blob", explode)
         failed = world.refusal("a0")
     assert failed.code == "internal"
     assert "secret" not in failed.message

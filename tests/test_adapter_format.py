@@ -185,6 +185,31 @@ def test_numbers_are_cast_to_the_engines_dtype(
     assert all(start * engine_dtype.itemsize % 64 == 0 for start in blob.chunk_starts)
 
 
+@pytest.mark.parametrize("engine_dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes_may_change_from_tensor_to_tensor_at_any_offset(
+    engine_dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Odd widths: a float32 tensor begins where two bytes before it a bfloat16 one has ended."""
+    sites = (Site("layers.0.mlp.down", 7, (Slice("model.layers.0.mlp.down_proj", 0, 5),)),)
+    dtypes = (torch.bfloat16, torch.float32, torch.float16)
+
+    def mix(tensors: Tensors) -> None:
+        for index, name in enumerate(tensors):
+            tensors[name] = tensors[name].to(dtypes[index % len(dtypes)])
+
+    sites += tuple(
+        Site(f"layers.{n}.mlp.down", 7, (Slice(f"model.layers.{n}.mlp.down_proj", 0, 5),))
+        for n in range(1, 6)
+    )
+    write_adapter(tmp_path, rank=3, modules=("down_proj",), sites=sites, change=mix)
+    blob = blob_of(tmp_path, Base(sites), engine_dtype)
+    with safe_open(tmp_path / "adapter_model.safetensors", "pt") as saved:
+        for index, part in enumerate(blob.manifest.slices):
+            a, b = saved.get_tensor(part.a.name), saved.get_tensor(part.b.name)
+            assert torch.equal(chunk_of(blob, 2 * index), a.to(engine_dtype))
+            assert torch.equal(chunk_of(blob, 2 * index + 1), b.t().to(engine_dtype))
+
+
 def test_tensors_larger_than_one_piece_are_read_whole(tmp_path: Path) -> None:
     sites = (Site("wide", 3000, (Slice("model.wide", 0, 2000),)),)
     write_adapter(tmp_path, 64, ("wide",), sites=sites)

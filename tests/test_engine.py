@@ -82,6 +82,21 @@ def test_a_server_without_adapters_says_so(world: ParityWorld) -> None:
     session.close()
 
 
+def test_a_process_that_reads_adapters_changes_no_answer(world: ParityWorld) -> None:
+    answers: list[list[object]] = []
+    for reader_processes in (0, 1):
+        session = Session(world.options(reader_processes=reader_processes))
+        for request_id, name in enumerate(("first", "second", "")):
+            session.submit(request_id, [4, 5, 6], name, max_new_tokens=8, ignore_eos=True)
+        session.submit(3, [4, 5], "missing")
+        assert failure(session, 3).startswith("adapter_not_found")
+        session.run()
+        answers.append([session.answers[request_id].tokens for request_id in range(3)])
+        session.close()
+    assert answers[0] == answers[1]
+    assert answers[0][0] != answers[0][1] != answers[0][2]
+
+
 def test_charges_and_idle_time_sum_to_the_time_that_passed(session) -> None:
     for request_id in range(6):
         session.submit(request_id, [3 + request_id] * 20, ["", "first", "second"][request_id % 3])

@@ -125,6 +125,12 @@ class MemoryConfig:
     max_resident_adapters: int = flag(
         0, "Most adapters on the device at once; 0: as many as its memory holds.", at_least=0
     )
+    reader_processes: int = flag(
+        1,
+        "Processes that read adapters; 0 reads beside the step, which then notices.",
+        at_least=0,
+        at_most=16,
+    )
 
 
 @dataclass(frozen=True)
@@ -228,6 +234,7 @@ class ServeConfig:
             adapter_pool_bytes=self.memory.adapter_memory,
             adapter_host_bytes=self.memory.adapter_host_memory,
             max_resident_adapters=self.memory.max_resident_adapters,
+            reader_processes=self.memory.reader_processes,
             prefix_caching=self.step.prefix_caching,
             threads=self.step.threads,
             allow_base_mismatch=self.model.allow_base_mismatch,

@@ -12,9 +12,11 @@ import torch
 
 from lory_kernels import Backend, KernelUnavailableError, best_cpu_backend, select
 from lory_server.accounting import CostModel
-from lory_server.adapters.cache import AdapterCache
+from lory_server.adapters.cache import NUM_LOADERS, AdapterCache
 from lory_server.adapters.format import Base
 from lory_server.adapters.pool import AdapterPool
+from lory_server.adapters.reader import ThreadReader
+from lory_server.adapters.reader_process import ProcessReader, can_read_apart
 from lory_server.adapters.store import AdapterStore
 from lory_server.blocks import BlockPool
 from lory_server.engine import Engine, EngineLimits
@@ -162,6 +164,8 @@ def assemble(
         Base(decoder.sites, base_names(options), options.allow_base_mismatch),
         host_bytes(options, plan),
         on_ready=wake,
+        num_loaders=options.reader_processes if reads_apart(options) else NUM_LOADERS,
+        make_reader=ProcessReader if reads_apart(options) else ThreadReader,
     )
     kv = KVCache.allocate(spec, plan.num_blocks, options.block_size, decoder.dtype, device)
     packer = Packer(options.max_batch_rows, plan.num_blocks, options.block_size)
@@ -193,6 +197,11 @@ def max_slots(options: EngineOptions, plan: MemoryPlan) -> int:
     if options.max_resident_adapters:
         return options.max_resident_adapters
     return max(options.max_batch_rows, min(plan.adapter_pool_bytes // MIN_ADAPTER_BYTES, 4096))
+
+
+def reads_apart(options: EngineOptions) -> bool:
+    """Whether processes read adapters: where they are wanted, of use, and can be had."""
+    return bool(options.adapters_dir and options.reader_processes and can_read_apart())
 
 
 def host_bytes(options: EngineOptions, plan: MemoryPlan) -> int:

@@ -73,6 +73,8 @@ class EngineOptions(Message, frozen=True):
     """Host bytes for adapters that are loaded but not resident."""
     max_resident_adapters: int = 0
     """Most adapters on the device at once, whatever their size; 0: as many as the pool holds."""
+    reader_processes: int = 1
+    """Processes that read adapters beside the step; 0 reads on the engine's own threads."""
     prefix_caching: bool = True
     threads: int = 0
     """CPU threads of the step; 0: all cores but what the router needs."""

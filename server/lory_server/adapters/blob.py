@@ -24,8 +24,7 @@ from lory_server.adapters.header import WEIGHTS_NAME, read_exactly
 
 REVISION_CHARS = 32
 BATCH_BYTES = 256 * 1024
-"""Of a file read, hashed and cast at once. Every call hands the interpreter to the step and has to
-get it back, so not too few; fresh pages are dear, so few enough that malloc keeps them."""
+"""Of a file read, hashed and cast at once: few enough that malloc keeps the pages for the next."""
 
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _WORDS = {2: np.uint16, 4: np.uint32}
@@ -48,25 +47,43 @@ class AdapterBlob:
 def read_blob(
     config_fd: int, weights_fd: int, manifest: AdapterManifest, dtype: torch.dtype
 ) -> AdapterBlob:
-    """Decode a validated adapter; raises AdapterInvalidError for numbers that are not finite."""
-    chunk_bytes = manifest.chunk_bytes(dtype.itemsize)
-    ends = tuple(accumulate(num_bytes // dtype.itemsize for num_bytes in chunk_bytes))
-    starts = (0, *ends[:-1])
-    data = torch.zeros(ends[-1], dtype=dtype)
+    """A validated adapter in memory of its own; raises as `read_numbers` does."""
+    data = torch.zeros(manifest.num_bytes(dtype.itemsize), dtype=torch.uint8).view(dtype)
+    return new_blob(read_numbers(config_fd, weights_fd, manifest, data), manifest, data)
+
+
+def new_blob(revision: str, manifest: AdapterManifest, data: Tensor) -> AdapterBlob:
+    starts = _chunk_starts(manifest, data.element_size())
+    return AdapterBlob(revision, manifest, data, starts, data.nbytes)
+
+
+def read_numbers(config_fd: int, weights_fd: int, manifest: AdapterManifest, data: Tensor) -> str:
+    """Decode a validated adapter into `data`; the revision of its bytes.
+
+    `data` is zero, of the engine's dtype and as long as all chunks. Raises AdapterInvalidError for
+    numbers that are not finite, in the file or in that dtype.
+    """
+    dtype = data.dtype
     config = read_config_bytes(config_fd)
     digest = hashlib.sha256(len(config).to_bytes(8, "little") + config)
-    chunks = _chunks_in_file_order(manifest, starts)
+    chunks = _chunks_in_file_order(manifest, _chunk_starts(manifest, data.element_size()))
     digest.update(read_exactly(weights_fd, chunks[0].spec.offset, 0, WEIGHTS_NAME))
     words = _words(data)
     for batch in _batches(chunks):
         raw = _read(weights_fd, batch)
-        digest.update(raw)
+        digest.update(raw.data)
         for run, source in _cast_runs(raw, batch, dtype):
             _place(source, run, words)
     if not _is_finite(data):
         raise _not_finite(weights_fd, chunks, data)
-    revision = digest.hexdigest()[:REVISION_CHARS]
-    return AdapterBlob(revision, manifest, data, starts, sum(chunk_bytes))
+    return digest.hexdigest()[:REVISION_CHARS]
+
+
+def _chunk_starts(manifest: AdapterManifest, itemsize: int) -> tuple[int, ...]:
+    """Elements from the start to each chunk."""
+    chunk_bytes = manifest.chunk_bytes(itemsize)
+    ends = accumulate(num_bytes // itemsize for num_bytes in chunk_bytes)
+    return (0, *ends)[:-1]
 
 
 @dataclass(frozen=True, slots=True)

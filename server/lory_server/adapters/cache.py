@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 
+import torch
+
 from lory_server.adapters.device import DeviceTier
 from lory_server.adapters.errors import AdapterError
 from lory_server.adapters.format import Base
@@ -32,6 +34,7 @@ from lory_server.adapters.jobs import (
 )
 from lory_server.adapters.journal import Journal
 from lory_server.adapters.pool import AdapterPool
+from lory_server.adapters.reader import Reader, ThreadReader
 from lory_server.adapters.store import AdapterStore
 from lory_server.adapters.workers import JobFailed, Workers
 from lory_server.messages import AdapterEntry, AdapterMove, FailureCode
@@ -117,10 +120,17 @@ class AdapterCache:
         *,
         num_loaders: int = NUM_LOADERS,
         on_ready: Callable[[], None] = lambda: None,
+        make_reader: Callable[[Base, torch.dtype], Reader] = ThreadReader,
     ) -> None:
-        """`on_ready` is called by other threads whenever `poll` or `residency` has news."""
+        """`on_ready` is called by other threads whenever `poll` or `residency` has news.
+
+        `make_reader` makes a reader for each loader thread.
+        """
         self._store = store
-        self._base = base
+        self._all_readers = [make_reader(base, pool.dtype) for _ in range(num_loaders)]
+        self._readers: SimpleQueue[Reader] = SimpleQueue()
+        for reader in self._all_readers:
+            self._readers.put(reader)
         self._limits = Limits(pool.dtype, pool.total_bytes, pool.needed_bytes)
         self._outcomes: SimpleQueue[object] = SimpleQueue()
         self.budget = HostBudget(host_bytes)
@@ -219,6 +229,8 @@ class AdapterCache:
             worker.stop()
         for worker in workers:
             worker.join(JOIN_TIMEOUT_S)
+        for reader in self._all_readers:
+            reader.close()
 
     # -- what came of jobs ------------------------------------------------------------------
 
@@ -354,7 +366,7 @@ class AdapterCache:
     # -- room on the host -------------------------------------------------------------------
 
     def _submit_load(self, key: LoadKey, reserved_bytes: int = 0) -> None:
-        job = LoadJob(self._store, self._base, self._limits, self.budget, key, reserved_bytes)
+        job = LoadJob(self._store, self._readers, self._limits, self.budget, key, reserved_bytes)
         self._loaders.submit(job)
 
     def _grant_room(self) -> None:

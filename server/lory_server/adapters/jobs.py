@@ -7,14 +7,16 @@ It must not know tickets' owners, slots or the device.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from queue import SimpleQueue
 
 import torch
 
-from lory_server.adapters.blob import AdapterBlob, read_blob
+from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.errors import AdapterCapacityError
-from lory_server.adapters.format import AdapterManifest, Base, read_manifest
+from lory_server.adapters.format import AdapterManifest
 from lory_server.adapters.host import HostBudget
-from lory_server.adapters.store import AdapterFiles, AdapterStore, Signature
+from lory_server.adapters.reader import Reader
+from lory_server.adapters.store import AdapterStore, Signature
 from lory_server.messages import AdapterEntry
 
 
@@ -92,7 +94,8 @@ class LoadJob:
     """Validate and decode an adapter, if the budget has room for it."""
 
     store: AdapterStore
-    base: Base
+    readers: "SimpleQueue[Reader]"
+    """Those that no load has; as many as loader threads."""
     limits: Limits
     budget: HostBudget
     key: LoadKey
@@ -104,31 +107,30 @@ class LoadJob:
 
     def run(self) -> Loaded | NeedsRoom:
         reservation = _Reservation(self.budget, self.reserved_bytes)
+        reader = self.readers.get()
         try:
-            outcome = self._load(reservation)
+            outcome = self._load(reservation, reader)
         except BaseException:
             reservation.give_up()
             raise
+        finally:
+            self.readers.put(reader)
         if isinstance(outcome, NeedsRoom):
             reservation.give_up()
         return outcome
 
-    def _load(self, reservation: "_Reservation") -> Loaded | NeedsRoom:
+    def _load(self, reservation: "_Reservation", reader: Reader) -> Loaded | NeedsRoom:
         started_s = time.monotonic()
         with self.store.locate(self.key.adapter_id) as files:
-            manifest = read_manifest(files.config_fd, files.weights_fd, self.base)
+            manifest = reader.manifest(files)
             self.limits.check(self.key.adapter_id, manifest, self.budget.total_bytes)
             num_bytes = manifest.num_bytes(self.limits.dtype.itemsize)
             if not reservation.cover(num_bytes):
                 return NeedsRoom(self.key, num_bytes)
-            blob = self._read(files, manifest)
+            blob = reader.blob(files, manifest)
+            files.check_unchanged()
             seconds = time.monotonic() - started_s
             return Loaded(self.key, blob, files.signature, files.is_settled, seconds)
-
-    def _read(self, files: AdapterFiles, manifest: AdapterManifest) -> AdapterBlob:
-        blob = read_blob(files.config_fd, files.weights_fd, manifest, self.limits.dtype)
-        files.check_unchanged()
-        return blob
 
 
 class _Reservation:
