@@ -49,6 +49,7 @@ _STATUS_OF_CODE = {
     "internal": 500,
     "healthcheck": 503,
     "unavailable": 503,
+    "too_many_connections": 503,
     "timeout": 504,
 }
 
