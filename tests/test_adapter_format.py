@@ -241,7 +241,7 @@ def test_the_revision_is_the_digest_of_both_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [None, "", "org/Tiny-Base", "other/tiny-base", "/data/tiny-base/", r"C:\models\Tiny-Base",
-     "/root/.cache/huggingface/hub/models--org--tiny-base/snapshots/0123abc"],
+     "/home/me/.cache/huggingface/hub/models--org--tiny-base/snapshots/0123abc"],
 )  # fmt: skip
 def test_a_base_is_known_by_the_last_part_of_its_name(name: str | None, tmp_path: Path) -> None:
     manifest_of(write_adapter(tmp_path, base_model_name_or_path=name))

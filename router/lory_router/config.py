@@ -127,7 +127,7 @@ class MemoryConfig:
     )
     reader_processes: int = flag(
         1,
-        "Processes that read adapters; 0 reads beside the step, which then notices.",
+        "Processes that read adapters; 0: the engine's own threads do, and slow its steps.",
         at_least=0,
         at_most=16,
     )
