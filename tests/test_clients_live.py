@@ -13,6 +13,14 @@ import pytest
 
 import lory_client
 from clients import environments, server_process
+from lory_router.schemas_openai import (
+    HARMLESS,
+    NOT_SERVED,
+    OF_OTHER_ROUTES,
+    ChatBody,
+    CommonBody,
+    CompletionBody,
+)
 
 PROMPT = "The order arrived late and the box was damaged"
 
@@ -149,6 +157,15 @@ def test_lorax_async_client_sees_the_same(lorax: dict[str, Any]):
 
 
 # -- openai -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("route", "kind"), [("completions", CompletionBody), ("chats", ChatBody)])
+def test_openai_sends_no_field_that_is_unknown_here(
+    openai: dict[str, Any], route: str, kind: type[CommonBody]
+):
+    assert "logit_bias" in openai["fields"][route]
+    known = {*kind.__struct_fields__, *HARMLESS, *NOT_SERVED, *OF_OTHER_ROUTES}
+    assert set(openai["fields"][route]) <= known
 
 
 def test_openai_lists_the_base_and_its_adapters(openai: dict[str, Any], live_server: LiveServer):

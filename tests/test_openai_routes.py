@@ -585,31 +585,89 @@ def test_a_missing_model_is_named():
     assert response.json()["error"]["param"] == "model"
 
 
-def test_harmless_fields_are_accepted_and_unknown_ones_told():
-    harmless = {
-        "user": "u",
-        "metadata": {"a": "b"},
-        "store": False,
-        "service_tier": "auto",
-        "prompt_cache_key": "k",
-        "safety_identifier": "s",
-        "parallel_tool_calls": True,
-        "tools": [],
-        "tool_choice": "none",
-        "response_format": {"type": "text"},
-        "audio": None,
-        "best_of": None,
-        "echo": False,
-        "suffix": "",
-        "lora_path": BASE,
-        "adapter_source": "local",
-    }
-    response = Front().post(CHAT, chat(**harmless))
-    assert response.status_code == 200
-    assert "x-ignored-params" not in response.headers
-    response = Front().post(CHAT, chat(frobnicate=1, **{"we,ird\r\n\u00e9": 2}))
-    assert response.status_code == 200
-    assert response.headers["x-ignored-params"] == "frobnicate,we%2Cird%0D%0A%C3%A9"
+HARMLESS = {
+    "user": "u",
+    "metadata": {"a": "b"},
+    "store": False,
+    "service_tier": "auto",
+    "prompt_cache_key": "k",
+    "prompt_cache_options": {"mode": "implicit"},
+    "prompt_cache_retention": "in_memory",
+    "safety_identifier": "s",
+    "parallel_tool_calls": True,
+    "tools": [],
+    "tool_choice": "none",
+    "verbosity": "medium",
+    "min_p": 0.0,
+    "priority": 0,
+    "response_format": {"type": "text"},
+    "audio": None,
+    "best_of": None,
+    "echo": False,
+    "suffix": "",
+    "lora_path": BASE,
+    "adapter_source": "local",
+}
+
+
+@pytest.mark.parametrize(("path", "sent"), [(CHAT, chat()), (COMPLETIONS, completion())])
+def test_fields_without_effect_are_accepted(path: str, sent: dict[str, Any]):
+    assert Front().post(path, {**HARMLESS, **sent}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("path", "name", "hint"),
+    [
+        (CHAT, "max_token", "did you mean `max_tokens`?"),
+        (CHAT, "temprature", "did you mean `temperature`?"),
+        (CHAT, "safety_identifer", "did you mean `safety_identifier`?"),
+        (CHAT, "max_completion_token", "did you mean `max_completion_tokens`?"),
+        (COMPLETIONS, "max_completion_token", "did you mean `max_tokens`?"),
+        (COMPLETIONS, "adapter", "did you mean `model`?"),
+        (COMPLETIONS, "frob", "known are adapter_source, best_of, echo, "),
+        (COMPLETIONS, "we,ird\r\n\u00e9", r"unknown field 'we,ird\r\n\xe9'"),
+    ],
+)
+def test_a_field_that_nobody_knows_is_refused_with_the_likely_one(path: str, name: str, hint: str):
+    """It was ignored, and told in a header alone."""
+    front = Front()
+    sent = {**(chat() if path == CHAT else completion()), name: 1}
+    response = front.post(path, sent)
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["type"] == "invalid_request_error"
+    assert error["param"] == name
+    assert error["message"].startswith("unknown field ")
+    assert hint in error["message"]
+    assert not front.engine.streams
+
+
+@pytest.mark.parametrize(
+    ("wish", "message"),
+    [
+        ({"guided_json": {}}, "`guided_json` is not supported yet"),
+        ({"tools": [{"type": "function"}]}, "`tools` is not supported yet"),
+        ({"tool_choice": "auto"}, "`tool_choice` is not supported yet"),
+        ({"store": True}, "`store` is not supported yet"),
+        ({"min_p": 0.1}, "`min_p` is not supported yet"),
+        (
+            {"service_tier": "flex"},
+            '`service_tier` other than "auto" or "default" is not supported yet',
+        ),
+        ({"modalities": ["audio"]}, '`modalities` other than ["text"] is not supported yet'),
+        (
+            {"skip_special_tokens": False},
+            "`skip_special_tokens` other than true is not supported yet",
+        ),
+    ],
+)
+def test_a_field_that_is_not_served_is_refused_in_plain_words(
+    wish: dict[str, object], message: str
+):
+    """No value of `guided_json` helps, but the refusal spoke of "this value"."""
+    response = Front().post(CHAT, chat(**wish))
+    assert response.status_code == 400
+    assert response.json()["error"]["message"] == message
 
 
 def test_a_context_too_long_has_openais_code():

@@ -71,10 +71,20 @@ def refuse_unknown(
     `elsewhere` gives the full names of fields that belong into another object of the body.
     """
     for name in unknown_fields(value, kind):
-        raise Invalid(
-            f"unknown field {shown(inside + name)}{_hint(name, kind.__struct_fields__, elsewhere)}",
-            param=inside + name[:80],
-        )
+        raise unknown_field(name, kind.__struct_fields__, inside, elsewhere)
+
+
+def unknown_field(
+    name: str,
+    known: Collection[str],
+    inside: str = "",
+    elsewhere: Mapping[str, str] = NOTHING_ELSEWHERE,
+) -> Invalid:
+    """The refusal of a field nobody knows, with the likely one."""
+    return Invalid(
+        f"unknown field {shown(inside + name)}{_hint(name, known, elsewhere)}",
+        param=inside + name[:80],
+    )
 
 
 def _hint(name: str, known: Collection[str], elsewhere: Mapping[str, str]) -> str:

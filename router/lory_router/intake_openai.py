@@ -4,6 +4,7 @@ It must not know HTTP or how a reply is framed.
 """
 
 import asyncio
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,15 +13,14 @@ from typing import TypeVar
 import msgspec
 
 from lory_router import tokenize, validate
-from lory_router.bodies import read_object, read_struct, unknown_fields
+from lory_router.bodies import read_object, read_struct, unknown_field, unknown_fields
 from lory_router.chat_template import RESERVED_NAMES, ChatTemplate, TemplateError
 from lory_router.engine import SequenceRequest
 from lory_router.errors import Invalid, adapter_not_found, shown
 from lory_router.schemas_openai import (
-    ALLOWED_VALUES,
     HARMLESS,
+    NOT_SERVED,
     OF_OTHER_ROUTES,
-    REFUSED,
     ChatBody,
     ChatMessage,
     ChatMessages,
@@ -42,6 +42,8 @@ LEAST_TOP_P = 1e-6
 TOKEN_ID = re.compile("0|[1-9][0-9]{0,8}")
 NAMES_HERE = {
     "adapter_id": "model",
+    "adapter_name": "model",
+    "lora_name": "model",
     "max_completion_tokens": "max_tokens",
     "max_new_tokens": "max_tokens",
 }
@@ -82,30 +84,41 @@ class OpenaiJob:
     continuous_usage: bool
 
 
-def read_body(body: bytes, kind: type[B]) -> tuple[B, list[str]]:
-    """The body and the names of fields nobody knows, which are ignored but told."""
+def read_body(body: bytes, kind: type[B]) -> B:
+    """The body; a field that the route does not use may be there only if it has no effect."""
     value = read_object(body)
-    unknown = unknown_fields(value, kind)
-    for name in unknown:
-        _refuse_meaningful(name, value.pop(name))
-    known = HARMLESS | REFUSED | OF_OTHER_ROUTES | ALLOWED_VALUES.keys()
-    ignored = [name for name in unknown if name not in known]
+    for name in unknown_fields(value, kind):
+        _check_unused(name, value.pop(name), kind)
     options = value.get("stream_options")
     if isinstance(options, dict):
         _refuse_unknown_inside(options, StreamOptions, "stream_options")
-    return read_struct(value, kind), ignored
+    return read_struct(value, kind)
 
 
-def _refuse_meaningful(name: str, value: object) -> None:
-    if value is None:
-        return
-    if name in OF_OTHER_ROUTES and value is not False:
-        here = NAMES_HERE.get(name)
-        hint = f"it is called `{here}`" if here else "leave it out"
-        raise Invalid(f"`{name}` is not a field of this route; {hint}", param=name)
-    refused = name in REFUSED or (name in ALLOWED_VALUES and value not in ALLOWED_VALUES[name])
-    if refused:
-        raise Invalid(f"`{name}` is not supported with this value; leave it out", param=name)
+def _check_unused(name: str, value: object, kind: type[CommonBody]) -> None:
+    if name in OF_OTHER_ROUTES:
+        if value is not None and value is not False:
+            raise _of_other_route(name)
+    elif name in NOT_SERVED:
+        if value is not None and value not in NOT_SERVED[name]:
+            raise _not_served(name)
+    elif name not in HARMLESS:
+        known = [*kind.__struct_fields__, *HARMLESS]
+        raise unknown_field(name, known, elsewhere=NAMES_HERE)
+
+
+def _of_other_route(name: str) -> Invalid:
+    here = NAMES_HERE.get(name)
+    hint = f"it is called `{here}`" if here else "leave it out"
+    return Invalid(f"`{name}` is not a field of this route; {hint}", param=name)
+
+
+def _not_served(name: str) -> Invalid:
+    """Names the values that may be given, where they say more than "without it"."""
+    telling = [value for value in NOT_SERVED[name] if value and value != "none"]
+    listed = " or ".join(json.dumps(value) for value in telling)
+    other = f" other than {listed}" if listed else ""
+    return Invalid(f"`{name}`{other} is not supported yet", param=name)
 
 
 def adapter_of(model: str, settings: RouterSettings) -> str:

@@ -56,28 +56,20 @@ class Dressing(Protocol):
 
 async def completions(front: Front, exchange: Exchange, body: bytes) -> None:
     """POST /v1/completions."""
-    wish, ignored = intake_openai.read_body(body, CompletionBody)
-    _tell_ignored(exchange, ignored)
+    wish = intake_openai.read_body(body, CompletionBody)
     job = await intake_openai.accept_completion(wish, _context(front))
     await _reply(front, exchange, job, CompletionDressing())
 
 
 async def chat_completions(front: Front, exchange: Exchange, body: bytes) -> None:
     """POST /v1/chat/completions."""
-    wish, ignored = intake_openai.read_body(body, ChatBody)
-    _tell_ignored(exchange, ignored)
+    wish = intake_openai.read_body(body, ChatBody)
     job = await intake_openai.accept_chat(wish, _context(front))
     await _reply(front, exchange, job, ChatDressing())
 
 
 def _context(front: Front) -> Context:
     return Context(front.require_ready(), front.settings, front.text)
-
-
-def _tell_ignored(exchange: Exchange, ignored: Sequence[str]) -> None:
-    if ignored:
-        names = ",".join(header_text(name[:64]).replace(",", "%2C") for name in ignored[:16])
-        exchange.extra_headers["x-ignored-params"] = names
 
 
 async def _reply(front: Front, exchange: Exchange, job: OpenaiJob, dressing: Dressing) -> None:

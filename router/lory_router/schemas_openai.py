@@ -1,7 +1,7 @@
 """The bodies of OpenAI's routes, field by field.
 
-Fields that are understood but not served are here too, so that they can be refused by name; which
-is which is told in `REFUSED` and `HARMLESS`. It must not know limits or how fields are used.
+Fields that are known but not used are here too: `HARMLESS` ones are accepted, `NOT_SERVED` ones
+refused by name. Any other is unknown. It must not know limits or how fields are used.
 """
 
 import msgspec
@@ -76,69 +76,70 @@ class ChatBody(CommonBody, frozen=True, kw_only=True):
 
 OF_OTHER_ROUTES = frozenset(
     name for kind in (CompletionBody, ChatBody, Parameters) for name in kind.__struct_fields__
-) | {"inputs", "parameters"}
-"""Fields of a route; on another they are refused and not ignored, whatever their value but null or
-false."""
+) | {"adapter_name", "inputs", "lora_name", "parameters"}
+"""Fields of a route, or of another server's; here they are refused, whatever their value but null
+or false."""
 
 HARMLESS = frozenset(
     {
-        "user",
         "metadata",
-        "store",
-        "service_tier",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
+        "user",
     }
 )
-"""Known fields that change nothing in the answer; accepted without a word."""
+"""OpenAI's fields that change nothing in the answer; accepted without a word."""
 
-ALLOWED_VALUES: dict[str, tuple[object, ...]] = {
-    "suffix": ("",),
-    "tools": ([],),
-    "functions": ([],),
-    "tool_choice": ("none",),
-    "function_call": ("none",),
-    "parallel_tool_calls": (True, False),
-    "modalities": (["text"],),
-    "min_tokens": (0,),
-    "min_p": (0, 0.0),
-    "skip_special_tokens": (True,),
-    "include_stop_str_in_output": (False,),
+NOT_SERVED: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
+    "add_special_tokens": (),
+    "allowed_token_ids": (),
+    "audio": (),
+    "bad_words": ([],),
+    "cache_salt": (),
+    "chat_template": (),
     "continue_final_message": (False,),
+    "documents": ([],),
+    "function_call": ("none",),
+    "functions": ([],),
+    "grammar": (),
+    "guided_choice": (),
+    "guided_decoding_backend": (),
+    "guided_grammar": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_whitespace_pattern": (),
+    "guideline": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "lora_request": (),
+    "min_p": (0,),
+    "min_tokens": (0,),
+    "modalities": (["text"],),
+    "moderation": (),
+    "parallel_tool_calls": (True, False),
+    "prediction": (),
+    "priority": (0,),
+    "prompt_logprobs": (),
+    "reasoning_effort": ("none",),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "service_tier": ("auto", "default"),
+    "skip_special_tokens": (True,),
     "spaces_between_special_tokens": (True,),
+    "store": (False,),
+    "structured_outputs": (),
+    "suffix": ("",),
+    "tool_choice": ("none",),
+    "tool_prompt": (),
+    "tools": ([],),
+    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
-    "length_penalty": (1, 1.0),
+    "verbosity": ("medium",),
+    "web_search_options": (),
 }
-"""Fields that would change the answer and are not served, but for these values of no effect."""
-
-REFUSED = frozenset(
-    {
-        "adapter_id",
-        "adapter_name",
-        "api_token",
-        "audio",
-        "bad_words",
-        "chat_template",
-        "documents",
-        "grammar",
-        "guided_choice",
-        "guided_grammar",
-        "guided_json",
-        "guided_regex",
-        "guideline",
-        "lora_name",
-        "lora_request",
-        "moderation",
-        "prediction",
-        "prompt_logprobs",
-        "reasoning_effort",
-        "structured_outputs",
-        "tool_prompt",
-        "truncate_prompt_tokens",
-        "verbosity",
-        "web_search_options",
-    }
-)
-"""Fields that would change the answer and are not served, whatever their value but null."""
+"""OpenAI's, vLLM's and LoRAX's fields that would change what happens, with the values beside null
+that ask for nothing."""

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from typing import Any
 
 import openai
+from openai.types import completion_create_params
+from openai.types.chat import completion_create_params as chat_create_params
 
 PROMPT = "The order arrived late and the box was damaged"
 PROMPTS = [f"{PROMPT} {i}" for i in range(4)]
@@ -205,6 +207,20 @@ def errors(client: openai.OpenAI, adapter: str) -> dict[str, Any]:
     }
 
 
+def fields() -> dict[str, list[str]]:
+    """What the client's two calls can send."""
+    return {
+        "completions": sorted(
+            completion_create_params.CompletionCreateParamsNonStreaming.__required_keys__
+            | completion_create_params.CompletionCreateParamsNonStreaming.__optional_keys__
+        ),
+        "chats": sorted(
+            chat_create_params.CompletionCreateParamsNonStreaming.__required_keys__
+            | chat_create_params.CompletionCreateParamsNonStreaming.__optional_keys__
+        ),
+    }
+
+
 async def asynchronous(url: str, adapter: str) -> dict[str, Any]:
     async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
 
@@ -228,6 +244,7 @@ async def asynchronous(url: str, adapter: str) -> dict[str, Any]:
 def main(url: str, base: str, adapter: str) -> None:
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
         result = {
+            "fields": fields(),
             "models": models(client, adapter),
             "completions": completions(client, url, base, adapter),
             "chats": chats(client, base, adapter),
