@@ -1,5 +1,6 @@
 """The `lory` command, as typed."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -18,9 +19,10 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from lory_router import cli
-from lory_router.chat import ChatOptions, Conversation, connect, show_adapters, stream_answer
+from lory_router.chat import ChatOptions, Conversation, show_adapters, stream_answer
 from lory_router.config import CommandError, ServeConfig, StartError
 from lory_router.demo import DemoFiles, Sample, pasteable_lines
+from lory_router.remote import connect
 
 
 @pytest.fixture
@@ -101,6 +103,28 @@ def test_a_wrong_flag_exits_with_2_and_says_what_is_right(
     assert not served
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "value", "fix"),
+    [
+        ("serve", "LORY_PORT", "abc", "'abc' is not a whole number; write it like 8080"),
+        ("demo", "LORY_PORT", "abc", "'abc' is not a whole number; write it like 8080"),
+        ("demo", "LORY_PRICE_PER_HOUR", "much", "'much' is not a number; write it like 2.5"),
+        ("serve", "LORY_PREFIX_CACHING", "maybe", "'maybe'; write true or false"),
+        ("serve", "LORY_MEMORY", "4G", "'4G' is not a size; write it like 512MiB"),
+    ],
+)
+def test_a_wrong_variable_is_told_with_its_value_and_the_fix(
+    served: list[ServeConfig], command: str, name: str, value: str, fix: str
+) -> None:
+    """A parser's own words named neither the value nor how to write it."""
+    arguments = ("--model", "x") if command == "serve" else ()
+    code, output = invoke(command, *arguments, **{name: value})
+    assert code == 2
+    assert name in output
+    assert fix in output
+    assert not served
+
+
 @pytest.mark.parametrize("command", ["serve", "demo"])
 def test_an_unknown_variable_exits_with_2(served: list[ServeConfig], command: str) -> None:
     arguments = ("--model", "x") if command == "serve" else ()
@@ -114,6 +138,10 @@ def test_every_renamed_flag_leads_to_one_that_exists() -> None:
     for old, new in cli.RENAMED.items():
         assert new in real
         assert f" {old} " not in real
+
+
+def test_no_line_of_the_help_is_cut_off() -> None:
+    assert "..." not in invoke("--help")[1].partition("Commands:")[2]
 
 
 def run_lory(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -167,12 +195,23 @@ REFUSALS = {
 """What the fake server says to a chat with each of these adapters."""
 
 
+CONTEXT_LEFT = 600
+"""A longer answer is refused."""
+
+
 class FakeServer(BaseHTTPRequestHandler):
     """Just enough of the front to be talked to."""
 
     asked: list[dict[str, Any]] = []  # noqa: RUF012 - reset by the fixture
+    asked_with: list[str | None] = []  # noqa: RUF012 - reset by the fixture
+    """The keys of those who looked something up."""
 
     def do_GET(self) -> None:
+        key = self.headers.get("authorization")
+        if key == "Bearer wrong":
+            self._reply("application/json", '{"error": {"message": "no such key"}}', 401)
+            return
+        self.asked_with.append(key)
         names = ("polite", "missing", "long", "plain")
         adapters = [{"id": name, "parent": "base", "tier": "device"} for name in names]
         models = [{"id": "base"}, *adapters]
@@ -181,7 +220,10 @@ class FakeServer(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
         self.asked.append(body | {"path": self.path, "key": self.headers.get("authorization")})
-        if body.get("model") == "missing":
+        wanted = body.get("max_tokens") or body.get("parameters", {}).get("max_new_tokens")
+        if (wanted or 0) > CONTEXT_LEFT:
+            self._reply("application/json", json.dumps({"error": self._too_long(wanted)}), 400)
+        elif body.get("model") == "missing":
             self._reply("application/json", '{"error": {"message": "no such model"}}', 404)
         elif body.get("model") in REFUSALS:
             self._reply("application/json", json.dumps({"error": REFUSALS[body["model"]]}), 400)
@@ -192,6 +234,13 @@ class FakeServer(BaseHTTPRequestHandler):
             self._stream([_delta("a"), {"error": {"message": "the engine ended"}}])
         else:
             self._stream([_delta(None), _delta("Good "), _delta("day"), {"choices": []}])
+
+    def _too_long(self, wanted: int) -> Any:
+        name = "max_new_tokens" if self.path == "/generate_stream" else "max_tokens"
+        message = f"prompt tokens + `{name}` must be <= 99. Given: 9 prompt tokens and {wanted}"
+        if name == "max_new_tokens":
+            return f"Input validation error: {message}"
+        return {"message": message, "code": "context_length_exceeded"}
 
     def _stream(self, events: list[dict[str, Any]]) -> None:
         lines = [": hello", *(f"data: {json.dumps(event)}" for event in events), "data: [DONE]"]
@@ -213,7 +262,7 @@ def _delta(text: str | None) -> dict[str, Any]:
 
 @contextmanager
 def fake_server() -> Iterator[str]:
-    FakeServer.asked = []
+    FakeServer.asked, FakeServer.asked_with = [], []
     with ThreadingHTTPServer(("127.0.0.1", 0), FakeServer) as server:
         thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
@@ -272,6 +321,57 @@ def test_a_chat_session_remembers_switches_and_forgets() -> None:
     assert "device" in result.output
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/generate_stream"])
+def test_an_answer_takes_what_is_left_of_the_context_unless_told(
+    monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    """The second question of a chat was refused: 512 tokens more than fitted."""
+    options = ChatOptions("polite", is_plain=path == "/generate_stream")
+    monkeypatch.setitem(globals(), "CONTEXT_LEFT", 99)
+    with fake_server() as url:
+        assert answer(url, options)
+        assert [one["path"] for one in FakeServer.asked] == [path, path]
+        assert "max_tokens" not in FakeServer.asked[1]
+        assert "max_new_tokens" not in FakeServer.asked[1].get("parameters", {})
+        with pytest.raises(CommandError, match="prompt tokens"):
+            answer(url, dataclasses.replace(options, max_tokens=100))
+
+
+def test_an_unknown_command_is_not_asked() -> None:
+    with fake_server() as url:
+        result = CliRunner().invoke(cli.app, ["chat", "--url", url], input="/adaptr polite\n")
+        assert not FakeServer.asked
+    assert "no such command: /adaptr" in result.output
+    assert "/adapter NAME" in result.output
+
+
+@pytest.mark.parametrize(("adapter", "code"), [("polite", 0), ("missing", 1)])
+def test_a_failure_that_nobody_sees_is_in_the_exit_code(adapter: str, code: int) -> None:
+    with fake_server() as url:
+        arguments = ["chat", adapter, "--url", url]
+        result = CliRunner().invoke(cli.app, arguments, input="a\n")
+    assert result.exit_code == code
+
+
+def test_a_chat_with_nobody_opens_no_prompt() -> None:
+    code, output = invoke("chat", "--url", "http://127.0.0.1:9")
+    assert (code, "no server answers" in output) == (1, True)
+    with fake_server() as url:
+        code, output = invoke("chat", "--url", url, "--api-key", "wrong")
+    assert (code, output) == (
+        1,
+        "401: no such key; give one of its keys with --api-key or LORY_API_KEY",
+    )
+
+
+def test_of_a_servers_keys_the_first_is_sent() -> None:
+    """The variable is the server's list, too; all of it was sent as one key."""
+    with fake_server() as url:
+        for command in ("adapters", "bench"):
+            invoke(command, "--url", url, LORY_API_KEY="k1, k2")
+        assert set(FakeServer.asked_with) == {"Bearer k1"}
+
+
 def test_a_failed_question_is_not_remembered() -> None:
     with fake_server() as url:
         result = CliRunner().invoke(
@@ -304,9 +404,8 @@ def test_a_chat_is_left_by_a_word(word: str) -> None:
         result = CliRunner().invoke(
             cli.app, ["chat", "--url", url], input=f"{word} is a word\n{word}\nnever\n"
         )
-    assert result.exit_code == 0
-    num_asked = 1 if word.isalpha() else len(FakeServer.asked)
-    assert len(FakeServer.asked) == num_asked
+    assert len(FakeServer.asked) == word.isalpha()
+    assert result.exit_code == (not word.isalpha())
     assert "never" not in str(FakeServer.asked)
 
 
@@ -340,8 +439,17 @@ def test_adapters_are_shown_with_their_tier() -> None:
     assert "device" in text
 
 
-def test_no_server_is_one_line_with_the_way_out() -> None:
-    code, output = invoke("adapters", "--url", "http://127.0.0.1:9")
+def test_adapters_are_told_as_json_too() -> None:
+    with fake_server() as url:
+        code, output = invoke("adapters", "--json", "--url", url)
+    assert code == 0
+    polite = json.loads(output)[1]
+    assert polite == {"id": "polite", "parent": "base", "tier": "device"}
+
+
+@pytest.mark.parametrize("command", ["adapters", "bench"])
+def test_no_server_is_one_line_with_the_way_out(command: str) -> None:
+    code, output = invoke(command, "--url", "http://127.0.0.1:9")
     assert code == 1
     assert "start one with lory serve" in output
 

@@ -15,9 +15,9 @@ from lory_router.config import (
     check_environment,
     engine_environment,
     environment_names,
-    parse_size,
     serve_parameters,
 )
+from lory_router.values import parse_size
 from lory_server.messages import EngineOptions
 
 ROOT = Path(__file__).parents[1]

@@ -1,10 +1,11 @@
-"""`lory chat` and `lory adapters`: a running server from the terminal, over plain HTTP.
+"""`lory chat` and `lory adapters`: a running server in the terminal.
 
-It must not know the engine or anything of the server's inside: it is one more client.
+It must not know the engine or anything of the server's inside: it is one more client (`remote`).
 """
 
 import difflib
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,9 +16,17 @@ from rich.table import Table
 from rich.text import Text
 
 from lory_router.config import CommandError
+from lory_router.remote import (
+    TooLongError,
+    check,
+    connect,
+    error_text,
+    list_models,
+    one_line_errors,
+)
 
-CONNECT_TIMEOUT_S = 5.0
 BASE_TEMPERATURE = 0.7
+DEFAULT_ANSWER_TOKENS = 512
 SSE_DATA = "data:"
 HELP = """\
 /adapter NAME  talk to that adapter (no name: the base)
@@ -32,7 +41,8 @@ class ChatOptions:
 
     adapter: str = ""
     system: str = ""
-    max_tokens: int = 512
+    max_tokens: int | None = None
+    """None: 512, or what is left of the context."""
     temperature: float | None = None
     """None: greedy with an adapter, which was trained to one answer, and 0.7 with the base."""
     is_plain: bool = False
@@ -62,44 +72,39 @@ class Conversation:
         self.messages.append({"role": role, "content": content})
 
 
-def run_chat(url: str, api_key: str, options: ChatOptions) -> None:
-    """Read lines and print answers until the end of input."""
+def run_chat(url: str, api_key: str, options: ChatOptions) -> int:
+    """Read lines and print answers until the end of input; the exit code.
+
+    It is 1 if a question failed and nobody was there to see it: the lines came from a pipe.
+    """
     console = Console(highlight=False)
     with connect(url, api_key) as client:
-        check_adapter(client, options.adapter)
+        check_adapter(list_models(client), options.adapter)
         session = _Session(client, console, options)
         console.print(Text("/help lists what can be typed", style="dim"))
         while (line := _read_line(console, session.options.adapter)) is not None:
             if not session.take(line.strip()):
-                return
+                break
+    return int(session.has_failed and not sys.stdin.isatty())
 
 
-def show_adapters(url: str, api_key: str, console: Console | None = None) -> None:
-    """Print a table of what is served."""
+def show_adapters(
+    url: str, api_key: str, console: Console | None = None, as_json: bool = False
+) -> None:
+    """Print what is served: a table, or the server's own entries."""
     with connect(url, api_key) as client:
-        (console or Console()).print(adapter_table(list_models(client)))
+        models = list_models(client)
+    console = console or Console()
+    if as_json:
+        console.print_json(data=models)
+    else:
+        console.print(adapter_table(models))
 
 
-def connect(url: str, api_key: str) -> httpx.Client:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    timeout = httpx.Timeout(None, connect=CONNECT_TIMEOUT_S)
-    return httpx.Client(base_url=url, headers=headers, timeout=timeout)
-
-
-def list_models(client: httpx.Client) -> list[dict[str, Any]]:
-    """The entries of GET /v1/models."""
-    with one_line_errors():
-        reply = client.get("/v1/models")
-        _check(reply)
-        return reply.json()["data"]
-
-
-def check_adapter(client: httpx.Client, name: str) -> None:
-    """Refuse an adapter that is not served; with no name there is nothing to ask."""
-    if not name:
-        return
-    served = [model["id"] for model in list_models(client)]
-    if name not in served and name.partition(":")[2] not in served:
+def check_adapter(models: list[dict[str, Any]], name: str) -> None:
+    """Refuse an adapter that is not served; no name is the base."""
+    served = [model["id"] for model in models]
+    if name and name not in served and name.partition(":")[2] not in served:
         near = difflib.get_close_matches(name, served, n=1)
         hint = f"did you mean {near[0]}?" if near else "lory adapters lists what is"
         raise CommandError(f"no adapter {name!r} is served; {hint}")
@@ -116,32 +121,31 @@ def stream_answer(
     client: httpx.Client, options: ChatOptions, messages: list[dict[str, str]]
 ) -> Iterator[str]:
     """The answer to the last message, piece by piece."""
-    path, body, text_of = _plain_call(options, messages)
-    if not options.is_plain:
-        path, body, text_of = _chat_call(options, messages)
+    if options.max_tokens is not None:
+        yield from _stream(client, options, messages, options.max_tokens)
+        return
+    try:
+        yield from _stream(client, options, messages, DEFAULT_ANSWER_TOKENS)
+    except TooLongError:
+        # Without a limit the answer may fill what is left, which is less than the default.
+        yield from _stream(client, options, messages, None)
+
+
+def _stream(
+    client: httpx.Client,
+    options: ChatOptions,
+    messages: list[dict[str, str]],
+    max_tokens: int | None,
+) -> Iterator[str]:
+    call = _plain_call if options.is_plain else _chat_call
+    path, body, text_of = call(options, messages, max_tokens)
     with one_line_errors(), client.stream("POST", path, json=body) as reply:
         if reply.is_error:
             reply.read()
-        _check(reply)
+        check(reply)
         for line in reply.iter_lines():
             if line.startswith(SSE_DATA) and (data := line[len(SSE_DATA) :].strip()) != "[DONE]":
                 yield text_of(_checked_event(data))
-
-
-class one_line_errors:  # noqa: N801 - reads as the statement it is
-    """Turns failures of the connection into `CommandError`."""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, httpx.ConnectError):
-            raise CommandError(
-                f"no server answers at {error.request.url.copy_with(path='/')}; "
-                "start one with lory serve, or name it with --url"
-            ) from error
-        if isinstance(error, httpx.HTTPError | httpx.InvalidURL):
-            raise CommandError(f"the server could not be asked: {error}") from error
 
 
 class _Session:
@@ -152,6 +156,7 @@ class _Session:
         self._console = console
         self._conversation = Conversation(options.system)
         self.options = options
+        self.has_failed = False
 
     def take(self, line: str) -> bool:
         """Act on one line; False to leave."""
@@ -164,24 +169,33 @@ class _Session:
             case "/help":
                 self._console.print(HELP, markup=False)
             case "/adapters":
-                self._console.print(adapter_table(list_models(self._client)))
+                self._show_adapters()
             case "/clear":
                 self._conversation.clear()
             case "/adapter":
                 self._switch(argument.strip())
+            case _ if command.startswith("/"):
+                self._say_error(CommandError(f"no such command: {command}; there are\n{HELP}"))
             case _:
                 self._ask(line)
         return True
 
+    def _show_adapters(self) -> None:
+        try:
+            self._console.print(adapter_table(list_models(self._client)))
+        except CommandError as error:
+            self._say_error(error)
+
     def _switch(self, adapter: str) -> None:
         try:
-            check_adapter(self._client, adapter)
+            check_adapter(list_models(self._client), adapter)
         except CommandError as error:
             self._say_error(error)
             return
         self.options = replace(self.options, adapter=adapter)
 
     def _say_error(self, error: CommandError) -> None:
+        self.has_failed = True
         self._console.print(Text(f"error: {error}", style="red"), soft_wrap=True)
 
     def _ask(self, line: str) -> None:
@@ -212,19 +226,26 @@ def _read_line(console: Console, adapter: str) -> str | None:
 Call = tuple[str, dict[str, Any], Callable[[dict[str, Any]], str]]
 
 
-def _chat_call(options: ChatOptions, messages: list[dict[str, str]]) -> Call:
+def _chat_call(
+    options: ChatOptions, messages: list[dict[str, str]], max_tokens: int | None
+) -> Call:
     body = {
         "model": options.adapter,
         "messages": messages,
-        "max_tokens": options.max_tokens,
         "temperature": options.resolved_temperature,
         "stream": True,
     }
+    if max_tokens is not None:
+        body["max_tokens"] = max_tokens
     return "/v1/chat/completions", body, _chat_text
 
 
-def _plain_call(options: ChatOptions, messages: list[dict[str, str]]) -> Call:
-    parameters: dict[str, Any] = {"max_new_tokens": options.max_tokens}
+def _plain_call(
+    options: ChatOptions, messages: list[dict[str, str]], max_tokens: int | None
+) -> Call:
+    parameters: dict[str, Any] = {}
+    if max_tokens is not None:
+        parameters["max_new_tokens"] = max_tokens
     if options.adapter:
         parameters["adapter_id"] = options.adapter
     if options.resolved_temperature:
@@ -246,31 +267,5 @@ def _plain_text(event: dict[str, Any]) -> str:
 def _checked_event(data: str) -> dict[str, Any]:
     event = json.loads(data)
     if event.get("error"):
-        raise CommandError(_error_text(event))
+        raise CommandError(error_text(event))
     return event
-
-
-def _check(reply: httpx.Response) -> None:
-    if reply.is_success:
-        return
-    try:
-        text = _error_text(reply.json())
-    except (ValueError, AttributeError):
-        text = reply.text[:200]
-    raise CommandError(f"{reply.status_code}: {text}")
-
-
-def _error_text(body: dict[str, Any]) -> str:
-    error = body.get("error")
-    if not isinstance(error, dict):
-        return str(error)
-    return f"{error.get('message')}{_way_out(error)}"
-
-
-def _way_out(error: dict[str, Any]) -> str:
-    """What to do here about an error of the chat route."""
-    if error.get("code") == "context_length_exceeded":
-        return "; /clear forgets the conversation, --max-tokens asks for a shorter answer"
-    if "no chat template" in str(error.get("message")):
-        return "; with --plain, lory chat needs none"
-    return ""

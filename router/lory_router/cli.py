@@ -18,6 +18,7 @@ from lory_router.config import (
     ServeConfig,
     caller_key_option,
     check_environment,
+    check_switches,
     serve_option,
     serve_parameters,
     server_url_option,
@@ -46,19 +47,27 @@ PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_optio
 """For commands whose arguments, --help too, belong to another parser."""
 
 
-class _ServeCommand(TyperCommand):
-    """Knows the names other servers give to our flags, and says only what is wrong with one."""
+class _Command(TyperCommand):
+    """Says only what is wrong with a value."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            error.message = error.message.removeprefix("Value error, ")
+            raise
+
+
+class _ServeCommand(_Command):
+    """Knows the names other servers give to our flags."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         for argument in args:
             name = argument.partition("=")[0]
             if name in RENAMED:
                 ctx.fail(f"No such option: {name} (here it is {RENAMED[name]})")
-        try:
-            return super().parse_args(ctx, args)
-        except typer.BadParameter as error:
-            error.message = error.message.removeprefix("Value error, ")
-            raise
+        check_switches()
+        return super().parse_args(ctx, args)
 
 
 app = typer.Typer(
@@ -89,7 +98,7 @@ def _show_version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Say which.")
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print it.")
     ] = False,
 ) -> None:
     pass
@@ -116,7 +125,7 @@ _serve.__annotations__ = {item.name: item.annotation for item in serve_parameter
 app.command("serve", cls=_ServeCommand)(_serve)
 
 
-@app.command()
+@app.command(cls=_Command)
 def demo(
     base: Annotated[Path | None, typer.Option(help="Folder of the base.")] = None,
     adapters: Annotated[Path | None, typer.Option(help="Folder of its adapters.")] = None,
@@ -148,7 +157,10 @@ def chat(
     url: str = server_url_option(),
     api_key: str = caller_key_option(),
     system: Annotated[str, typer.Option(help="System message.")] = "",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 512,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Longest answer in tokens; unset: 512, or what the context has."),
+    ] = None,
     temperature: Annotated[
         float | None,
         typer.Option(min=0.0, help="0 is greedy; unset: 0 with an adapter, 0.7 without."),
@@ -161,15 +173,21 @@ def chat(
     from lory_router.chat import ChatOptions, run_chat
 
     options = ChatOptions(adapter, system, max_tokens, temperature, plain)
-    run_chat(url, api_key, options)
+    raise typer.Exit(run_chat(url, api_key, options))
 
 
 @app.command()
-def adapters(url: str = server_url_option(), api_key: str = caller_key_option()) -> None:
-    """List the base and the adapters of a running server, and where each one is."""
+def adapters(
+    url: str = server_url_option(),
+    api_key: str = caller_key_option(),
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the entries of /v1/models as JSON.")
+    ] = False,
+) -> None:
+    """List what a running server serves, each with its tier."""
     from lory_router.chat import show_adapters
 
-    show_adapters(url, api_key)
+    show_adapters(url, api_key, as_json=as_json)
 
 
 # -- other parts of the house ---------------------------------------------------------------

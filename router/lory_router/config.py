@@ -10,7 +10,6 @@ import difflib
 import inspect
 import math
 import os
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
@@ -19,13 +18,19 @@ from typing import Any, TypeVar, get_type_hints
 import typer
 
 from lory_router.settings import RouterSettings
+from lory_router.values import (
+    comma_list,
+    first_key,
+    is_switch,
+    parse_number,
+    parse_size,
+    parse_whole,
+    with_scheme,
+)
 from lory_server.messages import DeviceName, DtypeName, EngineOptions, LogLevel, Quantization
 
 ENVIRONMENT_PREFIX = "LORY_"
 T = TypeVar("T")
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|[KMGT]i?B)?", re.IGNORECASE)
-_POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class CommandError(Exception):
@@ -42,18 +47,6 @@ class ConfigError(CommandError):
 
 class StartError(CommandError):
     """The settings are well, but the server cannot start with them."""
-
-
-def parse_size(text: str | int) -> int:
-    """Bytes of "512MiB" (1024s), "4GB" (1000s) or a bare number."""
-    if isinstance(text, int):
-        return text
-    match = _SIZE.fullmatch(text.strip())
-    if match is None:
-        raise ValueError(f"{text!r} is not a size; write it like 512MiB, 4GB or 1073741824")
-    number, unit = match.group(1), (match.group(2) or "B").lower()
-    base = 1024 if "i" in unit else 1000
-    return int(float(number) * base ** _POWERS.get(unit[0], 0))
 
 
 def flag(
@@ -211,7 +204,7 @@ class ServeConfig:
     @property
     def model_names(self) -> tuple[str, ...]:
         """What the base is called: the names given, or the model's, without a folder's path."""
-        given = _comma_list(self.model.served_model_name)
+        given = comma_list(self.model.served_model_name)
         local = Path(self.model.model)
         return given or ((local.resolve().name,) if local.is_dir() else (self.model.model,))
 
@@ -245,7 +238,7 @@ class ServeConfig:
         """The part the front is built from."""
         return RouterSettings(
             model_names=self.model_names,
-            api_keys=_comma_list(self.http.api_key),
+            api_keys=comma_list(self.http.api_key),
             max_concurrent_requests=self.step.max_queued,
             max_input_length=self.limits.max_input_length,
             max_best_of=self.limits.max_best_of,
@@ -274,19 +267,29 @@ def server_url_option() -> Any:
         "http://127.0.0.1:8080",
         "--url",
         help="Where the server listens.",
-        parser=_with_scheme,
+        parser=with_scheme,
         metavar="URL",
     )
 
 
-def _with_scheme(url: str) -> str:
-    return url if "://" in url else f"http://{url}"
+_PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
+    int: (parse_whole, "INTEGER"),
+    float: (parse_number, "NUMBER"),
+}
+"""How a flag without a parser of its own is read, and called in the help."""
 
 
 def caller_key_option() -> Any:
     """The `--api-key` of commands that talk to a running server."""
-    text = "Bearer key to send, if the server asks for one."
-    return typer.Option("", "--api-key", help=text, envvar=_variable("api_key"))
+    return typer.Option(
+        "",
+        "--api-key",
+        help="Bearer key to send, if the server asks for one; of several with commas, the first.",
+        parser=first_key,
+        metavar="KEY",
+        envvar=_variable("api_key"),
+        show_default=False,
+    )
 
 
 def serve_option(name: str, **changes: Any) -> Any:
@@ -312,6 +315,16 @@ def check_environment(
             raise ConfigError(f"{name}: no such environment variable; {hint}")
         if name in known and name not in meant:
             raise ConfigError(f"{name}: lory {command} does not take it; unset it or use serve")
+
+
+def check_switches(environ: Mapping[str, str] | None = None) -> None:
+    """Refuse a variable that switches something and is neither true nor false, with its value."""
+    present = os.environ if environ is None else environ
+    for section, item in _leaves():
+        value = present.get(_variable(item.name))
+        kind = get_type_hints(_section_type(section.name))[item.name]
+        if kind is bool and value is not None and not is_switch(value):
+            raise ConfigError(f"{_variable(item.name)}: {value!r}; write true or false")
 
 
 _HUGE_PAGES = "glibc.malloc.hugetlb"
@@ -348,12 +361,15 @@ def _parameter(section: Field[Any], item: Field[Any]) -> inspect.Parameter:
 
 
 def _option(item: Field[Any], kind: Any, **changes: Any) -> Any:
+    parser, metavar = _PARSERS.get(kind, (None, None))
+    if item.metadata["parse"] is not None:
+        parser, metavar = item.metadata["parse"], "SIZE"
     settings: dict[str, Any] = {
         "default": item.default,
         "help": item.metadata["help"],
         "envvar": _variable(item.name),
-        "parser": item.metadata["parse"],
-        "metavar": "SIZE" if item.metadata["parse"] is parse_size else None,
+        "parser": parser,
+        "metavar": metavar,
         "show_default": item.default != "",
     } | changes
     return typer.Option(settings.pop("default"), _declaration(item.name, kind), **settings)
@@ -369,10 +385,6 @@ def _flag_name(name: str) -> str:
 
 def _variable(name: str) -> str:
     return f"{ENVIRONMENT_PREFIX}{name.upper()}"
-
-
-def _comma_list(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 # -- checks ---------------------------------------------------------------------------------
@@ -442,7 +454,7 @@ def _check_steps(config: ServeConfig) -> None:
 
 
 def _check_keys(config: ServeConfig) -> None:
-    if config.http.api_key and not _comma_list(config.http.api_key):
+    if config.http.api_key and not comma_list(config.http.api_key):
         raise ConfigError("--api-key: holds no key; leave it out to serve everyone")
 
 

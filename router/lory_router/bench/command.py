@@ -14,18 +14,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
-import httpx
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from lory_router import __version__
+from lory_router import __version__, remote
 from lory_router.bench.client import Target
 from lory_router.bench.figures import DEFINITIONS, medians, summarise
 from lory_router.bench.load import CompletionsRoute, GenerateRoute, Load
 from lory_router.bench.machine import CpuWatch, listening_pid, machine_facts, wait_until_quiet
 from lory_router.bench.workload import Popularity, Workload, WorkloadError, adapter_names
-from lory_router.config import CommandError, caller_key_option, server_url_option
+from lory_router.config import caller_key_option, server_url_option
 
 DEFAULT_CONCURRENCY = 32
 FACTS_TIMEOUT_S = 10.0
@@ -55,13 +54,10 @@ class ServerFacts:
 
     @classmethod
     def ask(cls, url: str, api_key: str) -> "ServerFacts":
-        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-        try:
-            with httpx.Client(base_url=url, headers=headers, timeout=FACTS_TIMEOUT_S) as client:
-                models = client.get("/v1/models").raise_for_status().json()["data"]
+        with remote.connect(url, api_key, FACTS_TIMEOUT_S) as client:
+            models = remote.list_models(client)
+            with remote.one_line_errors():
                 info = client.get("/info")
-        except (httpx.HTTPError, KeyError, ValueError) as error:
-            raise CommandError(f"{url}: GET /v1/models failed: {error}") from error
         bases = [model["id"] for model in models if not model.get("parent")]
         adapters = tuple(model["id"] for model in models if model.get("parent"))
         facts = info.json() if info.is_success else {}
