@@ -486,6 +486,23 @@ def test_the_demos_commands_can_be_pasted() -> None:
     assert repr(sample.inputs) in python
 
 
+def test_the_python_line_is_plain_to_read_where_quotes_allow() -> None:
+    """It was a thicket of '"'"'."""
+    line = pasteable_lines("http://127.0.0.1:8080", Sample("polite", "I'm late", "x")).splitlines()[
+        3
+    ]
+    assert line.count('"') > 2
+    line = pasteable_lines("http://127.0.0.1:8080", Sample("polite", "late", "x")).splitlines()[3]
+    assert line.count('"') == 2
+    assert "generate('late', adapter_id='polite'" in line
+
+
+def test_the_readme_shows_the_line_that_the_demo_prints() -> None:
+    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    printed = pasteable_lines("http://127.0.0.1:8080", DemoFiles.find().shown)
+    assert printed.splitlines()[1].strip() in text.replace(" \\\n  ", " ")
+
+
 def test_the_demo_says_where_lory_is_if_the_shell_would_not_find_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -505,6 +522,8 @@ def test_the_demo_takes_its_settings_from_flags_and_variables(served: list[Serve
     first, second = served
     assert (first.http.host, first.http.port) == ("::1", 9)
     assert (first.metrics.price_per_hour, second.metrics.price_per_hour) == (2.5, 3.0)
+    assert invoke("demo", "--check")[0] == 0
+    assert served[2].metrics.price_per_hour == 1.0
     assert (second.http.host, second.http.port) == ("127.0.0.1", 0)
 
 

@@ -1,6 +1,7 @@
 """What /metrics says: figures that add up, and a bounded number of them."""
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -9,9 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
+from lory_router.intake_openai import adapter_of, model_of
 from lory_router.ledger import Ledger
 from lory_router.metrics import ROUTES, Metrics
 from lory_router.observe import RequestRecord
+from lory_router.settings import RouterSettings
 from lory_server.messages import AdapterMove, Charge, EngineInfo, StepReport
 
 PRICE = 3.6
@@ -189,13 +192,19 @@ def test_only_the_first_adapters_have_labels_of_their_own() -> None:
     assert found["lory_cost_total", "other"] == pytest.approx(0.007)
 
 
-def test_adapters_named_like_our_labels_keep_apart() -> None:
-    metrics = new_metrics()
-    for name in ("base", "other", "none", ""):
+@pytest.mark.parametrize("base", ["base", "demo"])
+def test_adapters_are_called_as_the_list_of_models_calls_them(base: str) -> None:
+    """One had two names: base:base in the list, adapter:base here."""
+    router = RouterSettings(model_names=(base,))
+    metrics = Metrics(model=base, name_of=partial(model_of, settings=router))
+    names = ("base", "other", "none", "demo", "base:x", "polite", "")
+    for name in names:
         metrics.request_finished(record(adapter_id=name))
-    found = samples(metrics)
-    for label in ("base", "adapter:base", "adapter:other", "adapter:none"):
-        assert found["lory_adapter_requests_total", label] == 1
+    labels = {key[1] for key in samples(metrics) if key[0] == "lory_adapter_requests_total"}
+    assert len(labels) == len(names)
+    own = {"base", "other", "none"}
+    assert {model_of(name, router) for name in names if name} - own <= labels
+    assert {adapter_of(label, router) for label in labels - {"base"}} == set(names) - {""}
 
 
 def test_the_engines_state_is_shown_and_cleared_when_it_ends() -> None:
@@ -282,6 +291,15 @@ def test_cost_goes_by_charge_and_a_million_tokens_by_what_was_served() -> None:
     assert found["lory_cost_idle_total",] == pytest.approx(0.0005)
     assert found["lory_cost_per_million_tokens", "polite"] == pytest.approx(0.003 / 30 * 1e6)
     assert ("lory_cost_per_million_tokens", "base") not in found
+
+
+def test_without_a_price_no_cost_is_told() -> None:
+    """A cost of 0.0 was told instead."""
+    metrics = Metrics(model="base")
+    metrics.engine_up(INFO)
+    metrics.engine_report(report(wall=4.0, charges=(charge("polite", 3.0),)))
+    metrics.request_finished(record())
+    assert not [key for key in samples(metrics) if key[0].startswith("lory_cost")]
 
 
 def all_costs(metrics: Metrics) -> float:

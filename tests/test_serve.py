@@ -263,6 +263,8 @@ def test_an_adapter_called_as_the_base_is_told_at_start(base: Path) -> None:
     with serving(base, served_model_name="slow") as server:
         server.signal()
         _, log = server.end()
+    assert "INFO lory loading " in log.splitlines()[0]
+    assert log.splitlines()[-1].endswith("INFO lory stopped")
     assert "adapter 'slow' has the base's name: as OpenAI's `model` it is 'slow:slow'" in log
 
 

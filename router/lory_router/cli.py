@@ -134,7 +134,9 @@ def demo(
     port: int | None = serve_option(
         "port", default=None, help="Port to listen on: 8080, and with --check a free one."
     ),
-    price_per_hour: float = serve_option("price_per_hour"),
+    price_per_hour: float = serve_option(
+        "price_per_hour", default=1.0, help="Example price of the machine's hour; 0: no costs."
+    ),
     check: Annotated[
         bool, typer.Option("--check", help="Ask every adapter, compare the answers, and stop.")
     ] = False,

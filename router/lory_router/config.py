@@ -165,7 +165,7 @@ class MetricsConfig:
 
     price_per_hour: float = flag(
         0.0,
-        "What the machine costs in an hour, in any currency; splits into lory_cost_total.",
+        "What the machine costs in an hour, in any currency; 0: /metrics tells no costs.",
         at_least=0,
     )
     metrics_adapter_labels: int = flag(

@@ -36,9 +36,8 @@ class Sample:
 
     @property
     def body(self) -> dict[str, Any]:
-        parameters: dict[str, Any] = {"max_new_tokens": self.max_new_tokens}
-        if self.adapter_id is not None:
-            parameters["adapter_id"] = self.adapter_id
+        adapter = {} if self.adapter_id is None else {"adapter_id": self.adapter_id}
+        parameters = {**adapter, "max_new_tokens": self.max_new_tokens}
         return {"inputs": self.inputs, "parameters": parameters}
 
 
@@ -99,6 +98,10 @@ def run_demo(files: DemoFiles, flags: Mapping[str, Any], *, port: int | None, ch
         if check:
             return await check_answers(url, files.samples)
         typer.echo(pasteable_lines(url, files.shown))
+        price = config.metrics.price_per_hour
+        if price:
+            typer.echo(f"Costs in {url}/metrics take the machine's hour at {price:g}, an example.")
+        typer.echo("Ctrl-C stops the server.")
         return None
 
     return serve.run(config, after_ready=visit)
@@ -118,11 +121,15 @@ def pasteable_lines(url: str, sample: Sample) -> str:
             "Paste one of these into another terminal:",
             f"  curl -s {url}/generate {header} -d {body}",
             f"  curl -sN {url}/generate_stream {header} -d {body}",
-            f"  {shlex.quote(sys.executable)} -c {shlex.quote(script)}",
+            f"  {shlex.quote(sys.executable)} -c {_quoted(script)}",
             *_where_lory_is(),
-            "Ctrl-C stops the server.",
         )
     )
+
+
+def _quoted(script: str) -> str:
+    """For a shell, in double quotes if that changes nothing: Python's own are single ones."""
+    return shlex.quote(script) if set(script) & set('"$`\\!') else f'"{script}"'
 
 
 def _where_lory_is() -> tuple[str, ...]:

@@ -153,7 +153,7 @@ class Exchange:
     async def reply_json(
         self, value: object, status: int = 200, headers: Headers = NO_HEADERS
     ) -> None:
-        body = msgspec.json.encode(value)
+        body = msgspec.json.encode(value) + b"\n"
         sized = {"content-length": str(len(body)), **headers}
         await self.start(status, "application/json", sized)
         await self.write(body, more=False)

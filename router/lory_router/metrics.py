@@ -86,13 +86,16 @@ class _Histogram:
 
 
 class AdapterLabels:
-    """Names adapters in labels: the first ones seen by their own, all later ones `other`.
+    """Names adapters in labels as /v1/models does: the first ones seen, all later ones `other`.
 
-    `base` is the base, `none` a request that got no token: refused, failed or cancelled before.
+    `base` is the base, `none` a request that got no token: refused, failed or cancelled before. An
+    adapter called by one of these words is named through the base, which /v1/models takes, too.
     """
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, model: str, name_of: Callable[[str], str]) -> None:
         self._limit = limit
+        self._model = model
+        self._name_of = name_of
         self._labels = {"": BASE}
 
     def of(self, adapter_id: str) -> str:
@@ -100,7 +103,9 @@ class AdapterLabels:
         if label is None:
             if len(self._labels) > self._limit:
                 return OTHER
-            label = f"adapter:{adapter_id}" if adapter_id in (BASE, OTHER, NONE) else adapter_id
+            label = self._name_of(adapter_id)
+            if label in (BASE, OTHER, NONE):
+                label = f"{self._model}:{adapter_id}"
             self._labels[adapter_id] = label
         return label
 
@@ -114,12 +119,13 @@ class Metrics(Collector):
         model: str,
         price_per_hour: float = 0.0,
         max_adapter_labels: int = 200,
+        name_of: Callable[[str], str] = str,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._price_per_s = price_per_hour / SECONDS_PER_HOUR
         self._clock = clock
-        self._labels = AdapterLabels(max_adapter_labels)
+        self._labels = AdapterLabels(max_adapter_labels, model, name_of)
         self._ledger = Ledger(clock())
         self._info: EngineInfo | None = None
         self._report: StepReport | None = None
@@ -222,7 +228,8 @@ class Metrics(Collector):
         yield from self._collect_engine()
         yield from self._collect_steps()
         yield from self._collect_adapters()
-        yield from self._collect_costs()
+        if self._price_per_s:
+            yield from self._collect_costs()
 
     def _collect_requests(self) -> Iterator[Metric]:
         yield self._counter(
@@ -286,7 +293,11 @@ class Metrics(Collector):
 
     def _collect_adapters(self) -> Iterator[Metric]:
         report = self._report
-        tiers = GaugeMetricFamily("lory_adapters", "Adapters by where they are.", labels=("tier",))
+        tiers = GaugeMetricFamily(
+            "lory_adapters",
+            "Adapters by where they are; one on the device is on the host and on disk, too.",
+            labels=("tier",),
+        )
         sizes = GaugeMetricFamily("lory_adapter_bytes", "Bytes of adapters.", labels=("tier",))
         if report is not None:
             tiers.add_metric(("disk",), report.adapters_disk)
@@ -311,7 +322,10 @@ class Metrics(Collector):
         yield self._counter("lory_adapter_tokens", "Tokens served.", "token", ("adapter", "kind"))
 
     def _collect_costs(self) -> Iterator[Metric]:
-        """Costs by the price of the machine's hour; see `ledger` for what they add up to."""
+        """Costs by the price of the machine's hour, without which there are none.
+
+        See `ledger` for what they add up to.
+        """
         split = self._ledger.split(self._clock())
         price = self._price_per_s
         costs: defaultdict[str, float] = defaultdict(float)
@@ -335,7 +349,7 @@ class Metrics(Collector):
         )
         yield CounterMetricFamily(
             "lory_cost_unattributed",
-            "Cost of downtime and of steps lost in a crash.",
+            "Cost of time without an engine (loading, downtime) and of steps lost in a crash.",
             value=split.unattributed * price,
         )
 

@@ -123,7 +123,7 @@ class Pages:
     def _render_models(self, entries: tuple[AdapterEntry, ...]) -> bytes:
         base = [self._base_card(name) for name in self._front.settings.model_names]
         cards = [*base, *(self._adapter_card(entry) for entry in entries)]
-        return msgspec.json.encode({"object": "list", "data": cards})
+        return msgspec.json.encode({"object": "list", "data": cards}) + b"\n"
 
     async def model(self, request: Request) -> Response:
         """One of them; an adapter's name may hold slashes."""
@@ -170,4 +170,4 @@ class Pages:
 
 
 def _json(value: object) -> Response:
-    return Response(msgspec.json.encode(value), media_type="application/json")
+    return Response(msgspec.json.encode(value) + b"\n", media_type="application/json")

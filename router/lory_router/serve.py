@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from lory_router.app import create_app
 from lory_router.config import ServeConfig, StartError, engine_environment
@@ -69,6 +70,9 @@ def run(
         log.warning("open to everyone who reaches %s; set --api-key", config.http.host)
     with listener:
         text = _load_text(config)
+        log.info("loading %s, device %s", config.model.model, config.model.device)
+        if not config.metrics.price_per_hour:
+            log.info("no --price-per-hour: /metrics tells no costs")
         return asyncio.run(_serve(config, listener, text, after_ready, engine_command, policy))
 
 
@@ -109,6 +113,7 @@ def _build(
         model=settings.model_names[0],
         price_per_hour=config.metrics.price_per_hour,
         max_adapter_labels=config.metrics.metrics_adapter_labels,
+        name_of=partial(model_of, settings=settings),
     )
     url = url_of(listener)
 
@@ -164,6 +169,7 @@ async def _shut_down(
         except GaveUp as error:
             log.error("the engine cannot run: %s", error)
             code = EXIT_FAILED
+    log.info("stopped")
     return code
 
 
@@ -209,7 +215,7 @@ class _Signals:
 def _configure_logging(level: str) -> None:
     logging.basicConfig(
         level=level.upper(),
-        format="%(asctime)s %(name)s %(message)s",
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
         stream=sys.stderr,
         force=True,
     )
@@ -233,7 +239,7 @@ def _announce_adapters(config: ServeConfig, names: Sequence[str]) -> None:
     if not folder:
         log.info("no --adapters: the base alone")
     elif names:
-        log.info("%d adapters in %s", len(names), folder)
+        log.info("%d adapter%s in %s", len(names), "" if len(names) == 1 else "s", folder)
     else:
         log.warning("no adapter in %s; each is a sub-folder with an adapter_config.json", folder)
     for name in names:
@@ -243,6 +249,8 @@ def _announce_adapters(config: ServeConfig, names: Sequence[str]) -> None:
 
 
 def _announce(info: EngineInfo, url: str) -> None:
+    if info.memory_table:
+        log.info("memory of the engine:")
     for name, num_bytes in info.memory_table:
         log.info("  %-24s %10.1f MiB", name, num_bytes / 2**20)
     log.info(
