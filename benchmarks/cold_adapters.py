@@ -256,21 +256,26 @@ def lory_flags(settings: Settings) -> list[str]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.cold_adapters", description=__doc__)
-    parser.add_argument("--model", choices=sorted(SHAPES), default="small")
-    parser.add_argument("--cold", type=int, default=64, help="adapters that arrive")
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--streams", type=int, default=8)
-    parser.add_argument("--stream-tokens", type=int, default=1024)
-    parser.add_argument("--lead", type=float, default=0.2, help="seconds")
-    parser.add_argument("--arrival-gap", type=float, default=0.03, help="seconds")
-    parser.add_argument("--arrival-prompt-tokens", type=int, default=4)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--reps", type=int, default=3)
-    parser.add_argument("--quiet-limit", type=float, default=30.0, help="seconds")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--models", type=Path, default=MODELS, help="folder of the made models")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file")
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.cold_adapters",
+        description="Measures what running streams notice when adapters arrive for the first time.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--model", choices=sorted(SHAPES), default="small", help="shape of the random base")
+    add("--cold", type=int, default=64, help="adapters that arrive")
+    add("--rank", type=int, default=16, help="of every adapter")
+    add("--streams", type=int, default=8, help="streams that run meanwhile")
+    add("--stream-tokens", type=int, default=1024, help="tokens of each stream")
+    add("--lead", type=float, default=0.2, help="seconds of streaming before the first arrives")
+    add("--arrival-gap", type=float, default=0.03, help="seconds between two arrivals")
+    add("--arrival-prompt-tokens", type=int, default=4, help="prompt of each arrival")
+    add("--threads", type=int, default=1, help="CPU threads of the engine")
+    add("--reps", type=int, default=3, help="repetitions, each on a server of its own")
+    add("--quiet-limit", type=float, default=30.0, help="most seconds to wait for a quiet machine")
+    add("--seed", type=int, default=0, help="of the prompts")
+    add("--models", type=Path, default=MODELS, help="folder of the made models")
+    add("--out", type=Path, help="JSON file; without it one in benchmarks/results")
     return parser.parse_args(arguments)
 
 

@@ -299,24 +299,27 @@ def find_peers(given: Sequence[str]) -> list[HttpContender]:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="benchmarks.compare", description=__doc__)
-    parser.add_argument("--model", choices=sorted(SHAPES), default="small")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--reps", type=int, default=3)
-    parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--retries", type=int, default=2, help="times an unclean run is repeated")
-    parser.add_argument("--quiet-limit", type=float, default=30.0, help="seconds")
-    parser.add_argument("--batches", type=int, nargs="+", default=[32, 8])
-    parser.add_argument("--prompt-tokens", type=int, default=64)
-    parser.add_argument("--output-tokens", type=int, default=64)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--adapters", type=int, default=32)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--peer", action="append", default=[], help="NAME=URL, with the same models"
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.compare",
+        description="Measures Lory and its peers on the same work, in one run, in turn.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--models", type=Path, default=MODELS, help="folder of the made models")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file")
+    add = parser.add_argument
+    add("--model", choices=sorted(SHAPES), default="small", help="shape of the random base")
+    add("--threads", type=int, default=2, help="CPU threads of each contender")
+    add("--reps", type=int, default=3, help="measured runs of each case")
+    add("--warmup", type=int, default=1, help="runs of each case before, not measured")
+    add("--retries", type=int, default=2, help="times an unclean run is repeated")
+    add("--quiet-limit", type=float, default=30.0, help="most seconds to wait for a quiet machine")
+    add("--batches", type=int, nargs="+", default=[32, 8], help="requests that come at once")
+    add("--prompt-tokens", type=int, default=64, help="random tokens in")
+    add("--output-tokens", type=int, default=64, help="tokens out")
+    add("--rank", type=int, default=16, help="of every adapter")
+    add("--adapters", type=int, default=32, help="how many are made")
+    add("--seed", type=int, default=0, help="of the prompts")
+    add("--peer", action="append", default=[], help="NAME=URL of one more, with the same models")
+    add("--models", type=Path, default=MODELS, help="folder of the made models")
+    add("--out", type=Path, help="JSON file; without it one in benchmarks/results")
     return parser.parse_args(arguments)
 
 

@@ -5,20 +5,23 @@ The same rows and the same score drive transformers + PEFT here, or a running se
 """
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import httpx
 import torch
 import typer
-from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 DEMO_DIR = Path(__file__).parent
 MAX_NEW_TOKENS = 128
@@ -43,8 +46,12 @@ def exact_match(
     return sum(got == want for got, (_, want) in zip(answers, rows, strict=True)) / len(rows)
 
 
-def load_models(base: Path, adapters: Path) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+def load_models(base: Path, adapters: Path) -> tuple["PeftModel", PreTrainedTokenizerBase]:
     """The base with every adapter attached, none of them in use yet."""
+    # bitsandbytes warns, as peft imports it, of kernels that nothing here uses.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    from peft import PeftModel
+
     tokenizer = AutoTokenizer.from_pretrained(base)
     names = sorted(folder.name for folder in adapters.iterdir() if folder.is_dir())
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
@@ -58,7 +65,7 @@ def load_models(base: Path, adapters: Path) -> tuple[PeftModel, PreTrainedTokeni
 
 
 @contextmanager
-def use_adapter(model: PeftModel, adapter_id: str | None) -> Iterator[None]:
+def use_adapter(model: "PeftModel", adapter_id: str | None) -> Iterator[None]:
     if adapter_id is None:
         with model.disable_adapter():
             yield

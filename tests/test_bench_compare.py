@@ -1,10 +1,12 @@
 """The comparison and the cold-adapter measurement: turns, retries, ratios and windows."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -241,3 +243,26 @@ def test_a_record_says_when_how_and_on_what() -> None:
     assert facts["command"] == "python -m benchmarks.compare --model small"
     assert facts["machine"]["cores"]
     assert {"python", "torch", "transformers"} <= facts["versions"].keys()
+
+
+@pytest.mark.parametrize("script", [compare, cold_adapters])
+def test_the_help_describes_every_option_and_its_default(
+    script: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was the module's docstring, reflowed, and no default."""
+    with pytest.raises(SystemExit):
+        script.parse(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "python -m" not in told
+    assert "measured runs" in told or "repetitions, each" in told
+    assert "(default: small)" in told
+    assert "(default: 64)" in told
+
+
+def test_scripts_start_without_warnings_of_kernels_that_they_do_without() -> None:
+    script = (
+        "import logging, benchmarks\n"
+        "assert logging.getLogger('bitsandbytes.backends.cpu.ops').level == logging.ERROR"
+    )
+    root = Path(__file__).parents[1]
+    subprocess.run([sys.executable, "-c", script], cwd=root, check=True)

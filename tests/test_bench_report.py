@@ -19,9 +19,16 @@ FACTS = {
 }
 
 
-def comparison(model: str, date: str, rate: float, clean: bool = True) -> dict[str, Any]:
+def comparison(
+    model: str,
+    date: str,
+    rate: float,
+    clean: bool = True,
+    shares: tuple[float, ...] = (1.0, 0.9, 1.1),
+) -> dict[str, Any]:
     def contender(value: float) -> dict[str, Any]:
-        return {"output_tokens_per_s": value, "clean": clean}
+        runs = [{"output_tokens_per_s": value * share} for share in shares]
+        return {"output_tokens_per_s": value, "clean": clean, "runs": runs}
 
     rates = {"base": rate, "one": rate * 0.95, "distinct": rate * 0.9}
     cases = [
@@ -39,10 +46,11 @@ def comparison(model: str, date: str, rate: float, clean: bool = True) -> dict[s
     }
     settings = {
         "shape": {"hidden_size": 512, "num_layers": 8, "vocab_size": 4096},
+        "weights": "random, bfloat16",
         "prompt_tokens": 64,
         "output_tokens": 64,
         "adapters": "32",
-        "repetitions": 3,
+        "repetitions": len(shares),
         "threads": 2,
     }
     return {
@@ -71,8 +79,8 @@ def test_the_newest_comparison_of_each_model_is_shown(tmp_path: Path) -> None:
     write(tmp_path, "cpu-compare-big-1.json", comparison("big", "2026-01-01", 50.0))
     text = report.bench_tables(tmp_path)
     assert text.index("`big`") < text.index("`small`")
-    assert "| 32 requests, distinct adapters | 2700 | 900 |" in text
-    assert "| 32 requests, distinct adapters | 45.0 | 15.0 |" in text
+    assert "| 32 requests, distinct adapters | 2700 (2430-2970) | 900 (810-990) |" in text
+    assert "| 32 requests, distinct adapters | 45.0 (40.5-49.5) | 15.0 (13.5-16.5) |" in text
     assert "1234" not in text
     assert "| 32 requests, distinct against own base | 0.90 | 0.30 |" in text
     assert "| 32 requests, distinct, against Lory | 1 | 1 / 6.5 |" in text
@@ -80,11 +88,29 @@ def test_the_newest_comparison_of_each_model_is_shown(tmp_path: Path) -> None:
     assert "`python -m benchmarks.compare`" in text
 
 
+def test_one_run_is_called_one_and_figures_have_three_digits(tmp_path: Path) -> None:
+    """A median of one, and 2888 tokens a second, claimed more than was measured."""
+    result = comparison("tinyllama", "2026-01-02", 3207.6, shares=(1.0,))
+    write(tmp_path, "cpu-compare-tinyllama-1.json", result)
+    text = report.bench_tables(tmp_path)
+    assert "| 32 requests, the base alone | 3210 | 1070 |" in text
+    assert "; one run after a warm-up" in text
+    assert "medians" not in text
+    assert "`tinyllama` (TinyLlama's shape, random bfloat16 weights: hidden 512" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(3285.0, "3280"), (94.15, "94.2"), (5.476, "5.48"), (0.0123, "0.0123")]
+)
+def test_three_digits_are_kept(value: float, text: str) -> None:
+    assert report._significant(value) == text
+
+
 def test_unclean_figures_are_marked(tmp_path: Path) -> None:
     result = comparison("small", "2026-01-02", 3000.0, clean=False)
     write(tmp_path, "cpu-compare-small-1.json", result)
     text = report.bench_tables(tmp_path)
-    assert "2700 (unclean)" in text
+    assert "2700 (2430-2970) (unclean)" in text
     assert "Others used the machine" in text
 
 
@@ -101,7 +127,14 @@ def test_cold_adapters_and_gpu_results_become_tables(tmp_path: Path) -> None:
     settings = {"num_cold": 64, "model": "small", "num_streams": 8, "threads": 1}
     cold = {**FACTS, "median": median, "settings": settings, "repetitions": [1], "clean": True}
     write(tmp_path, "cold-adapters-1.json", cold)
-    assert "**1.12**" in report.cold_table(tmp_path)
+    text = report.cold_table(tmp_path)
+    assert "**1.12**, so the goal of 1.2 is met; " in text
+    assert "One run, " in text
+    median["p99_cold_to_quiet"] = 1.79
+    write(tmp_path, "cold-adapters-1.json", {**cold, "repetitions": [1, 2, 3]})
+    text = report.cold_table(tmp_path)
+    assert "**1.79**, so the goal of 1.2 is not met; " in text
+    assert "Medians of 3 runs, of the ratios too: each is taken within a run" in text
     point = {
         "batch": 8,
         "distinct_adapters": 1,
