@@ -303,6 +303,50 @@ def test_command_tells_the_mistake_without_a_traceback(world):
     assert "Traceback" not in result.output
 
 
+def test_command_finds_an_existing_folder_before_it_loads_anything(world, monkeypatch):
+    (world / "run.yaml").write_text(CONFIG)
+    monkeypatch.setattr(cli, "_load_trainer", lambda: pytest.fail("torch was loaded"))
+    arguments = [str(world / "run.yaml"), "--output", str(world / "tiny")]
+    result = CliRunner().invoke(command(), arguments)
+    assert (result.exit_code, "exists; choose another --output" in result.output) == (1, True)
+
+
+def test_an_interrupt_says_what_is_there(world, monkeypatch):
+    (world / "run.yaml").write_text(CONFIG)
+    target = world / "mine"
+    arguments = [str(world / "run.yaml"), "--output", str(target)]
+
+    def interrupted(*_, output: Path, **__):
+        if output.parent.name == "late":
+            output.mkdir(parents=True)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load_trainer", lambda: interrupted)
+    result = CliRunner().invoke(command(), arguments)
+    assert (result.exit_code, result.output.splitlines()[-1]) == (
+        130,
+        "interrupted; nothing written",
+    )
+    late = CliRunner().invoke(command(), [*arguments[:2], str(world / "late" / "mine")])
+    assert "mine is written" in late.output
+
+
+def test_an_interrupted_replacement_leaves_the_old_adapter(world, monkeypatch):
+    run(world)
+    old = (world / "adapters" / "mine" / "adapter_model.safetensors").read_bytes()
+    rename = Path.rename
+
+    def interrupted(path: Path, to: Path):
+        if to.name == "mine" and not path.name.endswith(".old"):
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(world, "seed: 1\n", replace=True)
+    assert (world / "adapters" / "mine" / "adapter_model.safetensors").read_bytes() == old
+
+
 def command() -> typer.Typer:
     app = typer.Typer()
     app.command()(cli.train)

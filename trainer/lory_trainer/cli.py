@@ -12,7 +12,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lory_trainer.config import TrainOptions, load_options
+from lory_trainer.destination import check_output
 from lory_trainer.errors import TrainerError
+
+EXIT_INTERRUPTED = 130
 
 if TYPE_CHECKING:
     from lory_trainer.train import StepReport, TrainResult
@@ -33,14 +36,26 @@ def train(
 ) -> None:
     """Train a LoRA adapter and write it as a plain PEFT folder."""
     console = Console(stderr=True)
+    target = output if output is not None else Path("adapters") / config.stem
+    before = _identity(target)
     try:
         options = load_options(config)
-        target = output if output is not None else Path("adapters") / config.stem
+        check_output(target, replace=replace)
         result = run(options, folder=config.parent, output=target, replace=replace, console=console)
     except TrainerError as error:
         console.print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
         raise typer.Exit(1) from error
+    except KeyboardInterrupt:
+        is_written = _identity(target) != before
+        what = f"{target} is written" if is_written else "nothing written"
+        console.print(f"interrupted; {what}", highlight=False, markup=False, soft_wrap=True)
+        raise typer.Exit(EXIT_INTERRUPTED) from None
     console.print(summary(result), highlight=False, markup=False, soft_wrap=True)
+
+
+def _identity(folder: Path) -> int | None:
+    """Another number once the folder is another one."""
+    return folder.stat().st_ino if folder.exists() else None
 
 
 def main() -> None:

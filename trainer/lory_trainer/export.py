@@ -17,10 +17,9 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from lory_trainer.errors import OutputError
+from lory_trainer.destination import CONFIG_FILE, check_output
 
 MANIFEST_VERSION = 1
-CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "adapter_manifest.json"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,16 +39,6 @@ class AdapterFacts:
     """The training options with every default written out."""
     data: dict[str, Any]
     training: dict[str, Any]
-
-
-def check_output(output: Path, *, replace: bool) -> None:
-    """Raises OutputError before any work if the folder could not be written at the end."""
-    if not output.exists():
-        return
-    if not replace:
-        raise OutputError(f"{output} exists; choose another --output or give --replace")
-    if not (output / CONFIG_FILE).is_file():
-        raise OutputError(f"{output} is not an adapter folder; --replace will not remove it")
 
 
 def write_adapter(
@@ -134,9 +123,8 @@ def _publish(draft: Path, output: Path, *, replace: bool) -> None:
         output.rename(old)
     try:
         draft.rename(output)
-    except OSError:
-        if old.exists():
+    finally:
+        if old.exists() and not output.exists():
             old.rename(output)
-        raise
     _sync_path(output.parent)
     shutil.rmtree(old, ignore_errors=True)

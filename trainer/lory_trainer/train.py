@@ -30,8 +30,9 @@ from lory_trainer.data import (
     fit_length,
     read_rows,
 )
+from lory_trainer.destination import check_output
 from lory_trainer.errors import ConfigError, TrainingError
-from lory_trainer.export import AdapterFacts, check_output, write_adapter
+from lory_trainer.export import AdapterFacts, write_adapter
 from lory_trainer.template import template_fields
 
 
