@@ -213,7 +213,7 @@ def manifest_of(sites: tuple[Site, ...], rank: int) -> AdapterManifest:
         for index, site in enumerate(sites)
         for k, part in enumerate(site.slices)
     )
-    return AdapterManifest(slices, "", 0)
+    return AdapterManifest(slices, "", 0, b"")
 
 
 def measure(scale: Scale, device: torch.device) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from lory_server.adapters.blob import AdapterBlob, read_blob
 from lory_server.adapters.config import MAX_CONFIG_BYTES, read_config
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.format import AdapterManifest, Base, read_manifest
-from lory_server.adapters.header import read_header
+from lory_server.adapters.header import read_header, read_header_bytes
 from lory_server.model.sites import Site, Slice
 from tiny_models import random_model, save_adapter
 
@@ -44,7 +44,7 @@ def manifest_of(folder: Path, base: Base = BASE) -> AdapterManifest:
 
 def blob_of(folder: Path, base: Base = BASE, dtype: torch.dtype = torch.float32) -> AdapterBlob:
     with opened(folder) as fds:
-        return read_blob(*fds, read_manifest(*fds, base), dtype)
+        return read_blob(fds[1], read_manifest(*fds, base), dtype)
 
 
 def refusal_of(folder: Path, base: Base = BASE, dtype: torch.dtype = torch.float32) -> str:
@@ -527,7 +527,8 @@ def test_a_damaged_header_is_refused(header: bytes, named: str, tmp_path: Path) 
 def test_metadata_and_padding_are_allowed(tmp_path: Path) -> None:
     folder = write_raw(tmp_path, json.dumps({"__metadata__": {"format": "pt"}}).encode() + b"   ")
     with opened(folder) as (_, weights_fd):
-        assert read_header(weights_fd) == ()
+        raw = read_header_bytes(weights_fd)
+        assert read_header(raw, os.fstat(weights_fd).st_size) == ()
 
 
 def test_an_adapter_without_tensors_is_refused(tmp_path: Path) -> None:

@@ -148,7 +148,7 @@ def test_the_tables_lead_to_the_adapters_factors(scattered: bool, tmp_path: Path
     write_adapter(tmp_path / "x", 3, ("q_proj", "v_proj", "down_proj"), layers_to_transform=None)
     with AdapterStore(tmp_path).locate("x") as files:
         manifest = read_manifest(files.config_fd, files.weights_fd, BASE)
-        blob = read_blob(files.config_fd, files.weights_fd, manifest, torch.float32)
+        blob = read_blob(files.weights_fd, manifest, torch.float32)
     pool = make_pool(64 * 1024)
     if scattered:
         blocks = [pool.extents.allocate([1024]) for _ in range(64)]
@@ -189,7 +189,7 @@ def test_a_cuda_pool_gets_the_same_bytes_through_the_ring(tmp_path: Path) -> Non
     write_adapter(tmp_path / "x", 16)
     with AdapterStore(tmp_path).locate("x") as files:
         manifest = read_manifest(files.config_fd, files.weights_fd, BASE)
-        blob = read_blob(files.config_fd, files.weights_fd, manifest, torch.float32)
+        blob = read_blob(files.weights_fd, manifest, torch.float32)
     pool = AdapterPool(1 << 20, torch.float32, torch.device("cuda", 0), SITES, 2)
     allocation = pool.allocate(manifest)
     assert allocation is not None

@@ -1,12 +1,17 @@
 """Names become open files inside the root, and nothing else ever does."""
 
+import errno
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from adapter_files import write_adapter
+from lory_server.adapters import store as store_module
 from lory_server.adapters.errors import AdapterInvalidError, AdapterNotFoundError
 from lory_server.adapters.store import SETTLED_NS, AdapterStore, Signature
 
@@ -97,7 +102,7 @@ def test_a_folder_linked_from_outside_is_refused(target: str, root: Path) -> Non
     (root / "evil").symlink_to(target)
     with pytest.raises((AdapterInvalidError, AdapterNotFoundError)):
         AdapterStore(root).locate("evil")
-    assert "evil" not in AdapterStore(root).list_ids()
+    assert AdapterStore(root).list_ids() == ("one", "team/two")
 
 
 def test_links_that_stay_inside_are_followed(root: Path) -> None:
@@ -128,28 +133,149 @@ def test_what_is_not_a_regular_file_is_refused_without_waiting(name: str, root: 
         AdapterStore(root).locate("one")
 
 
-def test_a_link_loop_is_refused(root: Path) -> None:
-    (root / "loop").symlink_to("loop")
+@pytest.mark.parametrize("folder", ["", "team"])
+def test_a_link_to_itself_is_refused_and_hides_no_other(folder: str, root: Path) -> None:
+    """It raised within the listing of its folder, and all of that was lost."""
+    (root / folder / "loop").symlink_to("loop")
     with pytest.raises((AdapterInvalidError, AdapterNotFoundError)):
-        AdapterStore(root).locate("loop")
+        AdapterStore(root).locate(f"{folder}/loop".lstrip("/"))
+    assert AdapterStore(root).list_ids() == ("one", "team/two")
 
 
-def test_a_link_swapped_in_after_the_check_is_not_followed(
+def test_a_folder_that_may_not_be_looked_into_hides_no_other(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The check sees a folder; a link stands there when it is opened."""
+    """As where a link leads below a folder of somebody else's."""
+    (root / "private").mkdir()
+    scandir = os.scandir
+
+    class Entry:
+        def __init__(self, entry: "os.DirEntry[str]") -> None:
+            self.name = entry.name
+            self._entry = entry
+
+        def is_dir(self) -> bool:
+            if self.name == "private":
+                raise PermissionError
+            return self._entry.is_dir()
+
+    @contextmanager
+    def guarded(folder: str) -> Iterator[Iterator[Entry]]:
+        with scandir(folder) as entries:
+            yield map(Entry, entries)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    assert AdapterStore(root).list_ids() == ("one", "team/two")
+
+
+@pytest.mark.parametrize("swapped", ["", *FILES])
+def test_a_link_swapped_in_after_the_check_is_not_followed(
+    swapped: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The check sees a folder or a file; a link to a whole adapter stands there when it opens."""
     real = os.path.realpath
+    victim, target = root / "one" / swapped, root.parent / "outside" / swapped
+    asked = swapped or FILES[0]
 
     def swap(path: object, **kwargs: object) -> str:
         found = real(str(path))
-        folder = root / "one"
-        if str(path).endswith(FILES[0]) and not folder.is_symlink():
-            folder.rename(root / "was")
-            folder.symlink_to(root.parent / "outside")
+        if str(path).endswith(f"one/{asked}") and not victim.is_symlink():
+            victim.rename(root / "was")
+            victim.symlink_to(target)
         return found
 
     monkeypatch.setattr(os.path, "realpath", swap)
-    with pytest.raises((AdapterInvalidError, AdapterNotFoundError)):
+    before = num_open_files()
+    if swapped:
+        with pytest.raises(AdapterInvalidError, match=f"{swapped} is not a regular file"):
+            AdapterStore(root).locate("one")
+    else:
+        with pytest.raises(AdapterNotFoundError, match="no adapter 'one'"):
+            AdapterStore(root).locate("one")
+    assert victim.is_symlink()
+    assert num_open_files() == before
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_swapped_in_after_the_last_look_is_not_followed(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between the look at the file and its opening."""
+    check = store_module._check_regular
+    victim = root / "one" / name
+
+    def swap(status: os.stat_result) -> None:
+        check(status)
+        if not victim.is_symlink() and status.st_ino == victim.stat().st_ino:
+            victim.rename(root / "was")
+            victim.symlink_to(root.parent / "outside" / name)
+
+    monkeypatch.setattr(store_module, "_check_regular", swap)
+    with pytest.raises(AdapterInvalidError, match=f"{name} cannot be read .*symbolic links"):
+        AdapterStore(root).locate("one")
+    assert victim.is_symlink()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_pipe_swapped_in_after_the_last_look_is_refused_without_waiting(
+    name: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = store_module._check_regular
+    victim = root / "one" / name
+    inode = victim.stat().st_ino
+
+    def swap(status: os.stat_result) -> None:
+        check(status)
+        if victim.stat().st_ino == status.st_ino == inode:
+            victim.rename(root / "was")
+            os.mkfifo(victim)
+
+    monkeypatch.setattr(store_module, "_check_regular", swap)
+    before = num_open_files()
+    with pytest.raises(AdapterInvalidError, match=f"{name} is not a regular file"):
+        AdapterStore(root).locate("one")
+    assert num_open_files() == before
+
+
+@pytest.mark.parametrize("code", [errno.EMFILE, errno.ENFILE, errno.EIO])
+@pytest.mark.parametrize("num_good", range(4))
+def test_what_the_system_refuses_is_not_blamed_on_the_adapter(
+    num_good: int, code: int, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No more open files was told as an adapter that changed while it was read."""
+    opened: list[object] = []
+    real = os.open
+
+    def fail_at_last(path: object, *args: Any, **kwargs: Any) -> int:
+        if path in FILES:
+            opened.append(path)
+            if len(opened) > num_good:
+                raise OSError(code, os.strerror(code))
+        return real(path, *args, **kwargs)
+
+    before = num_open_files()
+    monkeypatch.setattr(os, "open", fail_at_last)
+    if num_good == 3:  # both files, and the first once more
+        AdapterStore(root).locate("one").close()
+    else:
+        with pytest.raises(OSError, match=os.strerror(code)) as caught:
+            AdapterStore(root).locate("one")
+        assert caught.value.errno == code
+    assert num_open_files() == before
+
+
+def test_a_file_that_may_not_be_read_is_the_adapters_fault(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.open
+
+    def forbid(path: object, *args: Any, **kwargs: Any) -> int:
+        if path == FILES[1]:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", forbid)
+    with pytest.raises(AdapterInvalidError, match="cannot be read"):
         AdapterStore(root).locate("one")
 
 
@@ -253,6 +379,36 @@ def test_digests_are_remembered_by_signature(root: Path) -> None:
     store.remember(signature, "abc")
     assert store.revision_of(signature_of(store, "one")) == "abc"
     assert store.revision_of(signature_of(store, "team/two")) is None
+
+
+def test_as_many_digests_are_remembered_as_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(store_module, "MAX_REMEMBERED", 2)
+    store = AdapterStore(None)
+    store.remember((1,), "one")
+    store.remember((2,), "two")
+    assert store.revision_of((1,)) == "one"
+    store.remember((3,), "three")
+    known = [store.revision_of((index,)) for index in (1, 2, 3)]
+    assert known == ["one", None, "three"]
+    assert len(store._revisions) == 2
+
+
+def test_adapters_that_nobody_can_name_are_known(root: Path) -> None:
+    for folder in ("sp ace", "team/sp ace", "team/deep/three", "sp ace 2/inner"):
+        write_adapter(root / folder)
+    for folder in (".hidden", "team/.hidden", "one/checkpoint/last", "a/b/c/four"):
+        write_adapter(root / folder)
+    (root / "em pty").mkdir()
+    (root / "team" / "round").symlink_to("..")
+    (root / "loop").symlink_to("loop")
+    expected = ("sp ace", "sp ace 2/inner", "team/deep/three", "team/sp ace")
+    assert AdapterStore(root).list_nameless() == expected
+    for name in expected:
+        with pytest.raises(AdapterNotFoundError):
+            AdapterStore(root).locate(name)
+    assert AdapterStore(None).list_nameless() == ()
 
 
 def test_listing_shows_adapters_only(root: Path) -> None:

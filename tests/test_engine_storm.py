@@ -185,7 +185,7 @@ class Storm:
         write_adapter(fresh, rank=self.rng.choice([2, 4, 4, 8]), seed=seed)
         with AdapterStore(fresh.parent).locate("fresh") as files:
             manifest = read_manifest(files.config_fd, files.weights_fd, BASE)
-            blob = read_blob(files.config_fd, files.weights_fd, manifest, torch.float32)
+            blob = read_blob(files.weights_fd, manifest, torch.float32)
         self.versions.setdefault(name, []).append(blob.revision)
         shutil.rmtree(self.root / name, ignore_errors=True)
         fresh.rename(self.root / name)

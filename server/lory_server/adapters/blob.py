@@ -2,8 +2,9 @@
 
     blob: | A of slice 0 | B.T of slice 0 | A of slice 1 | B.T of slice 1 | ...   (chunks, padded)
 
-The file is read once, front to back, through the descriptor that was validated, and hashed on the
-way: the revision is the digest of exactly the bytes that were decoded. It must not know tiers.
+The numbers are read once, front to back, through the descriptor that was validated, and hashed on
+the way after the manifest's digest: the revision is that of exactly the bytes that were parsed and
+decoded. It must not know tiers.
 """
 
 import hashlib
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lory_server.adapters.errors import AdapterInvalidError
-from lory_server.adapters.format import AdapterManifest, TensorSpec, read_config_bytes
-from lory_server.adapters.header import WEIGHTS_NAME, read_exactly
+from lory_server.adapters.format import AdapterManifest, TensorSpec
+from lory_server.adapters.header import WEIGHTS_NAME
 
 REVISION_CHARS = 32
 BATCH_BYTES = 256 * 1024
@@ -44,12 +45,10 @@ class AdapterBlob:
     num_bytes: int
 
 
-def read_blob(
-    config_fd: int, weights_fd: int, manifest: AdapterManifest, dtype: torch.dtype
-) -> AdapterBlob:
+def read_blob(weights_fd: int, manifest: AdapterManifest, dtype: torch.dtype) -> AdapterBlob:
     """A validated adapter in memory of its own; raises as `read_numbers` does."""
     data = torch.zeros(manifest.num_bytes(dtype.itemsize), dtype=torch.uint8).view(dtype)
-    return new_blob(read_numbers(config_fd, weights_fd, manifest, data), manifest, data)
+    return new_blob(read_numbers(weights_fd, manifest, data), manifest, data)
 
 
 def new_blob(revision: str, manifest: AdapterManifest, data: Tensor) -> AdapterBlob:
@@ -57,17 +56,15 @@ def new_blob(revision: str, manifest: AdapterManifest, data: Tensor) -> AdapterB
     return AdapterBlob(revision, manifest, data, starts, data.nbytes)
 
 
-def read_numbers(config_fd: int, weights_fd: int, manifest: AdapterManifest, data: Tensor) -> str:
+def read_numbers(weights_fd: int, manifest: AdapterManifest, data: Tensor) -> str:
     """Decode a validated adapter into `data`; the revision of its bytes.
 
     `data` is zero, of the engine's dtype and as long as all chunks. Raises AdapterInvalidError for
     numbers that are not finite, in the file or in that dtype.
     """
     dtype = data.dtype
-    config = read_config_bytes(config_fd)
-    digest = hashlib.sha256(len(config).to_bytes(8, "little") + config)
+    digest = hashlib.sha256(manifest.digest)
     chunks = _chunks_in_file_order(manifest, _chunk_starts(manifest, data.element_size()))
-    digest.update(read_exactly(weights_fd, chunks[0].spec.offset, 0, WEIGHTS_NAME))
     words = _words(data)
     for batch in _batches(chunks):
         raw = _read(weights_fd, batch)

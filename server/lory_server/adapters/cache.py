@@ -9,8 +9,8 @@ engine's thread, and no call here waits for a disk, a copy or a lock that is hel
 not know requests, plans' rows or HTTP.
 """
 
-import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -29,8 +29,10 @@ from lory_server.adapters.jobs import (
     LoadKey,
     Located,
     LocateJob,
+    Nameless,
     NeedsRoom,
     OnDisk,
+    SurveyJob,
 )
 from lory_server.adapters.journal import Journal
 from lory_server.adapters.pool import AdapterPool
@@ -43,10 +45,11 @@ from lory_server.plan import AdapterDemand, Residency
 NUM_LOADERS = 2
 REFUSAL_MEMORY_S = 2.0
 MAX_REFUSALS = 1024
+MAX_NAMES = 65_536
+"""Names whose last revision is remembered, for lists and for the line that tells a replacement."""
+
 COUNT_INTERVAL_S = 10.0
 JOIN_TIMEOUT_S = 5.0
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,11 +151,12 @@ class AdapterCache:
         self._waiting_for_room: list[NeedsRoom] = []
         self._num_loads = 0
         self._refusals: dict[LoadKey, _Refusal] = {}
-        self._latest: dict[str, str] = {}
+        self._latest: OrderedDict[str, str] = OrderedDict()
         self._calls: list[int] = []
         self._is_walking = False
         self._num_on_disk = 0
         self._counted_s = float("-inf")
+        self._loaders.submit(SurveyJob(store))
 
     # -- requests ---------------------------------------------------------------------------
 
@@ -222,6 +226,11 @@ class AdapterCache:
         self._calls.append(call_id)
         self._walk()
 
+    def wait_until_ready(self) -> None:
+        """Return when the first load need not wait for a reader to start; call it before any."""
+        for reader in self._all_readers:
+            reader.wait_until_ready()
+
     def close(self) -> None:
         """Stop the threads; those in the middle of a read end on their own."""
         workers = (self._locators, self._loaders, self.device)
@@ -245,6 +254,8 @@ class AdapterCache:
             self.budget.hold_back(True)
         elif isinstance(outcome, OnDisk):
             yield from self._on_walked(outcome)
+        elif isinstance(outcome, Nameless):
+            self._journal.skipped(outcome.folders)
         else:
             assert isinstance(outcome, JobFailed)
             yield from self._on_failed(outcome)
@@ -302,20 +313,28 @@ class AdapterCache:
 
     def _on_failed(self, failed: JobFailed) -> Iterator[Outcome]:
         job, error = failed.job, failed.error
-        if not isinstance(error, AdapterError):
-            _log.error("adapter work failed: %r", job, exc_info=error)
-        elif isinstance(job, LocateJob | LoadJob) and error.code != "adapter_not_found":
-            self._journal.refused(job.adapter_id, error)
+        self._tell(failed)
         if isinstance(job, LocateJob) and job.ticket in self._tickets:
             yield self._failed(job.ticket, error)
         elif isinstance(job, LoadJob):
-            self._journal.failed(job.adapter_id)
             self._remember_refusal(job.key, error)
             for ticket in self._end_load(job.key):
                 yield self._failed(ticket, error)
         elif isinstance(job, ListJob):
             yield from (Listed(call_id, ()) for call_id in job.call_ids)
             self._end_walk()
+
+    def _tell(self, failed: JobFailed) -> None:
+        """Each failure has its line and its count; a name that stands for nothing is no failure."""
+        job, error = failed.job, failed.error
+        if not isinstance(error, AdapterError):
+            self._journal.broke(job, error)
+        if not isinstance(job, LocateJob | LoadJob):
+            return
+        if not isinstance(error, AdapterError):
+            self._journal.failed(job.adapter_id)
+        elif error.code != "adapter_not_found":
+            self._journal.refused(job.adapter_id, error)
 
     def _end_load(self, key: LoadKey) -> list[int]:
         return [ticket for ticket in self._loads.pop(key).tickets if ticket in self._tickets]
@@ -339,11 +358,15 @@ class AdapterCache:
         if previous != revision:
             self._journal.replaced(adapter_id, previous, revision)
         self._latest[adapter_id] = revision
+        self._latest.move_to_end(adapter_id)
+        if len(self._latest) > MAX_NAMES:
+            self._latest.popitem(last=False)
 
     def _failed(self, ticket: int, error: Exception) -> ResolveFailed:
         adapter_id = self._tickets.pop(ticket).adapter_id
         if isinstance(error, AdapterError):
-            return ResolveFailed(ticket, adapter_id, error.code, str(error))
+            about = f"adapter {adapter_id!r} " if error.code == "adapter_capacity" else ""
+            return ResolveFailed(ticket, adapter_id, error.code, f"{about}{error}")
         message = f"adapter {adapter_id!r} could not be loaded; the engine's log says why"
         return ResolveFailed(ticket, adapter_id, "internal", message)
 

@@ -6,6 +6,7 @@
       AdapterCapacityError   adapter_capacity    larger than a whole tier
 
 Messages are for the caller: they name the field or tensor and the fix, never a machine's paths.
+What is wrong with an adapter does not name it: whoever passes that on does.
 """
 
 from lory_server.messages import FailureCode

@@ -6,6 +6,7 @@ where files come from. Nothing is accepted in part: every tensor has its place, 
 the configuration selects has its tensors.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -23,6 +24,7 @@ from lory_server.adapters.header import (
     TensorSpec,
     read_exactly,
     read_header,
+    read_header_bytes,
 )
 from lory_server.model.sites import Site
 
@@ -79,6 +81,8 @@ class AdapterManifest:
     base_model_name: str
     file_bytes: int
     """Size of the weights file."""
+    digest: bytes
+    """Of what has been read to know all this: the configuration, and the weights' header."""
 
     @property
     def max_rank(self) -> int:
@@ -109,21 +113,24 @@ class _Place:
 
 def read_manifest(config_fd: int, weights_fd: int, base: Base) -> AdapterManifest:
     """Everything about an adapter but its numbers; raises AdapterInvalidError."""
-    config = read_config(read_config_bytes(config_fd))
+    raw_config = read_config_bytes(config_fd)
+    config = read_config(raw_config)
     _check_base_name(config.base_model_name, base)
     places = {
         part.module: _Place(i, k, site.in_features, part.out_features)
         for i, site in enumerate(base.sites)
         for k, part in enumerate(site.slices)
     }
-    factors = _pair(read_header(weights_fd), places)
+    raw_header, file_bytes = read_header_bytes(weights_fd), os.fstat(weights_fd).st_size
+    factors = _pair(read_header(raw_header, file_bytes), places)
     slices = sorted(_slices(config, factors, places), key=lambda part: (part.site, part.slice))
     if not slices:
         raise AdapterInvalidError(
             f"{CONFIG_NAME}: target_modules selects no module of the base"
             f" (it has {', '.join(sorted({m.rpartition('.')[2] for m in places}))})"
         )
-    return AdapterManifest(tuple(slices), config.base_model_name, os.fstat(weights_fd).st_size)
+    digest = hashlib.sha256(hashlib.sha256(raw_config).digest() + raw_header).digest()
+    return AdapterManifest(tuple(slices), config.base_model_name, file_bytes, digest)
 
 
 def read_config_bytes(fd: int) -> bytes:

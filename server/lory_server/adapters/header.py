@@ -1,7 +1,7 @@
 """A safetensors file's header, read by us under hard limits.
 
-In: an open file. Out: where each tensor lies. Nothing is allocated from a number in the file
-before that number has been checked. It must not know adapters, models or torch.
+In: an open file, then its header's bytes. Out: where each tensor lies. Nothing is allocated from a
+number in the file before that number has been checked. It must not know adapters, models or torch.
 """
 
 import math
@@ -47,23 +47,25 @@ def read_exactly(fd: int, num_bytes: int, offset: int, what: str) -> bytes:
     return b"".join(parts)
 
 
-def read_header(fd: int) -> tuple[TensorSpec, ...]:
-    """The tensors in file order; together they cover the file to its last byte."""
-    file_bytes = os.fstat(fd).st_size
-    if file_bytes < _LENGTH_BYTES:
-        raise _invalid("the file is truncated")
-    header_bytes = int.from_bytes(read_exactly(fd, _LENGTH_BYTES, 0, WEIGHTS_NAME), "little")
+def read_header_bytes(fd: int) -> bytes:
+    """The header with the length before it."""
+    length = read_exactly(fd, _LENGTH_BYTES, 0, WEIGHTS_NAME)
+    header_bytes = int.from_bytes(length, "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise _invalid(
             f"the header claims {header_bytes} bytes, at most {MAX_HEADER_BYTES} are read;"
             " is this really a safetensors file?"
         )
-    data_start = _LENGTH_BYTES + header_bytes
-    if data_start > file_bytes:
+    if _LENGTH_BYTES + header_bytes > os.fstat(fd).st_size:
         raise _invalid("the file is truncated")
-    raw = read_exactly(fd, header_bytes, _LENGTH_BYTES, WEIGHTS_NAME)
-    specs = _specs(parse_object(raw, f"{WEIGHTS_NAME} header"), data_start)
-    _check_cover(specs, data_start, file_bytes)
+    return length + read_exactly(fd, header_bytes, _LENGTH_BYTES, WEIGHTS_NAME)
+
+
+def read_header(raw: bytes, file_bytes: int) -> tuple[TensorSpec, ...]:
+    """The tensors in file order; together they cover the file to its last byte."""
+    header = parse_object(raw[_LENGTH_BYTES:], f"{WEIGHTS_NAME} header")
+    specs = _specs(header, len(raw))
+    _check_cover(specs, len(raw), file_bytes)
     return specs
 
 

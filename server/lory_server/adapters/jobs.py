@@ -74,18 +74,18 @@ class Limits:
     pool_bytes: int
     needed_bytes: Callable[[AdapterManifest], int]
 
-    def check(self, adapter_id: str, manifest: AdapterManifest, host_bytes: int) -> None:
+    def check(self, manifest: AdapterManifest, host_bytes: int) -> None:
         needed_bytes = self.needed_bytes(manifest)
         if needed_bytes > self.pool_bytes:
             raise AdapterCapacityError(
-                f"adapter {adapter_id!r} takes {needed_bytes} bytes on the device, the whole pool"
-                f" holds {self.pool_bytes}; raise adapter_pool_bytes or train a smaller rank"
+                f"takes {needed_bytes} bytes on the device, the whole pool holds"
+                f" {self.pool_bytes}; raise adapter_pool_bytes or train a smaller rank"
             )
         num_bytes = manifest.num_bytes(self.dtype.itemsize)
         if num_bytes > host_bytes:
             raise AdapterCapacityError(
-                f"adapter {adapter_id!r} takes {num_bytes} bytes on the host, all adapters"
-                f" together may take {host_bytes}; raise adapter_host_bytes"
+                f"takes {num_bytes} bytes on the host, all adapters together may take"
+                f" {host_bytes}; raise adapter_host_bytes"
             )
 
 
@@ -123,7 +123,7 @@ class LoadJob:
         started_s = time.monotonic()
         with self.store.locate(self.key.adapter_id) as files:
             manifest = reader.manifest(files)
-            self.limits.check(self.key.adapter_id, manifest, self.budget.total_bytes)
+            self.limits.check(manifest, self.budget.total_bytes)
             num_bytes = manifest.num_bytes(self.limits.dtype.itemsize)
             if not reservation.cover(num_bytes):
                 return NeedsRoom(self.key, num_bytes)
@@ -171,3 +171,18 @@ class ListJob:
     def run(self) -> OnDisk:
         entries = {i: AdapterEntry(adapter_id=i, tier="disk") for i in self.store.list_ids()}
         return OnDisk(self.call_ids, entries)
+
+
+@dataclass(frozen=True, slots=True)
+class Nameless:
+    folders: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SurveyJob:
+    """Which adapters in the folder can nobody ask for?"""
+
+    store: AdapterStore
+
+    def run(self) -> Nameless:
+        return Nameless(self.store.list_nameless())

@@ -9,12 +9,14 @@ out are counted. It must not know tiers' contents, files or requests.
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
+from lory_server.adapters.store import NAME_RULE
 from lory_server.messages import AdapterMove
 
 MAX_LINES = 20
+MAX_SKIPPED_LINES = 10
 WINDOW_S = 10.0
 """At most MAX_LINES in it, of each level."""
 
@@ -30,6 +32,7 @@ class Journal:
         self._moves: list[AdapterMove] = []
         self._info = _Lines(logging.INFO, clock)
         self._warnings = _Lines(logging.WARNING, clock)
+        self._errors = _Lines(logging.ERROR, clock)
 
     def loaded(
         self, tier: Tier, adapter_id: str, revision: str, num_bytes: int, seconds: float
@@ -55,11 +58,24 @@ class Journal:
         )
 
     def failed(self, adapter_id: str) -> None:
-        """A load came to nothing."""
+        """It could not be loaded."""
         self._move("fail", "host", adapter_id, 0, 0.0)
 
+    def broke(self, work: object, cause: Exception) -> None:
+        """Our own failure, with its trace."""
+        self._errors.say("adapter work failed: %r", work, cause=cause)
+
     def refused(self, adapter_id: str, reason: Exception) -> None:
+        self.failed(adapter_id)
         self._warnings.say("adapter %r refused: %s", adapter_id, reason)
+
+    def skipped(self, folders: Sequence[str]) -> None:
+        """At start: adapters that lie where no request can name them."""
+        for folder in folders[:MAX_SKIPPED_LINES]:
+            _log.warning("folder %r in the adapters folder is skipped: %s", folder, NAME_RULE)
+        num_more = len(folders) - MAX_SKIPPED_LINES
+        if num_more > 0:
+            _log.warning("%d more folders in the adapters folder are skipped, too", num_more)
 
     def drain(self) -> list[AdapterMove]:
         """The moves since the last call."""
@@ -89,13 +105,13 @@ class _Lines:
         self._window_ends_s = float("-inf")
         self._num_said = 0
 
-    def say(self, text: str, *values: object) -> None:
+    def say(self, text: str, *values: object, cause: Exception | None = None) -> None:
         now_s = self._clock()
         if now_s >= self._window_ends_s:
             self._open_window(now_s)
         self._num_said += 1
         if self._num_said <= MAX_LINES:
-            _log.log(self._level, text, *values)
+            _log.log(self._level, text, *values, exc_info=cause)
 
     def _open_window(self, now_s: float) -> None:
         num_left_out = self._num_said - MAX_LINES

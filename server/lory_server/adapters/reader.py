@@ -15,6 +15,10 @@ from lory_server.adapters.store import AdapterFiles
 
 
 class Reader(Protocol):
+    def wait_until_ready(self) -> None:
+        """Return when a load would not wait for the reader itself to start."""
+        ...
+
     def manifest(self, files: AdapterFiles) -> AdapterManifest:
         """Everything but the numbers; raises AdapterInvalidError."""
         ...
@@ -33,11 +37,14 @@ class ThreadReader:
         self._base = base
         self._dtype = dtype
 
+    def wait_until_ready(self) -> None:
+        """There is nothing to start."""
+
     def manifest(self, files: AdapterFiles) -> AdapterManifest:
         return read_manifest(files.config_fd, files.weights_fd, self._base)
 
     def blob(self, files: AdapterFiles, manifest: AdapterManifest) -> AdapterBlob:
-        return read_blob(files.config_fd, files.weights_fd, manifest, self._dtype)
+        return read_blob(files.weights_fd, manifest, self._dtype)
 
     def close(self) -> None:
         """Nothing to end."""

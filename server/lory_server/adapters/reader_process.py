@@ -10,7 +10,6 @@ budgets or tiers; it opens no file by itself.
 
 import argparse
 import logging
-import mmap
 import os
 import socket
 import subprocess
@@ -19,20 +18,22 @@ from typing import TypeVar
 
 import msgspec
 import torch
+from torch import Tensor
 
 from lory_server.adapters.blob import AdapterBlob, new_blob, read_numbers
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.format import AdapterManifest, Base, read_manifest
-from lory_server.adapters.store import AdapterFiles
+from lory_server.adapters.store import AdapterFiles, changed_error
 from lory_server.lifeline import die_with_parent
 
 READER_NICENESS = 10
+ANSWER_TIMEOUT_S = 60.0
+"""For a frame to come or go. A reader silent for longer (stopped, stuck on a disk) is replaced."""
+
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
 _log = logging.getLogger(__name__)
-
-Reply = TypeVar("Reply")
 
 
 class Begin(msgspec.Struct, frozen=True):
@@ -45,25 +46,47 @@ class Look(msgspec.Struct, frozen=True, tag=True):
 
 
 class Read(msgspec.Struct, frozen=True, tag=True):
-    """The files looked at last, with the descriptor of the memory to write."""
+    """Of the adapter looked at last, with the descriptors of weights and of the memory to write."""
 
 
-class Looked(msgspec.Struct, frozen=True):
-    manifest: AdapterManifest | None
-    invalid: str = ""
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """Comes once, before anything was asked."""
 
 
-class ReadDone(msgspec.Struct, frozen=True):
+class Looked(msgspec.Struct, frozen=True, tag=True):
+    manifest: AdapterManifest
+
+
+class ReadDone(msgspec.Struct, frozen=True, tag=True):
     revision: str
-    invalid: str = ""
+
+
+class Invalid(msgspec.Struct, frozen=True, tag=True):
+    """The adapter is refused."""
+
+    reason: str
+
+
+class Failed(msgspec.Struct, frozen=True, tag=True):
+    """The system refused, for no fault of the adapter."""
+
+    errno: int
+    reason: str
+
+
+Reply = Ready | Looked | ReadDone | Invalid | Failed
+Expected = TypeVar("Expected", Ready, Looked, ReadDone)
 
 
 class ReaderEndedError(RuntimeError):
-    """The reader's process is gone."""
+    """The reader's process is gone, or might as well be."""
 
 
 class _Wire:
-    """Frames of msgpack, four bytes of length before each, and descriptors beside them."""
+    """Frames of msgpack, four bytes of length before each, and descriptors beside them.
+
+    A wire that fails is of no more use, whatever the cause: all are ReaderEndedError.
+    """
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -71,11 +94,20 @@ class _Wire:
     def send(self, message: msgspec.Struct, descriptors: tuple[int, ...] = ()) -> None:
         payload = msgspec.msgpack.encode(message)
         length = len(payload).to_bytes(4, "big")
-        socket.send_fds(self._connection, [length], descriptors)
-        self._connection.sendall(payload)
+        try:
+            socket.send_fds(self._connection, [length], descriptors)
+            self._connection.sendall(payload)
+        except OSError as error:
+            raise ReaderEndedError(str(error)) from error
 
-    def receive(self, num_descriptors: int) -> tuple[bytes, list[int]]:
+    def receive(self, num_descriptors: int = 0) -> tuple[bytes, list[int]]:
         """The next frame; an empty one at the end of the stream."""
+        try:
+            return self._receive(num_descriptors)
+        except OSError as error:
+            raise ReaderEndedError(str(error)) from error
+
+    def _receive(self, num_descriptors: int) -> tuple[bytes, list[int]]:
         length, descriptors, _, _ = socket.recv_fds(self._connection, 4, num_descriptors)
         if length:
             length += self._rest(4 - len(length))
@@ -106,20 +138,27 @@ class ProcessReader:
         self._dtype = dtype
         self._start()
 
+    def wait_until_ready(self) -> None:
+        """The process has imported what it needs, and it knows the base; ReaderEndedError."""
+        if not self._is_ready:
+            self._answer(Ready)
+            self._is_ready = True
+
     def manifest(self, files: AdapterFiles) -> AdapterManifest:
         try:
             return self._look(files)
-        except (ReaderEndedError, OSError):
-            self._restart()
+        except ReaderEndedError as error:
+            self._restart(error)
             return self._look(files)
 
     def blob(self, files: AdapterFiles, manifest: AdapterManifest) -> AdapterBlob:
         try:
-            return self._read(manifest)
-        except (ReaderEndedError, OSError):
-            self._restart()
-            self._look(files)
-            return self._read(manifest)
+            return self._read(files, manifest)
+        except ReaderEndedError as error:
+            self._restart(error)
+            if self._look(files) != manifest:
+                raise changed_error() from error
+            return self._read(files, manifest)
 
     def close(self) -> None:
         """At once: there is nothing in that process that could be lost."""
@@ -127,49 +166,61 @@ class ProcessReader:
         self._process.kill()
         self._process.wait()
 
-    def _restart(self) -> None:
-        _log.warning("the process that reads adapters was lost; another one starts")
+    def _restart(self, cause: ReaderEndedError) -> None:
+        _log.warning("the process that reads adapters was lost (%s); another one starts", cause)
         self.close()
         self._start()
 
     def _start(self) -> None:
+        self._is_ready = False
         ours, theirs = socket.socketpair()
+        ours.settimeout(ANSWER_TIMEOUT_S)
+        self._wire = _Wire(ours)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, "--fd", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
             )
         os.setpriority(os.PRIO_PROCESS, self._process.pid, READER_NICENESS)
-        self._wire = _Wire(ours)
         self._wire.send(self._begin)
 
     def _look(self, files: AdapterFiles) -> AdapterManifest:
-        looked = self._ask(Look(), (files.config_fd, files.weights_fd), Looked)
-        if looked.manifest is None:
-            raise AdapterInvalidError(looked.invalid)
-        return looked.manifest
+        return self._ask(Look(), (files.config_fd, files.weights_fd), Looked).manifest
 
-    def _read(self, manifest: AdapterManifest) -> AdapterBlob:
-        num_bytes = manifest.num_bytes(self._dtype.itemsize)
+    def _read(self, files: AdapterFiles, manifest: AdapterManifest) -> AdapterBlob:
         memory = os.memfd_create("lory-adapter", os.MFD_CLOEXEC)
         try:
-            os.ftruncate(memory, num_bytes)
-            done = self._ask(Read(), (memory,), ReadDone)
-            if done.invalid:
-                raise AdapterInvalidError(done.invalid)
-            shared = mmap.mmap(memory, num_bytes)
+            os.ftruncate(memory, manifest.num_bytes(self._dtype.itemsize))
+            done = self._ask(Read(), (files.weights_fd, memory), ReadDone)
+            return new_blob(done.revision, manifest, _mapped(memory, self._dtype))
         finally:
             os.close(memory)
-        return new_blob(done.revision, manifest, torch.frombuffer(shared, dtype=self._dtype))
 
     def _ask(
-        self, message: msgspec.Struct, descriptors: tuple[int, ...], reply: type[Reply]
-    ) -> Reply:
+        self, message: msgspec.Struct, descriptors: tuple[int, ...], expected: type[Expected]
+    ) -> Expected:
+        self.wait_until_ready()
         self._wire.send(message, descriptors)
-        payload, _ = self._wire.receive(0)
+        return self._answer(expected)
+
+    def _answer(self, expected: type[Expected]) -> Expected:
+        payload, _ = self._wire.receive()
         if not payload:
-            raise ReaderEndedError("the process that reads adapters ended")
-        return msgspec.msgpack.decode(payload, type=reply)
+            raise ReaderEndedError("it ended")
+        reply = msgspec.msgpack.decode(payload, type=Reply)
+        if isinstance(reply, Invalid):
+            raise AdapterInvalidError(reply.reason)
+        if isinstance(reply, Failed):
+            raise OSError(reply.errno, reply.reason)
+        assert isinstance(reply, expected)
+        return reply
+
+
+def _mapped(memory: int, dtype: torch.dtype) -> Tensor:
+    """All of it, shared, and without a descriptor: Python's mmap would keep one as long as the
+    mapping lives, an open file for each adapter on the host."""
+    numel = os.fstat(memory).st_size // dtype.itemsize
+    return torch.from_file(f"/proc/self/fd/{memory}", shared=True, size=numel, dtype=dtype)
 
 
 # -- in the process -------------------------------------------------------------------------------
@@ -185,59 +236,56 @@ def main() -> int:
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the engine")
     die_with_parent()
     torch.set_num_threads(1)
-    serve(_Wire(socket.socket(fileno=parser.parse_args().fd)))
+    try:
+        serve(_Wire(socket.socket(fileno=parser.parse_args().fd)))
+    except ReaderEndedError:
+        return 1  # the engine is gone in the middle of a frame: nobody is left to be told
     return 0
 
 
 def serve(wire: _Wire) -> None:
-    """Until the engine closes its end."""
-    payload, _ = wire.receive(0)
+    """Until the engine closes its end, be it before the first word."""
+    payload, _ = wire.receive()
+    if not payload:
+        return
     begin = msgspec.msgpack.decode(payload, type=Begin)
-    looked = _LookedAt(begin.base, _DTYPES[begin.dtype])
+    work = _Work(begin.base, _DTYPES[begin.dtype])
     decoder = msgspec.msgpack.Decoder(Look | Read)
+    wire.send(Ready())
     while True:
         payload, descriptors = wire.receive(2)
         if not payload:
             return
-        if isinstance(decoder.decode(payload), Look):
-            wire.send(looked.look(descriptors))
-        else:
-            wire.send(looked.read(descriptors[0]))
+        wire.send(work.do(decoder.decode(payload), descriptors))
 
 
-class _LookedAt:
-    """The files of the load under way."""
+class _Work:
+    """Two steps for each adapter; what is open for one is closed when it ends."""
 
     def __init__(self, base: Base, dtype: torch.dtype) -> None:
         self._base = base
         self._dtype = dtype
-        self._files: list[int] = []
         self._manifest: AdapterManifest | None = None
 
-    def look(self, files: list[int]) -> Looked:
-        for descriptor in self._files:
-            os.close(descriptor)
-        self._files, self._manifest = files, None
+    def do(self, command: Look | Read, descriptors: list[int]) -> Reply:
         try:
-            self._manifest = read_manifest(files[0], files[1], self._base)
+            step = self._look if isinstance(command, Look) else self._read
+            return step(descriptors[0], descriptors[1])
         except AdapterInvalidError as error:
-            return Looked(None, str(error))
+            return Invalid(str(error))
+        except OSError as error:
+            return Failed(error.errno or 0, error.strerror or str(error))
+        finally:
+            for descriptor in descriptors:
+                os.close(descriptor)
+
+    def _look(self, config_fd: int, weights_fd: int) -> Looked:
+        self._manifest = read_manifest(config_fd, weights_fd, self._base)
         return Looked(self._manifest)
 
-    def read(self, memory: int) -> ReadDone:
-        manifest = self._manifest
-        assert manifest is not None, "Look comes before Read"
-        try:
-            with mmap.mmap(memory, 0) as shared:
-                data = torch.frombuffer(shared, dtype=self._dtype)
-                try:
-                    return ReadDone(read_numbers(self._files[0], self._files[1], manifest, data))
-                except AdapterInvalidError as error:
-                    return ReadDone("", str(error))
-                finally:
-                    del data
-        finally:
-            os.close(memory)
+    def _read(self, weights_fd: int, memory: int) -> ReadDone:
+        assert self._manifest is not None, "Look comes before Read"
+        return ReadDone(read_numbers(weights_fd, self._manifest, _mapped(memory, self._dtype)))
 
 
 if __name__ == "__main__":

@@ -5,29 +5,36 @@ when they do. A name is never used as a path before it has been checked; no link
 root. It must not know what the files mean.
 """
 
+import errno
 import os
 import re
 import stat
 import time
 from collections import OrderedDict
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 from lory_server.adapters.config import CONFIG_NAME
-from lory_server.adapters.errors import AdapterError, AdapterInvalidError, AdapterNotFoundError
+from lory_server.adapters.errors import AdapterInvalidError, AdapterNotFoundError
 from lory_server.adapters.header import WEIGHTS_NAME
 
 MAX_LISTED = 100_000
 MAX_REMEMBERED = 65_536
 MAX_TRIES = 3
+MAX_SURVEYED_DEPTH = 3
 SETTLED_NS = 100_000_000
 """A file changed less than this before it was read may change again within one clock tick."""
 
 _SEGMENT = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _ADAPTER_ID = re.compile(rf"{_SEGMENT}(?:/{_SEGMENT})?")
 _FOLDER_NAME = re.compile(_SEGMENT)
+_OF_THE_FOLDER = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG})
+"""What a folder can be blamed for; anything else (no more open files, a broken disk) is ours."""
+
+NAME_RULE = "names are one or two parts of letters, digits, '.', '_' and '-', joined by '/'"
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.ckpt")
 
 Signature = tuple[int, ...]
@@ -62,7 +69,7 @@ class AdapterFiles:
     def check_unchanged(self) -> None:
         """Raise if a file was written to since it was located, so that no mixture is served."""
         if _signature(self.config_fd, self.weights_fd) != self.signature:
-            raise _changed(self.adapter_id)
+            raise changed_error()
 
     @property
     def is_settled(self) -> bool:
@@ -80,30 +87,34 @@ class AdapterStore:
         self._revisions: OrderedDict[Signature, str] = OrderedDict()
 
     def locate(self, adapter_id: str) -> AdapterFiles:
-        """Open an adapter's files; raises AdapterNotFoundError or AdapterInvalidError."""
+        """Open an adapter's files; raises AdapterNotFoundError or AdapterInvalidError.
+
+        An OSError is not the adapter's fault, and says nothing about it.
+        """
         if self.root is None:
             raise AdapterNotFoundError("no adapters are served; start with an adapters folder")
         if not _ADAPTER_ID.fullmatch(adapter_id):
-            raise AdapterNotFoundError(
-                f"no adapter {adapter_id[:100]!r}: names are one or two parts of letters, digits,"
-                " '.', '_' and '-', joined by '/'"
-            )
+            raise AdapterNotFoundError(f"no adapter {adapter_id[:100]!r}: {NAME_RULE}")
         root = os.path.realpath(self.root)
         for _ in range(MAX_TRIES):
             files = self._open(root, adapter_id)
-            if _is_still_there(root, files):
-                return files
+            try:
+                if _is_still_there(root, files):
+                    return files
+            except OSError:
+                files.close()
+                raise
             files.close()
-        raise _changed(adapter_id)
+        raise changed_error()
 
     def _open(self, root: str, adapter_id: str) -> AdapterFiles:
-        config_fd = self._open_config(root, adapter_id)
-        try:
+        with ExitStack() as opened:
+            config_fd = self._open_config(root, adapter_id)
+            opened.callback(os.close, config_fd)
             weights_fd = self._open_weights(root, adapter_id)
-        except (AdapterError, OSError):
-            os.close(config_fd)
-            raise
-        signature = _signature(config_fd, weights_fd)
+            opened.callback(os.close, weights_fd)
+            signature = _signature(config_fd, weights_fd)
+            opened.pop_all()
         return AdapterFiles(adapter_id, config_fd, weights_fd, signature, time.time_ns())
 
     def _open_config(self, root: str, adapter_id: str) -> int:
@@ -119,10 +130,10 @@ class AdapterStore:
         for name in _PICKLES:
             if os.path.lexists(os.path.join(root, adapter_id, name)):
                 raise AdapterInvalidError(
-                    f"adapter {adapter_id!r} holds {name}; pickles are never read, save it again"
-                    " with save_pretrained(..., safe_serialization=True)"
+                    f"{name} is a pickle, and pickles are never read; save the adapter again with"
+                    " save_pretrained(..., safe_serialization=True)"
                 )
-        raise AdapterInvalidError(f"adapter {adapter_id!r}: {WEIGHTS_NAME} is missing")
+        raise AdapterInvalidError(f"{WEIGHTS_NAME} is missing")
 
     def revision_of(self, signature: Signature) -> str | None:
         """The digest of files with this signature, if they have been read before."""
@@ -153,6 +164,13 @@ class AdapterStore:
                 break
         return tuple(sorted(found[:MAX_LISTED]))
 
+    def list_nameless(self) -> tuple[str, ...]:
+        """Folders that hold a configuration, and that no name leads to: too deep, or misspelt.
+
+        Hidden ones are meant to be, and what lies within an adapter belongs to it.
+        """
+        return () if self.root is None else tuple(sorted(_nameless(os.path.realpath(self.root))))
+
 
 def _is_still_there(root: str, files: AdapterFiles) -> bool:
     """Whether the name still leads to this configuration, now that the weights are open too.
@@ -171,10 +189,9 @@ def _is_still_there(root: str, files: AdapterFiles) -> bool:
         os.close(again_fd)
 
 
-def _changed(adapter_id: str) -> AdapterInvalidError:
+def changed_error() -> AdapterInvalidError:
     return AdapterInvalidError(
-        f"adapter {adapter_id!r} changed while it was read; write a new version to another folder"
-        " and rename it into place"
+        "changed while it was read; write a new version to another folder and rename it into place"
     )
 
 
@@ -188,18 +205,18 @@ def _open_inside(root: str, adapter_id: str, name: str) -> int | None:
         real = os.path.realpath(os.path.join(root, adapter_id, name))
         if not _is_inside(root, real):
             raise AdapterInvalidError(
-                f"adapter {adapter_id!r}: {name} is reached by a link that leaves the adapters"
-                " folder; copy the files instead"
+                f"{name} is reached by a link that leaves the adapters folder; copy the files"
+                " instead"
             )
         return _open_regular(root, os.path.relpath(real, root).split(os.sep))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except _NotRegularError:
-        raise AdapterInvalidError(f"adapter {adapter_id!r}: {name} is not a regular file") from None
+        raise AdapterInvalidError(f"{name} is not a regular file") from None
     except OSError as error:
-        raise AdapterInvalidError(
-            f"adapter {adapter_id!r}: {name} cannot be read ({os.strerror(error.errno or 0)})"
-        ) from None
+        if error.errno not in _OF_THE_FOLDER:
+            raise
+        raise AdapterInvalidError(f"{name} cannot be read ({os.strerror(error.errno)})") from None
 
 
 class _NotRegularError(Exception):
@@ -242,14 +259,39 @@ def _signature(*fds: int) -> Signature:
 
 def _folders(root: str, folder: str) -> Iterator[str]:
     """Names of the folders in `folder`; links are followed only inside `root`."""
-    try:
-        with os.scandir(folder) as entries:
-            names = [e.name for e in entries if _FOLDER_NAME.fullmatch(e.name) and e.is_dir()]
-    except OSError:
-        return  # it was removed or closed to us since it was seen: nothing to list
-    for name in names:
+    for name in _folder_names(folder):
+        if not _FOLDER_NAME.fullmatch(name):
+            continue
         if _is_inside(root, os.path.realpath(os.path.join(folder, name))):
             yield name
+
+
+def _nameless(root: str, above: str = "", depth: int = 1) -> Iterator[str]:
+    for name in _folder_names(os.path.join(root, above)):
+        inner = f"{above}{name}"
+        folder = os.path.join(root, inner)
+        if name.startswith(".") or os.path.islink(folder):
+            continue
+        if _has_config(folder):
+            if not _ADAPTER_ID.fullmatch(inner):
+                yield inner
+        elif depth < MAX_SURVEYED_DEPTH:
+            yield from _nameless(root, inner + "/", depth + 1)
+
+
+def _folder_names(folder: str) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if _is_folder(entry)]
+    except OSError:
+        return []  # it was removed or closed to us since it was seen: nothing to list
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False  # a link to itself, or to where we may not look; the others are listed
 
 
 def _has_config(folder: str) -> bool:
