@@ -360,7 +360,7 @@ def test_a_chat_with_nobody_opens_no_prompt() -> None:
         code, output = invoke("chat", "--url", url, "--api-key", "wrong")
     assert (code, output) == (
         1,
-        "401: no such key; give one of its keys with --api-key or LORY_API_KEY",
+        "401: no such key; here by --api-key or LORY_API_KEY",
     )
 
 

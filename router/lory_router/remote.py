@@ -66,7 +66,7 @@ def check(reply: httpx.Response) -> None:
     raise kind(f"{reply.status_code}: {text}{_WAYS_OUT.get(reply.status_code, '')}")
 
 
-_WAYS_OUT = {401: "; give one of its keys with --api-key or LORY_API_KEY"}
+_WAYS_OUT = {401: "; here by --api-key or LORY_API_KEY"}
 
 
 def _is_too_long(body: dict[str, Any]) -> bool:
