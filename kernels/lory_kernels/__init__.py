@@ -67,6 +67,6 @@ def best_cpu_backend() -> Backend:
     try:
         compiled_library()
     except KernelUnavailableError as error:
-        _log.warning("CPU kernels are off, plain PyTorch runs instead (slower): %s", error)
+        _log.warning("the CPU kernels are off, and plain PyTorch runs instead, slower: %s", error)
         return "torch"
     return "cpu"

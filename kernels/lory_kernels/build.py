@@ -39,38 +39,70 @@ _log = logging.getLogger(__name__)
 @functools.cache
 def compiled_library() -> ctypes.CDLL:
     """The kernels for this CPU, from the user's cache if they were compiled before."""
-    return load_library(Path.home() / ".cache" / "lory" / "kernels")
+    return load_library(user_cache())
 
 
-def load_library(cache_dir: Path) -> ctypes.CDLL:
+def user_cache() -> Path | None:
+    """None: this user has no home (an id that the system does not know, and no HOME)."""
+    try:
+        return Path.home() / ".cache" / "lory" / "kernels"
+    except RuntimeError:
+        return None
+
+
+def load_library(cache_dir: Path | None) -> ctypes.CDLL:
     """Loads the kernels from `cache_dir`; compiles them first where they are not there yet.
 
-    Processes may race: each compiles under a name of its own and renames. A cache that cannot be
-    written costs a compilation per process, not the kernels.
+    Processes may race: each compiles in a folder of its own and renames. A cache that cannot be
+    used (absent, closed, full, without executable files) costs a compilation per process, not the
+    kernels.
     """
     compiler, runtime = find_compiler(), openmp_runtime()
+    if cache_dir is None:
+        _log.warning("no home folder for a kernel cache: compiling for this process alone")
+        return _compiled_now(compiler, runtime, None)
     library = cache_dir / f"lory_cpu-{_digest(compiler, runtime)}.so"
-    if library.exists():
-        return _open(library)
+    return _kept(library) or _compiled_now(compiler, runtime, library)
+
+
+def _kept(library: Path) -> ctypes.CDLL | None:
     try:
-        cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        workshop = tempfile.TemporaryDirectory(dir=cache_dir)
+        return ctypes.CDLL(str(library)) if library.exists() else None
     except OSError as error:
-        _log.warning("kernel cache %s cannot be written (%s): compiling for once", cache_dir, error)
-        with tempfile.TemporaryDirectory() as private_dir:
-            return _open(_compile(compiler, runtime, Path(private_dir)))
-    with workshop:
-        os.replace(_compile(compiler, runtime, Path(workshop.name)), library)
-    return _open(library)
+        _log.warning("%s cannot be loaded (%s): compiling again", library, error)
+        return None
+
+
+def _compiled_now(compiler: str, runtime: Path, library: Path | None) -> ctypes.CDLL:
+    """Kept as `library` if that can be, and loaded from there or from where it was compiled."""
+    try:
+        workshop = tempfile.TemporaryDirectory()
+    except OSError as error:
+        raise KernelUnavailableError(f"no temporary folder (set TMPDIR): {error}") from error
+    with workshop as private_dir:
+        compiled = _compile(compiler, runtime, Path(private_dir))
+        return (library and _keep(compiled, library)) or _open(compiled)
+
+
+def _keep(compiled: Path, library: Path) -> ctypes.CDLL | None:
+    try:
+        library.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as beside:
+            os.replace(shutil.copy(compiled, beside), library)
+        return ctypes.CDLL(str(library))
+    except OSError as error:
+        _log.warning(
+            "kernel cache %s cannot be used (%s): compiled for this process alone",
+            library.parent, error,
+        )  # fmt: skip
+        return None
 
 
 def find_compiler() -> str:
     """Path of gcc, or of cc."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
-        raise KernelUnavailableError(
-            "no C compiler found: install gcc, or choose the kernel backend 'torch'"
-        )
+        raise KernelUnavailableError("no C compiler found: install gcc")
     return compiler
 
 
@@ -80,14 +112,14 @@ def openmp_runtime() -> Path:
         lines = Path("/proc/self/maps").read_text().splitlines()
     except OSError as error:
         raise KernelUnavailableError(
-            "the CPU kernels need Linux (/proc/self/maps): choose the kernel backend 'torch'"
+            "the CPU kernels need Linux (/proc/self/maps cannot be read)"
         ) from error
     mapped = {Path(line[line.index("/") :]) for line in lines if "/" in line}
     runtimes = sorted(path for path in mapped if path.name.startswith(("libgomp", "libiomp5")))
     beside_torch = [path for path in runtimes if path.is_relative_to(Path(torch.__file__).parent)]
     if not runtimes:
         raise KernelUnavailableError(
-            "torch has loaded no OpenMP runtime (libgomp): choose the kernel backend 'torch'"
+            "torch has loaded no OpenMP runtime (libgomp): install the torch that PyPI has"
         )
     return (beside_torch or runtimes)[0]
 
@@ -97,7 +129,7 @@ def _open(library: Path) -> ctypes.CDLL:
         return ctypes.CDLL(str(library))
     except OSError as error:
         raise KernelUnavailableError(
-            f"{library} cannot be loaded ({error}): delete it, and allow executable files there"
+            f"{library} cannot be loaded ({error}): set TMPDIR to where executable files may lie"
         ) from error
 
 
@@ -129,8 +161,11 @@ def _call(command: list[str]) -> None:
         )
     except subprocess.CalledProcessError as error:
         raise KernelUnavailableError(
-            f"{' '.join(command)} failed (GCC 10 or newer is needed):\n{error.stderr[-2000:]}"
+            f"{' '.join(command)} failed (a GCC older than 10 would); the compiler's message"
+            f" follows:\n{error.stderr[-2000:]}"
         ) from error
+    except OSError as error:
+        raise KernelUnavailableError(f"{command[0]} cannot be run: {error}") from error
     except subprocess.TimeoutExpired as error:
         raise KernelUnavailableError(
             f"{' '.join(command)} took more than {_COMPILE_TIMEOUT_S} s"
