@@ -1,18 +1,30 @@
 """A process of its own reads adapters exactly as a thread does, and may be lost at any moment."""
 
 import os
+import resource
 import signal
+import socket
 import subprocess
-from collections.abc import Iterator
+import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from adapter_files import BASE, Tensors, write_adapter
+from lory_server.adapters import reader_process
+from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.reader import Reader, ThreadReader
-from lory_server.adapters.reader_process import ProcessReader, can_read_apart
+from lory_server.adapters.reader_process import (
+    ANSWER_TIMEOUT_S,
+    ProcessReader,
+    ReaderEndedError,
+    can_read_apart,
+    serve,
+)
 from lory_server.adapters.store import AdapterStore
 
 pytestmark = pytest.mark.skipif(not can_read_apart(), reason="needs Linux: no shared memory here")
@@ -20,22 +32,23 @@ pytestmark = pytest.mark.skipif(not can_read_apart(), reason="needs Linux: no sh
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(scope="module", params=DTYPES)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
 @pytest.fixture(scope="module")
-def apart(dtype: torch.dtype) -> Iterator[ProcessReader]:
-    reader = ProcessReader(BASE, dtype)
+def apart() -> Iterator[ProcessReader]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "2")
+        reader = ProcessReader(BASE, torch.float32)
+    reader.wait_until_ready()
     yield reader
     reader.close()
 
 
-def load(reader: Reader, root: Path, name: str) -> tuple[str, object, torch.Tensor]:
+def blob_of(reader: Reader, root: Path, name: str) -> AdapterBlob:
     with AdapterStore(root).locate(name) as files:
-        manifest = reader.manifest(files)
-        blob = reader.blob(files, manifest)
+        return reader.blob(files, reader.manifest(files))
+
+
+def load(reader: Reader, root: Path, name: str) -> tuple[str, object, torch.Tensor]:
+    blob = blob_of(reader, root, name)
     return blob.revision, blob.manifest, blob.data.clone()
 
 
@@ -53,14 +66,38 @@ def num_open_files(pid: int) -> int:
     return len(os.listdir(f"/proc/{pid}/fd"))
 
 
+def num_threads(pid: int) -> int:
+    return len(os.listdir(f"/proc/{pid}/task"))
+
+
+def state_of(pid: int) -> str:
+    """One letter; Z: it has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+def until(condition: Callable[[], object]) -> None:
+    end_s = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end_s, "waited too long"
+        time.sleep(0.005)
+
+
+def stop(reader: ProcessReader) -> None:
+    os.kill(process_of(reader).pid, signal.SIGSTOP)
+    until(lambda: state_of(process_of(reader).pid) == "T")
+
+
 def poison(tensors: Tensors) -> None:
     next(iter(tensors.values()))[0, 0] = float("nan")
 
 
-def test_both_readers_give_the_same_bytes_and_refusals(
-    apart: ProcessReader, dtype: torch.dtype, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_both_readers_give_the_same_bytes_and_refusals(dtype: torch.dtype, tmp_path: Path) -> None:
     thread = ThreadReader(BASE, dtype)
+    apart = ProcessReader(BASE, dtype)
     for index, saved in enumerate(DTYPES):
         write_adapter(tmp_path / f"a{index}", rank=3 + index, dtype=saved, seed=index)
     write_adapter(tmp_path / "nan", change=poison)
@@ -75,6 +112,7 @@ def test_both_readers_give_the_same_bytes_and_refusals(
     for name, word in (("nan", "not finite"), ("dora", "DoRA")):
         assert refusal(apart, tmp_path, name) == refusal(thread, tmp_path, name)
         assert word in refusal(apart, tmp_path, name)
+    apart.close()
 
 
 def test_a_reader_that_was_killed_is_replaced(apart: ProcessReader, tmp_path: Path) -> None:
@@ -100,8 +138,170 @@ def test_loads_leave_no_files_open_on_either_side(apart: ProcessReader, tmp_path
     assert (num_open_files(os.getpid()), num_open_files(process_of(apart).pid)) == before
 
 
+def test_adapters_on_the_host_hold_no_files(apart: ProcessReader, tmp_path: Path) -> None:
+    """Each held one for as long as it stayed, until no more could be opened."""
+    write_adapter(tmp_path / "one")
+    expected = blob_of(apart, tmp_path, "one").data.clone()
+    before = num_open_files(os.getpid())
+    kept = [blob_of(apart, tmp_path, "one") for _ in range(20)]
+    assert num_open_files(os.getpid()) == before
+    kept[0].data.zero_()
+    assert torch.equal(kept[19].data, expected)
+
+
+def test_the_process_keeps_no_adapter_open(apart: ProcessReader, tmp_path: Path) -> None:
+    """The last one's files stayed open: a deleted adapter went on taking its disk space."""
+    write_adapter(tmp_path / "one")
+    write_adapter(tmp_path / "dora", use_dora=True)
+    idle = num_open_files(process_of(apart).pid)
+    with AdapterStore(tmp_path).locate("one") as files:
+        manifest = apart.manifest(files)
+        assert num_open_files(process_of(apart).pid) == idle, "it may be long until its turn comes"
+        apart.blob(files, manifest)
+        assert num_open_files(process_of(apart).pid) == idle
+    refusal(apart, tmp_path, "dora")
+    assert num_open_files(process_of(apart).pid) == idle
+
+
+def test_the_process_reads_on_one_thread(apart: ProcessReader, tmp_path: Path) -> None:
+    """Those of torch would sit on the cores that the step computes on."""
+    write_adapter(tmp_path / "large", rank=256, dtype=torch.float32)
+    before = num_threads(process_of(apart).pid)
+    assert blob_of(apart, tmp_path, "large").data.numel() > 2 * 32768, "worth a second thread"
+    assert num_threads(process_of(apart).pid) == before
+
+
+def test_a_stopped_reader_is_replaced(apart: ProcessReader, tmp_path: Path) -> None:
+    """Its loader waited for ever."""
+    write_adapter(tmp_path / "one")
+    expected = load(apart, tmp_path, "one")[2]
+    connection = apart._wire._connection
+    assert connection.gettimeout() == ANSWER_TIMEOUT_S
+    connection.settimeout(0.2)
+    stopped = process_of(apart)
+    stop(apart)
+    assert torch.equal(load(apart, tmp_path, "one")[2], expected)
+    assert stopped.returncode == -signal.SIGKILL
+    assert process_of(apart).pid != stopped.pid
+    assert apart._wire._connection.gettimeout() == ANSWER_TIMEOUT_S
+
+
+def test_a_file_changed_while_its_reader_was_lost_is_refused(
+    apart: ProcessReader, tmp_path: Path
+) -> None:
+    """The next process would decode it by another configuration than the engine has."""
+    config = write_adapter(tmp_path / "one", lora_alpha=16) / "adapter_config.json"
+    with AdapterStore(tmp_path).locate("one") as files:
+        manifest = apart.manifest(files)
+        config.write_text(config.read_text().replace('"lora_alpha": 16', '"lora_alpha": 32'))
+        os.kill(process_of(apart).pid, signal.SIGKILL)
+        with pytest.raises(AdapterInvalidError, match="changed while it was read"):
+            apart.blob(files, manifest)
+
+
+def test_our_own_want_of_files_is_no_fault_of_reader_or_adapter(
+    apart: ProcessReader, tmp_path: Path
+) -> None:
+    """It was taken for a lost reader, and another one was started in vain."""
+    write_adapter(tmp_path / "one")
+    before, limits = process_of(apart).pid, resource.getrlimit(resource.RLIMIT_NOFILE)
+    with AdapterStore(tmp_path).locate("one") as files:
+        manifest = apart.manifest(files)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                apart.blob(files, manifest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert process_of(apart).pid == before
+        assert apart.blob(files, manifest).revision
+
+
+def test_what_the_system_refuses_the_reader_is_no_fault_of_the_adapter(
+    apart: ProcessReader, tmp_path: Path
+) -> None:
+    """Here a folder in place of a file stands for a disk that cannot be read."""
+    write_adapter(tmp_path / "one")
+    before = process_of(apart).pid
+    for reader in (apart, ThreadReader(BASE, torch.float32)):
+        with AdapterStore(tmp_path).locate("one") as files:
+            folder_fd = os.open(tmp_path, os.O_RDONLY)
+            os.dup2(folder_fd, files.config_fd)
+            os.close(folder_fd)
+            with pytest.raises(IsADirectoryError):
+                reader.manifest(files)
+    assert process_of(apart).pid == before
+    assert blob_of(apart, tmp_path, "one").revision
+
+
+def test_a_reader_is_ready_when_its_process_is() -> None:
+    reader = ProcessReader(BASE, torch.float32)
+    stop(reader)
+    reader._wire._connection.settimeout(0.2)
+    with pytest.raises(ReaderEndedError, match="timed out"):
+        reader.wait_until_ready()
+    reader._wire._connection.settimeout(60)
+    os.kill(process_of(reader).pid, signal.SIGCONT)
+    reader.wait_until_ready()
+    process = process_of(reader)
+    os.kill(process.pid, signal.SIGKILL)
+    reader.wait_until_ready()  # it has been, and the next load finds out
+    reader.close()
+    assert process.returncode == -signal.SIGKILL
+
+
 def test_a_closed_reader_leaves_no_process() -> None:
     reader = ProcessReader(BASE, torch.float32)
     process = process_of(reader)
     reader.close()
     assert process.returncode == -signal.SIGKILL
+    with pytest.raises(ReaderEndedError):
+        reader.wait_until_ready()
+
+
+def test_an_engine_that_leaves_before_its_first_word_is_no_error() -> None:
+    ours, theirs = socket.socketpair()
+    ours.close()
+    wire = reader_process._Wire(theirs)
+    serve(wire)
+    wire.close()
+
+
+def test_an_engine_that_leaves_within_a_frame_is_no_error(capfd: pytest.CaptureFixture) -> None:
+    """Nor is it worth a trace in the log of the server that has just ended."""
+    ours, theirs = socket.socketpair()
+    with theirs:
+        process = subprocess.Popen(
+            [sys.executable, "-m", reader_process.__name__, "--fd", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+        )
+    ours.sendall(b"\0\0")
+    ours.close()
+    assert process.wait(60) == 1
+    assert capfd.readouterr() == ("", "")
+
+
+ENGINE = """
+import os, signal, sys, time
+sys.path.insert(0, {tests!r})
+import torch
+from adapter_files import BASE
+from lory_server.adapters.reader_process import ProcessReader
+reader = ProcessReader(BASE, torch.float32)
+reader.wait_until_ready()
+os.kill(reader._process.pid, signal.SIGSTOP)
+print(reader._process.pid, flush=True)
+time.sleep(60)
+"""
+
+
+def test_not_even_a_stopped_reader_outlives_its_engine() -> None:
+    program = ENGINE.format(tests=os.path.dirname(__file__))
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True
+    ) as engine:
+        assert engine.stdout is not None
+        pid = int(engine.stdout.readline())
+        until(lambda: state_of(pid) == "T")
+        engine.kill()
+    until(lambda: state_of(pid) == "Z")
