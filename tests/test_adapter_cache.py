@@ -1,5 +1,6 @@
 """Adapters move between disk, host and device while requests hold them; nothing is lost or torn."""
 
+import dataclasses
 import os
 import random
 import re
@@ -18,7 +19,7 @@ from lory_server.adapters import cache as cache_module
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.cache import AdapterCache, Listed, Outcome, Resolved, ResolveFailed
 from lory_server.adapters.host import HostBudget
-from lory_server.adapters.journal import MAX_LINES, Journal
+from lory_server.adapters.journal import MAX_LINES, MAX_SKIPPED_LINES, Journal
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import ThreadReader
 from lory_server.adapters.store import AdapterFiles, AdapterStore
@@ -264,6 +265,71 @@ def test_a_broken_file_is_not_read_for_each_of_a_storm(
     assert gate.reads == ["bad"] * 3
 
 
+def test_a_message_names_its_adapter_once(
+    make: MakeCache, root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log's line and the reply begin with the name, and the message began with it, too."""
+    write_adapter(root / "half")
+    (root / "half" / "adapter_model.safetensors").unlink()
+    world = make(pool_bytes=RANK_4_BYTES - 256)
+    assert world.refusal("half").message == "adapter_model.safetensors is missing"
+    large = world.refusal("a0").message
+    assert large.startswith(f"adapter 'a0' takes {RANK_4_BYTES} bytes on the device")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "adapter 'half' refused: adapter_model.safetensors is missing"
+    assert lines[1].startswith("adapter 'a0' refused: takes 9728 bytes")
+
+
+def test_refusals_are_remembered_up_to_a_number_and_for_a_while(
+    make: MakeCache, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "MAX_REFUSALS", 2)
+    monkeypatch.setattr(cache_module, "REFUSAL_MEMORY_S", 1000.0)
+    world = make()
+    for index in range(4):
+        write_adapter(root / f"bad{index}", r=3)
+        world.refusal(f"bad{index}")
+    remembered = world.cache._refusals
+    assert [key.adapter_id for key in remembered] == ["bad0", "bad1"]
+    for key, refusal in remembered.items():
+        remembered[key] = dataclasses.replace(refusal, until_s=0.0)
+    world.refusal("bad2")
+    assert [key.adapter_id for key in world.cache._refusals] == ["bad2"]
+
+
+def test_a_file_written_to_while_it_is_read_is_refused(
+    make: MakeCache, root: Path, gate: Gate
+) -> None:
+    """No mixture of two versions is ever served."""
+    world = make()
+    gate.closed.add("a0")
+    ticket = world.ask("a0")
+    world.until(lambda: gate.reads)
+    with open(root / "a0" / "adapter_model.safetensors", "r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(bytes(8))
+    gate.open()
+    world.until(lambda: ticket in world.answers)
+    answer = world.answers[ticket]
+    assert isinstance(answer, ResolveFailed)
+    assert answer.code == "adapter_invalid"
+    assert "changed while it was read" in answer.message
+    assert world.cache.budget.used_bytes == 0
+
+
+def test_readers_are_waited_for_once_before_the_first_load(make: MakeCache) -> None:
+    waited: list[object] = []
+
+    class SlowReader(ThreadReader):
+        def wait_until_ready(self) -> None:
+            waited.append(self)
+
+    world = make(make_reader=SlowReader, num_loaders=3)
+    world.cache.wait_until_ready()
+    assert len(set(map(id, waited))) == len(waited) == 3
+    assert world.hold("a0").revision
+
+
 def test_an_unexpected_error_is_reported_and_the_thread_lives(
     make: MakeCache, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -350,6 +416,16 @@ def test_a_file_rewritten_at_once_is_read_again(make: MakeCache, root: Path) -> 
     assert len(revisions) == 5
 
 
+def test_names_are_remembered_up_to_a_number(
+    make: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "MAX_NAMES", 2)
+    world = make()
+    for name in ("a0", "a1", "a0", "a2"):
+        world.hold(name)
+    assert list(world.cache._latest) == ["a0", "a2"]
+
+
 def test_a_deleted_adapter_is_gone_for_new_requests_and_stays_for_holders(
     make: MakeCache, root: Path
 ) -> None:
@@ -404,7 +480,7 @@ def test_when_all_are_held_loads_wait_their_turn(make: MakeCache) -> None:
     world.until(lambda: waiting[2] in world.answers)
 
 
-def test_a_cancelled_ticket_gives_up_its_place_in_the_queue(make: MakeCache) -> None:
+def test_a_cancelled_ticket_gives_up_its_place_in_the_queue(make: MakeCache, gate: Gate) -> None:
     world = make(host_bytes=RANK_4_BYTES)
     held = world.hold("a0").revision
     gone, patient = world.ask("a2"), world.ask("a4")
@@ -414,6 +490,7 @@ def test_a_cancelled_ticket_gives_up_its_place_in_the_queue(make: MakeCache) -> 
     world.until(lambda: patient in world.answers)
     assert gone not in world.answers
     assert not world.cache._loads
+    assert gate.reads == ["a0", "a4"], "what nobody wants is not read"
 
 
 def test_a_small_load_does_not_take_the_room_that_a_large_one_waits_for(make: MakeCache) -> None:
@@ -690,6 +767,50 @@ def test_moves_are_reported_with_their_time(make: MakeCache, root: Path) -> None
         ("fail", "host", "bad"),
     ]
     assert all(move.seconds > 0 for move in moves if move.kind == "load")
+
+
+def test_each_refusal_in_the_log_is_counted_and_no_other(
+    make: MakeCache,
+    root: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Those of folders that were not even read had their line, and no count."""
+    world = make(num_loaders=1)
+    write_adapter(root / "bad", r=3)
+    write_adapter(root / "half")
+    (root / "half" / "adapter_model.safetensors").unlink()
+    for name in ("bad", "half", "half", "absent", "../a0"):
+        world.refusal(name)
+    for name in ("bad", "a0"):
+        world.refusal(name) if name == "bad" else world.hold(name)
+    refused = [r.getMessage().split("'")[1] for r in caplog.records if "refused" in r.getMessage()]
+    failed = [move.adapter_id for move in world.cache.drain_moves() if move.kind == "fail"]
+    assert refused == failed == ["bad", "half", "half"]
+    monkeypatch.setattr(AdapterStore, "locate", lambda *_: 1 / 0)
+    assert world.refusal("a0").code == "internal"
+    assert [move.kind for move in world.cache.drain_moves()] == ["fail"]
+
+
+def test_adapters_that_nobody_can_name_are_told_at_start(
+    root: Path, make: MakeCache, caplog: pytest.LogCaptureFixture
+) -> None:
+    for index in range(MAX_SKIPPED_LINES + 5):
+        write_adapter(root / f"no name {index:02}")
+    world = make()
+    world.until(lambda: any("more folders" in r.getMessage() for r in caplog.records))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0].startswith("folder 'no name 00' in the adapters folder is skipped: names are")
+    assert len(lines) == MAX_SKIPPED_LINES + 1
+    assert lines[-1] == "5 more folders in the adapters folder are skipped, too"
+
+
+def test_a_storm_of_our_own_failures_leaves_few_traces(caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(lambda: 0.0)
+    for _ in range(1000):
+        journal.broke("work", OSError("no more files"))
+    assert len(caplog.records) == MAX_LINES
+    assert all(record.exc_info for record in caplog.records)
 
 
 def test_the_log_tells_what_became_of_an_adapter(

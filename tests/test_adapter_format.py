@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from adapter_files import BASE, SITES, Tensors, make_config, write_adapter
+from lory_server.adapters import blob as blob_module
 from lory_server.adapters.blob import AdapterBlob, read_blob
 from lory_server.adapters.config import MAX_CONFIG_BYTES, read_config
 from lory_server.adapters.errors import AdapterInvalidError
@@ -522,6 +523,59 @@ def test_a_header_that_lies_is_refused(
 )
 def test_a_damaged_header_is_refused(header: bytes, named: str, tmp_path: Path) -> None:
     assert named in refusal_of(write_raw(tmp_path, header))
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_revision_is_of_the_bytes_that_were_parsed(name: str, tmp_path: Path) -> None:
+    """Both were read a second time for the digest: one version's scale had the other's revision."""
+    write_adapter(tmp_path, lora_alpha=16)
+    before = blob_of(tmp_path)
+    with opened(tmp_path) as fds:
+        manifest = read_manifest(*fds, BASE)
+        rewrite(tmp_path / name, (b'"lora_alpha": 16', b'"lora_alpha": 32'), KV)
+        assert read_manifest(*fds, BASE).slices != manifest.slices
+        blob = read_blob(fds[1], manifest, torch.float32)
+    assert blob.revision == before.revision
+    assert torch.equal(blob.data, before.data)
+    assert blob_of(tmp_path).revision != before.revision
+
+
+KV = (b"k_proj.lora_A", b"v_proj.lora_A")
+
+
+def rewrite(file: Path, *swaps: tuple[bytes, bytes]) -> None:
+    """In place, one for the other and back."""
+    raw = file.read_bytes()
+    for one, other in swaps:
+        raw = raw.replace(one, b"<spare>").replace(other, one).replace(b"<spare>", other)
+    with open(file, "r+b") as opened_file:
+        opened_file.write(raw)
+
+
+def test_numbers_are_read_in_bounded_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large one's memory would be taken twice over while it is decoded."""
+    write_adapter(tmp_path)
+    whole = blob_of(tmp_path)
+    largest = max(4 * numel for numel in whole.manifest.chunk_numels())
+    sizes: list[int] = []
+    preadv = os.preadv
+
+    def spy(fd: int, buffers: list[memoryview], offset: int) -> int:
+        sizes.append(len(buffers[0]))
+        return preadv(fd, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", spy)
+    for most_bytes in (2 * largest, largest // 8):
+        sizes.clear()
+        monkeypatch.setattr(blob_module, "BATCH_BYTES", most_bytes)
+        piecemeal = blob_of(tmp_path)
+        assert piecemeal.revision == whole.revision
+        assert torch.equal(piecemeal.data, whole.data)
+        assert largest // 8 < max(sizes) <= max(most_bytes, largest)
+        assert sum(sizes) == sum(4 * numel for numel in whole.manifest.chunk_numels())
+    assert len(sizes) > len(whole.manifest.slices)
 
 
 def test_metadata_and_padding_are_allowed(tmp_path: Path) -> None:

@@ -246,7 +246,7 @@ def test_what_the_system_refuses_is_not_blamed_on_the_adapter(
     opened: list[object] = []
     real = os.open
 
-    def fail_at_last(path: object, *args: Any, **kwargs: Any) -> int:
+    def fail_at_last(path: Any, *args: Any, **kwargs: Any) -> int:
         if path in FILES:
             opened.append(path)
             if len(opened) > num_good:
@@ -269,7 +269,7 @@ def test_a_file_that_may_not_be_read_is_the_adapters_fault(
 ) -> None:
     real = os.open
 
-    def forbid(path: object, *args: Any, **kwargs: Any) -> int:
+    def forbid(path: Any, *args: Any, **kwargs: Any) -> int:
         if path == FILES[1]:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         return real(path, *args, **kwargs)
