@@ -1,5 +1,6 @@
 """Connections of strangers: slow, silent, too many, gone, or not speaking HTTP."""
 
+import asyncio
 import json
 import logging
 import socket
@@ -12,8 +13,9 @@ from typing import Any
 
 import msgspec
 import pytest
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lory_router.connection import MAX_PIPELINED_BYTES, Connection
+from lory_router.connection import BODY_READ_BYTES, MAX_PIPELINED_BYTES, Connection
 from scripted_engine import Answer, Front, wait_until
 
 GENERATE = {"inputs": "ab"}
@@ -26,6 +28,27 @@ HEALTH = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
 class Impatient(Connection):
     header_timeout_s = 0.3
     send_timeout_s = 0.3
+    linger_s = 0.3
+    keep_alive_s = 1
+
+
+def serving(app: ASGIApp) -> Front:
+    """A front whose application does something else."""
+    front = Front()
+    front.app = app
+    return front
+
+
+async def start_reply(send: Send, *headers: tuple[bytes, bytes]) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": list(headers)})
+
+
+async def write(send: Send, body: bytes, more: bool = False) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})
+
+
+def errors_in(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 @contextmanager
@@ -49,6 +72,14 @@ def read_to_end(wire: socket.socket) -> bytes:
     except ConnectionError:
         pass
     return b"".join(parts)
+
+
+def sends_on(wire: socket.socket) -> bool:
+    try:
+        wire.sendall(b"more")
+    except ConnectionError:
+        return False
+    return True
 
 
 def read_404(wire: socket.socket) -> None:
@@ -123,6 +154,88 @@ def test_a_body_and_an_answer_may_take_longer_than_a_header():
         assert reply_of(read_to_end(wire))[0] == 200
 
 
+def test_an_idle_connection_is_closed_in_time():
+    with Front().served(Impatient) as url, connection(url) as wire:
+        wire.sendall(HEALTH)
+        start = time.monotonic()
+        assert read_to_end(wire).startswith(b"HTTP/1.1 200")
+        assert time.monotonic() - start < 3
+
+
+def test_no_stranger_has_longer_than_half_a_minute_for_anything():
+    given = (
+        Connection.header_timeout_s,
+        Connection.send_timeout_s,
+        Connection.linger_s,
+        Connection.refused_s,
+        Connection.keep_alive_s,
+    )
+    assert max(given) <= 30
+
+
+# -- the event loop is everybody's ----------------------------------------------------------
+
+
+def test_a_turn_of_the_loop_reads_little_of_a_body_and_less_of_what_is_parsed():
+    """A read of 256 KiB was a third of a second of one-byte chunks."""
+    sizes: list[int] = []
+
+    class Spied(Connection):
+        def data_received(self, data: bytes) -> None:
+            sizes.append(len(data))
+            super().data_received(data)
+
+    def largest(url: str, data: bytes) -> int:
+        sizes.clear()
+        with connection(url) as wire:
+            wire.sendall(data)
+            wire.recv(1)
+        return max(sizes)
+
+    long = {"inputs": "a" * 500_000}
+    head, _, body = post("/generate", long, "connection: close").partition(b"\r\n\r\n")
+    framing = f"content-length: {len(body)}".encode()
+    chunked = head.replace(framing, b"transfer-encoding: chunked") + b"\r\n\r\n"
+    with Front().served(Spied) as url:
+        assert largest(url, head + b"\r\n\r\n" + body) <= BODY_READ_BYTES
+        assert largest(url, chunked + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)) <= 1024
+
+
+def test_a_flood_of_tiny_chunks_is_refused_and_its_sender_told():
+    front = Front()
+    with front.served() as url, connection(url) as wire:
+        wire.sendall(b"POST /generate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n")
+        for _ in range(100):
+            wire.sendall(b"1\r\n \r\n" * 100)
+        wire.shutdown(socket.SHUT_WR)
+        status, _, reply = reply_of(read_to_end(wire))
+        assert (status, reply["error_type"]) == (400, "bad_http")
+        assert "chunks are too small" in reply["error"]
+    assert not front.engine.streams
+
+
+def test_a_body_nobody_reads_is_not_taken_in():
+    made: list[Connection] = []
+
+    class Spied(Connection):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            made.append(self)
+            super().connection_made(transport)
+
+    async def wait(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.5)
+        await start_reply(send)
+        await write(send, b"")
+
+    with serving(wait).served(Spied) as url, connection(url) as wire:
+        wire.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
+        wire.sendall(b"a" * 1_000_000)
+        wait_until(lambda: bool(made and made[0].cycle and made[0].cycle.body))
+        time.sleep(0.2)
+        assert len(made[0].cycle.body) <= 64 * 1024 + BODY_READ_BYTES
+        assert wire.recv(4096).startswith(b"HTTP/1.1 200")
+
+
 # -- pipelined bytes ------------------------------------------------------------------------
 
 
@@ -166,7 +279,9 @@ def test_pipelined_requests_are_answered_in_order():
 
 def test_a_connection_too_many_is_told_so_and_there_is_room_again():
     with Front().served(max_connections=2) as url:
-        with connection(url), connection(url), connection(url) as third:
+        with connection(url), connection(url) as second, connection(url) as third:
+            second.sendall(HEALTH)
+            assert second.recv(4096).startswith(b"HTTP/1.1 200")
             status, headers, reply = reply_of(read_to_end(third))
             assert (status, reply["error_type"]) == (503, "too_many_connections")
             assert (headers["retry-after"], headers["connection"]) == ("2", "close")
@@ -215,7 +330,7 @@ def test_a_client_that_stops_reading_is_cut_off_and_its_socket_with_it(
         assert not read_to_end(wire).endswith(b"0\r\n\r\n")
     assert front.engine.streams[0].cancels == ["cancelled"]
     assert front.ledger.records[0].outcome == "cancelled"
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not errors_in(caplog)
 
 
 def test_a_stopping_server_waits_for_neither_a_stuck_reader_nor_half_a_body(
@@ -235,7 +350,71 @@ def test_a_stopping_server_waits_for_neither_a_stuck_reader_nor_half_a_body(
         wait_until(lambda: len(front.ledger.records) == 2)
         assert time.monotonic() - start < 3.5
     assert {record.outcome for record in front.ledger.records} == {"cancelled"}
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not errors_in(caplog)
+
+
+def test_the_rest_of_a_closed_connection_that_nobody_reads_is_dropped_in_time():
+    made: list[asyncio.Transport] = []
+
+    class Spied(Impatient):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            made.append(transport)
+            super().connection_made(transport)
+
+    async def fill(scope: Scope, receive: Receive, send: Send) -> None:
+        await start_reply(send, (b"connection", b"close"))
+        while not made[0].get_write_buffer_size():
+            await write(send, b"a" * 4096, more=True)
+        await write(send, b"end")
+
+    with serving(fill).served(Spied) as url, connection(url) as wire:
+        wire.sendall(HEALTH)
+        wait_until(lambda: bool(made) and made[0].is_closing())
+        assert made[0].get_write_buffer_size()
+        wait_until(lambda: not made[0].get_write_buffer_size(), timeout_s=2)
+        assert not read_to_end(wire).endswith(b"0\r\n\r\n")
+
+
+def test_a_reply_that_stays_unfinished_ends_its_connection(caplog: pytest.LogCaptureFixture):
+    """A client that waits for the rest would do so for ever."""
+
+    async def give_up(scope: Scope, receive: Receive, send: Send) -> None:
+        await start_reply(send)
+        await write(send, b"the half of", more=True)
+
+    with serving(give_up).served() as url, connection(url) as wire:
+        wire.sendall(HEALTH)
+        assert not read_to_end(wire).endswith(b"0\r\n\r\n")
+    assert not errors_in(caplog)
+
+
+def test_a_reply_that_has_begun_may_end_though_its_request_has_not():
+    async def early(scope: Scope, receive: Receive, send: Send) -> None:
+        await start_reply(send)
+        await write(send, b"begun", more=True)
+        await asyncio.sleep(0.4)
+        await write(send, b" and ended")
+
+    front = serving(early)
+    with front.served() as url, connection(url) as wire:
+        wire.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\n{")
+        data = wire.recv(4096)
+        front.stop()
+        assert (data + read_to_end(wire)).endswith(b" and ended\r\n0\r\n\r\n")
+
+
+@pytest.mark.parametrize("path", ["/generate", "/generate_stream"])
+def test_a_client_that_ends_its_side_has_left(path: str):
+    """The end of its bytes looks the same from one that has gone, whose tokens nobody reads."""
+    front = Front(SILENT)
+    with front.served() as url, connection(url) as wire:
+        wire.sendall(post(path, GENERATE))
+        wait_until(lambda: bool(front.engine.streams))
+        wire.shutdown(socket.SHUT_WR)
+        assert read_to_end(wire) == b""
+        wait_until(lambda: bool(front.ledger.records), timeout_s=1)
+    assert front.engine.streams[0].cancels == ["cancelled"]
+    assert front.ledger.records[0].outcome == "cancelled"
 
 
 # -- what is not HTTP -----------------------------------------------------------------------
@@ -273,7 +452,58 @@ def test_a_bad_chunk_in_the_middle_of_an_answer_ends_only_that_connection(
         read_404(wire)
         wire.sendall(b"zz\r\nbroken\r\n")
         assert read_to_end(wire) == b""
-    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+    assert not errors_in(caplog)
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [b"x-a: " + b"a" * 60_000 + b"\r\n\r\n"],
+        [b"x-a: ", *[b"a" * 15_000] * 4, b"\r\n\r\n"],
+        [b"a: b\r\n" * 9000 + b"\r\n"],
+        [b"a: b\r\n" * 101 + b"\r\n"],
+    ],
+    ids=["at one go", "in parts", "thousands of fields", "a field too many"],
+)
+def test_a_header_too_large_is_told_so_however_it_is_sent(parts: list[bytes]):
+    """In one packet it was served, and in several its sender saw a broken pipe."""
+    with Front().served() as url, connection(url) as wire:
+        wire.sendall(b"GET /health HTTP/1.1\r\n")
+        for part in (b"host: x\r\n", *parts):
+            wire.sendall(part)
+            time.sleep(0.05)
+        status, _, reply = reply_of(read_to_end(wire))
+    assert (status, reply["error_type"]) == (431, "header_too_large")
+    assert "at most 16384 bytes and 100 fields" in reply["error"]
+
+
+def test_a_refused_client_may_go_on_sending_for_a_while_and_no_longer():
+    class Strict(Connection):
+        refused_s = 0.5
+
+    with Front().served(Strict) as url, connection(url) as wire:
+        start = time.monotonic()
+        wire.sendall(b"what?\r\n\r\n")
+        assert reply_of(read_to_end(wire))[0] == 400
+        while sends_on(wire):
+            assert time.monotonic() - start < 3
+            time.sleep(0.02)
+        assert time.monotonic() - start > 0.4
+
+
+@pytest.mark.parametrize("expect", [(), ("expect: 100-continue",)])
+def test_a_bad_chunk_of_a_request_wakes_who_reads_it(
+    expect: tuple[str, ...], caplog: pytest.LogCaptureFixture
+):
+    front = Front()
+    head = "\r\n".join(("host: x", "transfer-encoding: chunked", *expect)).encode()
+    with front.served() as url, connection(url) as wire:
+        wire.sendall(b"POST /generate HTTP/1.1\r\n" + head + b"\r\n\r\nzz\r\n")
+        wait_until(lambda: bool(front.ledger.records), timeout_s=1)
+        data = read_to_end(wire)
+    assert reply_of(data)[0] == 400
+    assert front.ledger.records[0].outcome == "cancelled"
+    assert not errors_in(caplog)
 
 
 def test_peers_that_vanish_are_noticed_by_the_kernel():

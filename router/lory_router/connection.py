@@ -1,8 +1,11 @@
 """One HTTP connection and the server of all: uvicorn's, with the bounds that a public door needs.
 
 A header has seconds to arrive, a reader who stalls is cut off, bytes pipelined behind a request
-never hide that its client has left, and a connection too many is told so. What is not HTTP is
-refused in JSON. It must not know routes, requests or what replies say.
+never hide that its client has left, nobody has the event loop for long at a time, and a connection
+too many is told so. What is not HTTP is refused in JSON.
+
+The end of a client's bytes is taken as the end of the client: TCP does not tell who has only
+finished sending from who has left. It must not know routes, requests or what replies say.
 """
 
 import asyncio
@@ -23,11 +26,19 @@ from uvicorn.server import ServerState
 
 from lory_router.errors import ApiError, BadHttp, HeaderTooLarge, TooManyConnections
 from lory_router.exchange import error_headers
+from lory_router.framing import (
+    MAX_HEADER_BYTES,
+    MAX_HEADER_FIELDS,
+    MIN_MEAN_CHUNK_BYTES,
+    BoundedHttp,
+    ChunksTooSmall,
+)
 
 BACKLOG = 128
-KEEP_ALIVE_S = 5
-LINGER_S = 30.0
-"""How long the last bytes of a closed connection may take to leave."""
+BODY_READ_BYTES = 16 * 1024
+FRAMES_READ_BYTES = 1024
+"""Of each connection in a turn of the loop: of what must be parsed less, since every chunk takes
+7 us. asyncio's own 256 KiB are a third of a second of them."""
 MAX_PIPELINED_BYTES = 64 * 1024
 """Read ahead of a running request, so that the end of its connection is seen behind them."""
 FLUSH_GRACE_S = 2.0
@@ -59,13 +70,19 @@ class _Deadline:
             self._timer = None
 
 
-class Connection(H11Protocol):
+class Connection(H11Protocol, asyncio.BufferedProtocol):
     """One client's connection; `limit_concurrency` is the most of them."""
 
     header_timeout_s = 10.0
     """From connecting, or from the first byte of a later request, to the end of its header."""
     send_timeout_s = 30.0
     """How long a client may leave a full buffer unread."""
+    linger_s = 30.0
+    """How long the last bytes of a closed connection may take to leave."""
+    refused_s = 2.0
+    """How long a refused client may go on sending: closed at once, it might never see why."""
+    keep_alive_s = 5
+    """How long a connection may be idle between requests."""
 
     def __init__(
         self,
@@ -75,11 +92,14 @@ class Connection(H11Protocol):
         _loop: asyncio.AbstractEventLoop | None = None,
     ) -> None:
         super().__init__(config, server_state, app_state, _loop)
+        self.conn = BoundedHttp()
         self._most, self.limit_concurrency = self.limit_concurrency, None
         self._inner_app: ASGIApp = self.app  # type: ignore[assignment]
         self.app = self._answer  # type: ignore[assignment]
         self._arrival = _Deadline(self.loop, self._hang_up)
         self._departure = _Deadline(self.loop, self.cut)
+        self._incoming = bytearray()
+        self._is_refused = False
 
     def _hang_up(self) -> None:
         self.transport.abort()
@@ -97,12 +117,27 @@ class Connection(H11Protocol):
         super().connection_made(transport)
         if self._most is not None and len(self.connections) > self._most:
             told = TooManyConnections("Too many connections are open", retry_after_s=RETRY_AFTER_S)
-            self._refuse(told)
+            self._tell(told)
+            self.transport.close()
+            self._linger()
         else:
             self._arrival.start(self.header_timeout_s)
 
+    def get_buffer(self, sizehint: int) -> bytearray:
+        plain = self.conn.is_in_plain_body
+        self._incoming = bytearray(BODY_READ_BYTES if plain else FRAMES_READ_BYTES)
+        return self._incoming
+
+    def buffer_updated(self, nbytes: int) -> None:
+        data, self._incoming = self._incoming, bytearray()
+        self.data_received(bytes(memoryview(data)[:nbytes]))
+
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
         super().data_received(data)
+        if self._is_refused:
+            return
         if self.cycle is not None and not self.cycle.response_complete:
             self._arrival.stop()
             self._read_ahead()
@@ -124,7 +159,7 @@ class Connection(H11Protocol):
             await self._inner_app(scope, receive, send)
         if cycle.response_started and not cycle.response_complete:
             self.cut()
-            await asyncio.sleep(0)
+            cycle.disconnected = True
 
     def send_400_response(self, msg: str) -> None:
         """What uvicorn does about a request that is not HTTP, told as all errors are."""
@@ -133,10 +168,19 @@ class Connection(H11Protocol):
             return
         if self.cycle is not None:
             self.cycle.disconnected = True
+            self.cycle.waiting_for_100_continue = False
             self.cycle.message_event.set()
-        self._refuse(_told(sys.exception()))
+        self._tell(_told(sys.exception()))
+        self._is_refused = True
+        self.transport.write_eof()
+        self.flow.resume_reading()
+        self._arrival.start(self.refused_s)
 
-    def _refuse(self, error: ApiError) -> None:
+    def eof_received(self) -> None:
+        self.transport.close()
+        self._linger()
+
+    def _tell(self, error: ApiError) -> None:
         body = msgspec.json.encode(error.body_for("lorax"))
         headers = {
             "content-type": "application/json",
@@ -152,8 +196,6 @@ class Connection(H11Protocol):
         )
         for event in (response, h11.Data(data=body), h11.EndOfMessage()):
             self.transport.write(self.conn.send(event) or b"")
-        self.transport.close()
-        self._linger()
 
     # -- replies go out ---------------------------------------------------------------------
 
@@ -183,7 +225,7 @@ class Connection(H11Protocol):
 
     def _linger(self) -> None:
         if self.transport.is_closing() and not self._departure.is_set:
-            self._departure.start(LINGER_S)
+            self._departure.start(self.linger_s)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
@@ -192,8 +234,12 @@ class Connection(H11Protocol):
 
 
 def _told(error: BaseException | None) -> ApiError:
+    if isinstance(error, ChunksTooSmall):
+        least = f"{MIN_MEAN_CHUNK_BYTES} bytes on average"
+        return BadHttp(f"The body's chunks are too small; send {least}, or a Content-Length")
     if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
-        return HeaderTooLarge("The request's header is too large")
+        most = f"{MAX_HEADER_BYTES} bytes and {MAX_HEADER_FIELDS} fields"
+        return HeaderTooLarge(f"The request's header is too large; send at most {most}")
     return BadHttp("The request is not valid HTTP/1.1")
 
 
@@ -229,7 +275,7 @@ def http_server(
         server_header=False,
         backlog=BACKLOG,
         limit_concurrency=max_connections,
-        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_keep_alive=protocol.keep_alive_s,
         timeout_graceful_shutdown=int(2 * FLUSH_GRACE_S),
     )
     return HttpServer(config)
