@@ -123,6 +123,17 @@ def test_a_sender_of_ten_megabytes_sees_the_413():
         assert response.status_code == 413
 
 
+def test_who_closes_after_the_reply_sees_the_413_too():
+    """Its connection is closed with the reply: with bytes on their way that is a reset."""
+    with Front(max_body_bytes=1_000_000).served() as url, _connection(url) as wire:
+        head = "POST /generate HTTP/1.1\r\nhost: x\r\nconnection: close\r\n"
+        wire.sendall(f"{head}content-length: 10000000\r\n\r\n".encode())
+        for _ in range(10):
+            wire.sendall(b"a" * 1_000_000)
+            time.sleep(0.02)
+        assert wire.recv(4096).startswith(b"HTTP/1.1 413")
+
+
 def test_the_413_of_a_body_that_has_arrived_is_not_held_back():
     """What was left of it was awaited for two seconds although nothing was."""
     start = time.perf_counter()

@@ -6,7 +6,7 @@ from contextlib import aclosing
 import pytest
 
 from lory_router.engine import SequenceRequest, Unavailable
-from lory_router.running import merged, running
+from lory_router.running import merged, run_all, running
 from lory_router.settings import RouterSettings
 from lory_router.transcript import Ending
 from lory_router.validate import Ask
@@ -74,3 +74,37 @@ def test_no_task_outlives_a_reader_that_leaves():
         return len(asyncio.all_tasks())
 
     assert asyncio.run(main()) == 1
+
+
+def test_the_deadline_is_over_with_the_request():
+    """Its timer would keep every request for ten minutes, and cancel what has long ended."""
+    engine = ScriptedEngine([Answer(b"x")])
+    hasty = RouterSettings(model_names=(BASE,), request_timeout_s=0.05)
+
+    async def main() -> None:
+        async with running(engine, asks(1), TEXT, hasty) as live:
+            await run_all(live)
+        await asyncio.sleep(0.1)
+
+    asyncio.run(main())
+    assert "timeout" not in engine.streams[0].cancels
+
+
+def test_what_is_submitted_after_the_deadline_has_passed_it():
+    engine = ScriptedEngine([ENDLESS])
+    hasty = RouterSettings(model_names=(BASE,), request_timeout_s=0.05)
+
+    async def main() -> None:
+        submit = engine.submit
+
+        async def submit_late(request: SequenceRequest):
+            if engine.streams:
+                await asyncio.sleep(0.1)
+            return await submit(request)
+
+        engine.submit = submit_late
+        async with running(engine, asks(2), TEXT, hasty):
+            pass
+
+    asyncio.run(main())
+    assert [stream.cancels[0] for stream in engine.streams] == ["timeout", "timeout"]

@@ -44,7 +44,8 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def _notice_vanished_peers(listener: socket.socket) -> None:
-    """Accepted sockets inherit this on Linux."""
+    """Have the kernel probe silent peers and reset those that do not answer: a machine that lost
+    its power says no goodbye. Accepted sockets inherit this on Linux."""
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform == "linux":
         for option, value in (

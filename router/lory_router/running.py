@@ -82,15 +82,16 @@ async def running(
     """Submit all of `asks`; at the deadline, and when left, cancel those still running."""
     live: list[LiveSequence] = []
     room = BufferRoom(settings.stream_buffer_tokens)
-    timer = asyncio.get_running_loop().call_later(
-        settings.request_timeout_s, _cancel_all, live, "timeout"
-    )
+    loop = asyncio.get_running_loop()
+    timer = loop.call_later(settings.request_timeout_s, _cancel_all, live, "timeout")
     try:
         for ask in asks:
             stream = await engine.submit(replace(ask.request, room=room))
             transcript = Transcript(text, ask.request.prompt_ids, ask.ending)
             adapter_id = ask.request.adapter_id
             live.append(LiveSequence(stream, transcript, settings.retry_after_s, adapter_id))
+            if timer.when() <= loop.time():
+                live[-1].cancel("timeout")
         yield live
     finally:
         timer.cancel()
