@@ -160,7 +160,7 @@ class Bench:
         layers = tuple(self._layer(sites[4 * n : 4 * n + 4]) for n in range(spec.num_layers))
         ops = select("triton" if self.device.type == "cuda" else "torch")
         rope_PD = rope_table(spec.rope, 2 * self.scale.context, self.device)
-        head = dense_linear(head_VH, None, max(self.scale.batches))
+        head = dense_linear(head_VH, None, max(self.scale.batches), ops)
         return Decoder(spec, ops, embedding_VH, layers, self._ones(), head, rope_PD)
 
     def _layer(self, sites: tuple[Site, ...]) -> Layer:

@@ -9,10 +9,10 @@ from dataclasses import replace
 
 import torch
 
+from lory_kernels import Segments
 from lory_server.model.batch import ForwardBatch
 from lory_server.model.decoder import Decoder
 from lory_server.model.kv import KVCache
-from lory_server.model.lora import LoraRows
 
 BLOCK_SIZE = 4
 
@@ -52,7 +52,7 @@ def run(
     decoder: Decoder,
     sequences: Sequence[Sequence[int]],
     chunks: Sequence[Sequence[int]],
-    lora: LoraRows | None = None,
+    lora: Segments | None = None,
     seed: int = 0,
 ) -> list[torch.Tensor]:
     """Logits of every position of every sequence, computed chunk by chunk.

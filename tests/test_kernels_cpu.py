@@ -326,17 +326,24 @@ def test_torch_and_the_kernels_share_one_openmp_runtime() -> None:
     assert done.stdout.strip() == "1"
 
 
-@pytest.mark.parametrize("march", ["x86-64", "x86-64-v3"])
+needs_avx512 = pytest.mark.skipif(
+    " avx512vl" not in Path("/proc/cpuinfo").read_text(), reason="this CPU has no AVX-512"
+)
+
+
+@pytest.mark.parametrize(
+    "march", ["x86-64", "x86-64-v3", pytest.param("skylake-avx512", marks=needs_avx512)]
+)
 def test_older_cpus_get_the_same_results(
     march: str, reference: Ops, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The plain and the AVX2 builds, run here in place of the native one."""
+    """The plain, AVX2 and AVX-512 builds without bfloat16, in place of the native one."""
     flags = tuple(f"-march={march}" if flag.startswith("-march") else flag for flag in build._FLAGS)
     monkeypatch.setattr(build, "_FLAGS", flags)
     library = build.load_library(tmp_path)
     monkeypatch.setattr("lory_kernels.cpu.compiled_library", lambda: library)
     ops = select("cpu", threads=2)
-    assert library.lory_vector_lanes() == {"x86-64": 4, "x86-64-v3": 8}[march]
+    assert library.lory_vector_lanes() == {"x86-64": 4, "x86-64-v3": 8}.get(march, 16)
     for dtype in (torch.float32, torch.bfloat16):
         for case in (
             sgmv_case("zipf", 33, dtype, ranks=MIXED_RANKS),
@@ -345,3 +352,24 @@ def test_older_cpus_get_the_same_results(
             attention_case(dtype, head_dim=64, group=8),
         ):
             assert_close(case.run(ops), case.run(reference))
+
+
+@pytest.mark.parametrize("field", ["block_tables_RM", "query_starts_R1", "context_lens_R"])
+def test_attention_refuses_indices_of_another_width(one_thread: Ops, field: str) -> None:
+    case = attention_case(torch.float32)
+    case = replace(case, **{field: getattr(case, field).long()})
+    with pytest.raises(ValueError, match=f"{field} must be torch.int32, not torch.int64"):
+        case.run(one_thread)
+
+
+def test_sgmv_refuses_rows_with_gaps_and_indices_of_another_width(one_thread: Ops) -> None:
+    case = sgmv_case("distinct", 4, torch.float32)
+    columns = case.x_TH.T.contiguous().T
+    with pytest.raises(ValueError, match="x_TH must have whole rows"):
+        replace(case, x_TH=columns).run(one_thread)
+    segments = replace(case.segments, slots_G=case.segments.slots_G.long())
+    with pytest.raises(ValueError, match=r"slots_G must be torch\.int32"):
+        replace(case, segments=segments).run(one_thread)
+    site = replace(case.site, rank_SK=case.site.rank_SK.long())
+    with pytest.raises(ValueError, match=r"rank_SK must be torch\.int32"):
+        replace(case, site=site).run(one_thread)

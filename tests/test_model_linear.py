@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from lory_kernels import panels
+from lory_kernels import best_cpu_backend, panels, select
+from lory_kernels.build import compiled_library
+from lory_kernels.calls import Caller
 from lory_server.model.linear import (
     DenseLinear,
     PanelLinear,
@@ -11,6 +13,8 @@ from lory_server.model.linear import (
     can_prepack,
     dense_linear,
 )
+
+OPS = select(best_cpu_backend(), threads=2)
 
 needs_prepacking = pytest.mark.skipif(
     not can_prepack(), reason="oneDNN has no bfloat16 linear on this CPU"
@@ -21,6 +25,10 @@ needs_panels = pytest.mark.skipif(
     not panels.can_pack(torch.empty((2, 2), dtype=torch.bfloat16)),
     reason="panels need AVX512-BF16, and no AMX",
 )
+
+
+def caller(threads: int) -> Caller:
+    return Caller(compiled_library(), threads)
 
 
 def random(rows: int, columns: int, seed: int) -> torch.Tensor:
@@ -53,14 +61,16 @@ def test_panels_are_within_the_rounding_of_the_result(
     bias_N = random(1, shape[0], 1)[0].bfloat16() if bias else None
     x_TK = random(rows, shape[1], 2).bfloat16()
     exact_TN = x_TK.double() @ weight_NK.double().T + (0 if bias_N is None else bias_N.double())
-    y_TN = PanelLinear(weight_NK, bias_N)(x_TK, None).double()
+    y_TN = PanelLinear(weight_NK, bias_N, caller(2))(x_TK, None).double()
     near = {"rtol": 2**-8, "atol": 2**-9}
     assert torch.allclose(y_TN, exact_TN, **near)
     if rows:
         one_weight_off = weight_NK.clone()
         one_weight_off[-1, -1] += 0.5
         assert not torch.allclose(
-            PanelLinear(one_weight_off, bias_N)(x_TK, None).double(), exact_TN, **near
+            PanelLinear(one_weight_off, bias_N, caller(2))(x_TK, None).double(),
+            exact_TN,
+            **near,
         )
 
 
@@ -68,18 +78,27 @@ def test_panels_are_within_the_rounding_of_the_result(
 def test_a_row_in_panels_does_not_depend_on_its_batch_or_on_threads() -> None:
     weight_NK, x_TK = random(200, 384, 0).bfloat16(), random(77, 384, 1).bfloat16()
     weight = panels.pack(weight_NK)
-    y_TN = panels.PanelMultiply(weight, None, threads=2)(x_TK)
-    alone = panels.PanelMultiply(weight, None, threads=1)
+    y_TN = panels.PanelMultiply(weight, None, caller(2))(x_TK)
+    alone = panels.PanelMultiply(weight, None, caller(1))
     for row in range(77):
         assert torch.equal(alone(x_TK[row : row + 1]), y_TN[row : row + 1])
 
 
 @needs_panels
 def test_panels_refuse_rows_of_another_width_or_with_gaps() -> None:
-    multiply = panels.PanelMultiply(panels.pack(random(8, 16, 0).bfloat16()), None, threads=1)
+    multiply = panels.PanelMultiply(panels.pack(random(8, 16, 0).bfloat16()), None, caller(1))
     for wrong in (random(3, 18, 0).bfloat16(), random(16, 3, 0).bfloat16().T):
         with pytest.raises(ValueError, match="x_TK"):
             multiply(wrong)
+
+
+@needs_panels
+@pytest.mark.parametrize(
+    "wrong", [random(1, 8, 0)[0], random(1, 7, 0)[0].bfloat16(), random(8, 2, 0).bfloat16()[:, 0]]
+)
+def test_panels_refuse_a_bias_of_another_shape_dtype_or_with_gaps(wrong: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="bias_N"):
+        PanelLinear(random(8, 16, 0).bfloat16(), wrong, caller(1))
 
 
 @needs_panels
@@ -88,16 +107,16 @@ def test_an_odd_width_has_no_panels() -> None:
     assert not panels.can_pack(odd_NK)
     with pytest.raises(panels.KernelUnavailableError, match="even"):
         panels.pack(odd_NK)
-    assert isinstance(dense_linear(odd_NK, None, 4), PrepackedLinear)
+    assert isinstance(dense_linear(odd_NK, None, 4, OPS), PrepackedLinear)
 
 
 @needs_prepacking
 def test_packed_layouts_are_for_bfloat16_on_the_cpu_alone() -> None:
     weight_NK = random(8, 16, 0)
-    packed = dense_linear(weight_NK.bfloat16(), None, 4)
+    packed = dense_linear(weight_NK.bfloat16(), None, 4, OPS)
     assert isinstance(packed, PanelLinear | PrepackedLinear)
     for other in (weight_NK, weight_NK.half(), weight_NK.bfloat16().to("meta")):
-        assert isinstance(dense_linear(other, None, 4), DenseLinear)
+        assert isinstance(dense_linear(other, None, 4, OPS), DenseLinear)
 
 
 @pytest.mark.parametrize("has_onednn", [True, False])
@@ -109,11 +128,11 @@ def test_what_a_cpu_lacks_leads_to_the_next_best_linear(
         "lory_server.model.linear.can_prepack", lambda: has_onednn and can_prepack()
     )
     expected = PrepackedLinear if has_onednn and can_prepack() else DenseLinear
-    assert isinstance(dense_linear(random(8, 16, 0).bfloat16(), None, 4), expected)
+    assert isinstance(dense_linear(random(8, 16, 0).bfloat16(), None, 4, OPS), expected)
 
 
 def test_bytes_count_weight_and_bias() -> None:
     weight_NK, bias_N = random(8, 16, 0).bfloat16(), random(1, 8, 0)[0].bfloat16()
     assert DenseLinear(weight_NK, bias_N).num_bytes == 8 * 16 * 2 + 8 * 2
     rows_kept = 32 if panels.can_pack(weight_NK) else 8
-    assert dense_linear(weight_NK, bias_N, 4).num_bytes == rows_kept * 16 * 2 + 8 * 2
+    assert dense_linear(weight_NK, bias_N, 4, OPS).num_bytes == rows_kept * 16 * 2 + 8 * 2

@@ -14,7 +14,7 @@ from lory_kernels import BASE_SLOT, Segments, SiteTable
 from lory_server.messages import EngineOptions
 from lory_server.model.decoder import Decoder
 from lory_server.model.load import load
-from lory_server.model.lora import LoraRows, attach
+from lory_server.model.lora import attach
 from lory_server.model.sites import Site
 from packed_steps import make_batch, make_kv, random_ids
 
@@ -105,18 +105,16 @@ def merged(folder: Path, target: Path, factors: list[Factors]) -> Path:
     return target
 
 
-def segments_of(sizes: list[int], slots: list[int]) -> LoraRows:
+def segments_of(sizes: list[int], slots: list[int]) -> Segments:
     starts = [sum(sizes[:index]) for index in range(len(sizes) + 1)]
     adapted = sum(size for size, slot in zip(sizes, slots, strict=True) if slot != BASE_SLOT)
-    return LoraRows(
-        Segments(
-            starts_G1=torch.tensor(starts, dtype=torch.int32),
-            slots_G=torch.tensor(slots, dtype=torch.int32),
-            num_rows=sum(sizes),
-            num_segments=len(slots),
-            max_rank=max(RANKS),
-            adapted_rows=adapted,
-        )
+    return Segments(
+        starts_G1=torch.tensor(starts, dtype=torch.int32),
+        slots_G=torch.tensor(slots, dtype=torch.int32),
+        num_rows=sum(sizes),
+        num_segments=len(slots),
+        max_rank=max(RANKS),
+        adapted_rows=adapted,
     )
 
 
@@ -125,7 +123,7 @@ TABLES = [[3, 1], [4, 0], [2, 5]]
 SLOTS = [1, BASE_SLOT, 0]
 
 
-def mixed_batch(lora: LoraRows | None) -> Any:
+def mixed_batch(lora: Segments | None) -> Any:
     return replace(make_batch(SEQUENCES, [0, 0, 0], TABLES), lora=lora)
 
 

@@ -6,35 +6,18 @@ The contract and the legend of shapes are in contract.py.
 """
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lory_kernels.build import compiled_library
+from lory_kernels.calls import Attention, Caller, Gated, Norm, Op, Rope, Sgmv, Step, op
 from lory_kernels.contract import MAX_RANK, Segments, SiteTable
 from lory_kernels.reference import TorchOps
 
 _MAX_HEAD_DIM = 256
 _WEIGHT_AFTER_ROUNDING, _WEIGHT_SAME_DTYPE, _WEIGHT_F32 = 0, 1, 2
-
-# One letter an argument: p pointer, l long, i int, f float.
-_SIGNATURES = {
-    "rms_norm": "ppifpll i",
-    "add_rms_norm": "pppifpll i",
-    "silu_mul": "ppll i",
-    "gelu_tanh_mul": "ppll i",
-    "rope_write_kv": "pl pp i ppp l iiii pp if i",
-    "paged_attention": "pl pp pl pp l p iiii f if i",
-    "sgmv": "pp pl pl i",
-}
-_CTYPES = {
-    "p": ctypes.c_void_p,
-    "l": ctypes.c_long,
-    "i": ctypes.c_int,
-    "f": ctypes.c_float,
-}
 
 
 class _Site(ctypes.Structure):
@@ -81,27 +64,32 @@ class _KnownRows:
     kept: _Rows
 
 
+_OPS = (
+    "rms_norm",
+    "add_rms_norm",
+    "silu_mul",
+    "gelu_tanh_mul",
+    "rope_write_kv",
+    "paged_attention",
+    "sgmv",
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _Kernels:
-    """The C functions of one dtype."""
+    """The C ops of one dtype."""
 
-    rms_norm: Callable[..., None]
-    add_rms_norm: Callable[..., None]
-    silu_mul: Callable[..., None]
-    gelu_tanh_mul: Callable[..., None]
-    rope_write_kv: Callable[..., None]
-    paged_attention: Callable[..., None]
-    sgmv: Callable[..., None]
+    rms_norm: Op
+    add_rms_norm: Op
+    silu_mul: Op
+    gelu_tanh_mul: Op
+    rope_write_kv: Op
+    paged_attention: Op
+    sgmv: Op
 
 
-def _bind(library: ctypes.CDLL, suffix: str) -> _Kernels:
-    functions = {}
-    for name, signature in _SIGNATURES.items():
-        function = library[f"{name}_{suffix}"]
-        function.argtypes = [_CTYPES[letter] for letter in signature.replace(" ", "")]
-        function.restype = None
-        functions[name] = function
-    return _Kernels(**functions)
+def _kernels(library: ctypes.CDLL, suffix: str) -> _Kernels:
+    return _Kernels(**{name: op(library, f"{name}_{suffix}") for name in _OPS})
 
 
 class CpuOps:
@@ -110,10 +98,11 @@ class CpuOps:
     def __init__(self, threads: int = 0) -> None:
         library = compiled_library()
         self._kernels = {
-            torch.float32: _bind(library, "f32"),
-            torch.bfloat16: _bind(library, "bf16"),
+            torch.float32: _kernels(library, "f32"),
+            torch.bfloat16: _kernels(library, "bf16"),
         }
-        self._threads = threads or torch.get_num_threads()
+        self.caller = Caller(library, threads or torch.get_num_threads())
+        """Whose calls can be recorded: those of bfloat16 and float32 ops."""
         self._reference = TorchOps()
         self._sites: dict[SiteTable, _KnownSite] = {}
         self._rows: _KnownRows | None = None
@@ -132,19 +121,17 @@ class CpuOps:
             return self._reference.rms_norm(
                 x_TH, weight_H, eps, out_TH, weight_in_fp32=weight_in_fp32
             )
-        out = torch.empty_like(x_TH) if out_TH is None else out_TH
+        out = self._like(x_TH) if out_TH is None else out_TH
         _require_contiguous(x_TH=x_TH, weight_H=weight_H, out_TH=out)
-        rows, width = x_TH.shape
-        kernels.rms_norm(
-            x_TH.data_ptr(),
-            weight_H.data_ptr(),
-            _norm_mode(x_TH, weight_H, weight_in_fp32),
-            eps,
-            out.data_ptr(),
-            rows,
-            width,
-            self._threads,
+        args = Norm(
+            x=x_TH.data_ptr(),
+            weight=weight_H.data_ptr(),
+            out=out.data_ptr(),
+            width=x_TH.shape[1],
+            mode=_norm_mode(x_TH, weight_H, weight_in_fp32),
+            eps=eps,
         )
+        self.caller.call(kernels.rms_norm, args, Step(x_TH.shape[0]))
         return out
 
     def add_rms_norm(
@@ -162,37 +149,40 @@ class CpuOps:
             return self._reference.add_rms_norm(
                 residual_TH, x_TH, weight_H, eps, out_TH, weight_in_fp32=weight_in_fp32
             )
-        out = torch.empty_like(x_TH) if out_TH is None else out_TH
+        out = self._like(x_TH) if out_TH is None else out_TH
         _require_contiguous(residual_TH=residual_TH, x_TH=x_TH, weight_H=weight_H, out_TH=out)
-        rows, width = x_TH.shape
-        kernels.add_rms_norm(
-            residual_TH.data_ptr(),
-            x_TH.data_ptr(),
-            weight_H.data_ptr(),
-            _norm_mode(x_TH, weight_H, weight_in_fp32),
-            eps,
-            out.data_ptr(),
-            rows,
-            width,
-            self._threads,
+        args = Norm(
+            x=x_TH.data_ptr(),
+            weight=weight_H.data_ptr(),
+            residual=residual_TH.data_ptr(),
+            out=out.data_ptr(),
+            width=x_TH.shape[1],
+            mode=_norm_mode(x_TH, weight_H, weight_in_fp32),
+            eps=eps,
         )
+        self.caller.call(kernels.add_rms_norm, args, Step(x_TH.shape[0]))
         return out
+
+    def _like(self, x_TH: Tensor) -> Tensor:
+        return self.caller.empty(x_TH.shape[0], x_TH.shape[1], x_TH.dtype)
 
     def silu_mul(self, gate_up_TN: Tensor, out_TI: Tensor) -> None:
         kernels = self._kernels.get(out_TI.dtype)
         if kernels is None:
             return self._reference.silu_mul(gate_up_TN, out_TI)
-        _require_contiguous(gate_up_TN=gate_up_TN, out_TI=out_TI)
-        rows, width = out_TI.shape
-        kernels.silu_mul(gate_up_TN.data_ptr(), out_TI.data_ptr(), rows, width, self._threads)
+        return self._gated(kernels.silu_mul, gate_up_TN, out_TI)
 
     def gelu_tanh_mul(self, gate_up_TN: Tensor, out_TI: Tensor) -> None:
         kernels = self._kernels.get(out_TI.dtype)
         if kernels is None:
             return self._reference.gelu_tanh_mul(gate_up_TN, out_TI)
+        return self._gated(kernels.gelu_tanh_mul, gate_up_TN, out_TI)
+
+    def _gated(self, op: Op, gate_up_TN: Tensor, out_TI: Tensor) -> None:
         _require_contiguous(gate_up_TN=gate_up_TN, out_TI=out_TI)
         rows, width = out_TI.shape
-        kernels.gelu_tanh_mul(gate_up_TN.data_ptr(), out_TI.data_ptr(), rows, width, self._threads)
+        args = Gated(gate_up_TN.data_ptr(), out_TI.data_ptr(), width)
+        self.caller.call(op, args, Step(rows))
 
     def rope_write_kv(
         self,
@@ -228,30 +218,35 @@ class CpuOps:
                 norm_eps=norm_eps,
                 norm_weight_in_fp32=norm_weight_in_fp32,
             )
-        _require_contiguous(cos_sin_PD=cos_sin_PD, k_cache=k_cache, v_cache=v_cache)
+        _require_contiguous(k_cache=k_cache, v_cache=v_cache)
+        _require_rows(qkv_TN=qkv_TN)
+        _require_dtype(torch.int64, positions_T=positions_T, kv_slots_T=kv_slots_T)
+        _require_dtype(torch.float32, cos_sin_PD=cos_sin_PD)
         norm_mode = _WEIGHT_AFTER_ROUNDING
         if q_norm_D is not None:
             norm_mode = _norm_mode(qkv_TN, q_norm_D, norm_weight_in_fp32)
-        kernels.rope_write_kv(
-            qkv_TN.data_ptr(),
-            qkv_TN.stride(0),
-            positions_T.data_ptr(),
-            cos_sin_PD.data_ptr(),
-            cos_sin_PD.shape[1],
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            kv_slots_T.data_ptr(),
-            qkv_TN.shape[0],
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            k_cache.shape[2],
-            None if q_norm_D is None else q_norm_D.data_ptr(),
-            None if k_norm_D is None else k_norm_D.data_ptr(),
-            norm_mode,
-            norm_eps,
-            self._threads,
+        args = Rope(
+            qkv=qkv_TN.data_ptr(),
+            qkv_stride=qkv_TN.stride(0),
+            cos_sin=cos_sin_PD.data_ptr(),
+            k_cache=k_cache.data_ptr(),
+            v_cache=v_cache.data_ptr(),
+            q_norm=None if q_norm_D is None else q_norm_D.data_ptr(),
+            k_norm=None if k_norm_D is None else k_norm_D.data_ptr(),
+            rotary_dim=cos_sin_PD.shape[1],
+            heads=num_heads,
+            kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=k_cache.shape[2],
+            norm_mode=norm_mode,
+            norm_eps=norm_eps,
         )
+        step = Step(
+            tokens=qkv_TN.shape[0],
+            positions=positions_T.data_ptr(),
+            kv_slots=kv_slots_T.data_ptr(),
+        )
+        self.caller.call(kernels.rope_write_kv, args, step)
 
     def paged_attention(
         self,
@@ -287,29 +282,36 @@ class CpuOps:
                 window=window,
                 softcap=softcap,
             )
-        _require_contiguous(
-            k_cache=k_cache, v_cache=v_cache, block_tables_RM=block_tables_RM, out_TN=out_TN
+        _require_contiguous(k_cache=k_cache, v_cache=v_cache, out_TN=out_TN)
+        _require_rows(qkv_TN=qkv_TN)
+        _require_dtype(
+            torch.int32,
+            block_tables_RM=block_tables_RM,
+            query_starts_R1=query_starts_R1,
+            context_lens_R=context_lens_R,
         )
-        kernels.paged_attention(
-            qkv_TN.data_ptr(),
-            qkv_TN.stride(0),
-            k_cache.data_ptr(),
-            v_cache.data_ptr(),
-            block_tables_RM.data_ptr(),
-            block_tables_RM.shape[1],
-            query_starts_R1.data_ptr(),
-            context_lens_R.data_ptr(),
-            context_lens_R.shape[0],
-            out_TN.data_ptr(),
-            num_heads,
-            num_kv_heads,
-            head_dim,
-            k_cache.shape[2],
-            scale,
-            window,
-            softcap,
-            self._threads,
+        args = Attention(
+            qkv=qkv_TN.data_ptr(),
+            k_cache=k_cache.data_ptr(),
+            v_cache=v_cache.data_ptr(),
+            out=out_TN.data_ptr(),
+            qkv_stride=qkv_TN.stride(0),
+            heads=num_heads,
+            kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            block_size=k_cache.shape[2],
+            window=window,
+            scale=scale,
+            softcap=softcap,
         )
+        step = Step(
+            rows=context_lens_R.shape[0],
+            max_blocks=block_tables_RM.shape[1],
+            block_tables=block_tables_RM.data_ptr(),
+            query_starts=query_starts_R1.data_ptr(),
+            context_lens=context_lens_R.data_ptr(),
+        )
+        self.caller.call(kernels.paged_attention, args, step)
 
     def sgmv(
         self, y_TN: Tensor, x_TH: Tensor, site: SiteTable, pool: Tensor, segments: Segments
@@ -319,14 +321,45 @@ class CpuOps:
         kernels = self._kernels.get(pool.dtype)
         if kernels is None:
             return self._reference.sgmv(y_TN, x_TH, site, pool, segments)
-        kernels.sgmv(
+        _require_rows(y_TN=y_TN, x_TH=x_TH)
+        args = Sgmv(
             self._site_address(site, pool),
-            self._rows_address(segments),
             y_TN.data_ptr(),
-            y_TN.stride(0),
             x_TH.data_ptr(),
+            y_TN.stride(0),
             x_TH.stride(0),
-            self._threads,
+        )
+        self.caller.call(kernels.sgmv, args, Step(lora=self._rows_address(segments)))
+
+    def step(
+        self,
+        positions_T: Tensor,
+        kv_slots_T: Tensor,
+        block_tables_RM: Tensor,
+        query_starts_R1: Tensor,
+        context_lens_R: Tensor,
+        segments: Segments | None,
+    ) -> Step:
+        """For a recorded program: what stands here in place of what its ops were recorded with."""
+        _require_dtype(torch.int64, positions_T=positions_T, kv_slots_T=kv_slots_T)
+        _require_dtype(
+            torch.int32,
+            block_tables_RM=block_tables_RM,
+            query_starts_R1=query_starts_R1,
+            context_lens_R=context_lens_R,
+        )
+        lora = None
+        if segments is not None and segments.adapted_rows and segments.max_rank:
+            lora = self._rows_address(segments)
+        return Step(
+            positions_T.shape[0],
+            *block_tables_RM.shape,
+            positions_T.data_ptr(),
+            kv_slots_T.data_ptr(),
+            block_tables_RM.data_ptr(),
+            query_starts_R1.data_ptr(),
+            context_lens_R.data_ptr(),
+            lora,
         )
 
     def _site_address(self, site: SiteTable, pool: Tensor) -> int:
@@ -346,6 +379,9 @@ class CpuOps:
 
 
 def _known_site(site: SiteTable, pool: Tensor) -> _KnownSite:
+    _require_dtype(torch.int64, a_offset_SK=site.a_offset_SK, b_offset_SK=site.b_offset_SK)
+    _require_dtype(torch.int32, rank_SK=site.rank_SK)
+    _require_dtype(torch.float32, scale_SK=site.scale_SK)
     longs = ctypes.c_int64 * len(site.out_offsets)
     struct = _Site(
         pool.data_ptr(),
@@ -362,6 +398,7 @@ def _known_site(site: SiteTable, pool: Tensor) -> _KnownSite:
 
 
 def _known_rows(segments: Segments) -> _KnownRows:
+    _require_dtype(torch.int32, starts_G1=segments.starts_G1, slots_G=segments.slots_G)
     struct = _Rows(
         segments.starts_G1.data_ptr(),
         segments.slots_G.data_ptr(),
@@ -376,6 +413,20 @@ def _norm_mode(x: Tensor, weight: Tensor, weight_in_fp32: bool) -> int:
     if not weight_in_fp32:
         return _WEIGHT_AFTER_ROUNDING
     return _WEIGHT_SAME_DTYPE if weight.dtype == x.dtype else _WEIGHT_F32
+
+
+def _require_rows(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must have whole rows, its strides are {tensor.stride()}")
+
+
+def _require_dtype(dtype: torch.dtype, **tensors: Tensor) -> None:
+    """Of contiguous tensors."""
+    _require_contiguous(**tensors)
+    for name, tensor in tensors.items():
+        if tensor.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}")
 
 
 def _require_contiguous(**tensors: Tensor) -> None:

@@ -9,7 +9,6 @@ with 512 rows), and 0.75 ms with one row (65 GB/s).
 """
 
 import ctypes
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,10 +17,11 @@ import torch
 from torch import Tensor
 
 from lory_kernels.build import compiled_library
+from lory_kernels.calls import Caller, Linear, Step, op
 from lory_kernels.contract import KernelUnavailableError
 
 PANEL = 32
-_INT, _LONG, _POINTER = ctypes.c_int, ctypes.c_long, ctypes.c_void_p
+_LONG, _POINTER = ctypes.c_long, ctypes.c_void_p
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,30 +44,14 @@ class _Weight(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Kernels:
-    multiply: Callable[..., None]
-    pack: Callable[..., None]
-
-
 @cache
-def _kernels() -> _Kernels | None:
+def _library() -> ctypes.CDLL | None:
     """None where the CPU lacks AVX512-BF16 or the kernels could not be compiled."""
     try:
         library = compiled_library()
     except KernelUnavailableError:
         return None
-    if not library.can_multiply_panels_bf16():
-        return None
-    return _Kernels(
-        _bound(library.linear_bf16, _POINTER, _POINTER, _POINTER, _LONG, _INT),
-        _bound(library.pack_panels_bf16, _POINTER, _POINTER, _LONG, _LONG),
-    )
-
-
-def _bound(function: Any, *argtypes: type) -> Callable[..., None]:
-    function.argtypes, function.restype = argtypes, None
-    return function
+    return library if library.can_multiply_panels_bf16() else None
 
 
 def can_pack(weight_NK: Tensor) -> bool:
@@ -77,44 +61,55 @@ def can_pack(weight_NK: Tensor) -> bool:
     """
     fits = weight_NK.device.type == "cpu" and weight_NK.dtype == torch.bfloat16
     even = weight_NK.shape[1] % 2 == 0
-    return fits and even and not torch.cpu._is_amx_tile_supported() and _kernels() is not None
+    return fits and even and not torch.cpu._is_amx_tile_supported() and _library() is not None
 
 
 def pack(weight_NK: Tensor) -> PanelWeight:
     """The weight in panels; raises KernelUnavailableError where `can_pack` says no."""
-    kernels = _kernels()
-    if kernels is None or not can_pack(weight_NK):
+    library = _library()
+    if library is None or not can_pack(weight_NK):
         raise KernelUnavailableError("panels need bfloat16, AVX512-BF16 and an even K")
     out_features, in_features = weight_NK.shape
     num_panels = -(-out_features // PANEL)
     panels = torch.empty(num_panels * PANEL * in_features, dtype=torch.bfloat16)
     source_NK = weight_NK.contiguous()
-    kernels.pack(source_NK.data_ptr(), panels.data_ptr(), out_features, in_features)
+    pack_panels: Any = library.pack_panels_bf16
+    pack_panels.argtypes = (_POINTER, _POINTER, _LONG, _LONG)
+    pack_panels(source_NK.data_ptr(), panels.data_ptr(), out_features, in_features)
     return PanelWeight(panels, out_features, in_features)
 
 
 class PanelMultiply:
-    """x -> x W^T + b for one packed weight; `threads` bounds the cores a call may use."""
+    """x -> x W^T + b for one packed weight."""
 
-    __slots__ = ("_bias_N", "_kernel", "_struct", "_threads", "address", "weight")
+    __slots__ = ("_address", "_bias_N", "_caller", "_op", "_struct", "weight")
 
-    def __init__(self, weight: PanelWeight, bias_N: Tensor | None, threads: int) -> None:
-        kernels = _kernels()
-        assert kernels is not None, "a PanelWeight exists"
-        self._kernel = kernels.multiply
+    def __init__(self, weight: PanelWeight, bias_N: Tensor | None, caller: Caller) -> None:
+        library = _library()
+        assert library is not None, "a PanelWeight exists"
+        if bias_N is not None:
+            _check_bias(bias_N, weight)
+        self._op = op(library, "linear_bf16")
+        self._caller = caller
         self._bias_N = bias_N
-        self._threads = threads
         self._struct = _Weight(
             weight.panels.data_ptr(),
             None if bias_N is None else bias_N.data_ptr(),
             weight.out_features,
             weight.in_features,
         )
+        self._address = ctypes.addressof(self._struct)
         self.weight = weight
-        self.address = ctypes.addressof(self._struct)
-        """Of the `panel_weight`."""
 
-    def check(self, x_TK: Tensor) -> None:
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        self._check(x_TK)
+        rows = x_TK.shape[0]
+        y_TN = self._caller.empty(rows, self.weight.out_features, x_TK.dtype)
+        args = Linear(self._address, y_TN.data_ptr(), x_TK.data_ptr())
+        self._caller.call(self._op, args, Step(rows), self)
+        return y_TN
+
+    def _check(self, x_TK: Tensor) -> None:
         width = self.weight.in_features
         if x_TK.shape[1] != width or not x_TK.is_contiguous() or x_TK.dtype != torch.bfloat16:
             raise ValueError(
@@ -122,9 +117,11 @@ class PanelMultiply:
                 f"of {x_TK.dtype} with strides {x_TK.stride()}"
             )
 
-    def __call__(self, x_TK: Tensor) -> Tensor:
-        self.check(x_TK)
-        rows = x_TK.shape[0]
-        y_TN = x_TK.new_empty((rows, self.weight.out_features))
-        self._kernel(self.address, y_TN.data_ptr(), x_TK.data_ptr(), rows, self._threads)
-        return y_TN
+
+def _check_bias(bias_N: Tensor, weight: PanelWeight) -> None:
+    is_row = bias_N.shape == (weight.out_features,) and bias_N.is_contiguous()
+    if not is_row or bias_N.dtype != torch.bfloat16:
+        raise ValueError(
+            f"bias_N: must be [{weight.out_features}], bfloat16 and contiguous, not "
+            f"{tuple(bias_N.shape)} of {bias_N.dtype}"
+        )

@@ -168,6 +168,7 @@ def assemble(
         make_reader=ProcessReader if reads_apart(options) else ThreadReader,
     )
     kv = KVCache.allocate(spec, plan.num_blocks, options.block_size, decoder.dtype, device)
+    decoder.record(kv, options.max_step_tokens)
     packer = Packer(options.max_batch_rows, plan.num_blocks, options.block_size)
     runner = Runner(decoder, kv, packer, options.max_batch_rows, device)
     scheduler = Scheduler(

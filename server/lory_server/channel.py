@@ -1,8 +1,10 @@
-"""The engine's end of the socket to its router: frames in, frames out, each on its own thread.
+"""The engine's end of the socket to its router: frames in, frames out.
 
-A frame is a 4-byte big-endian length and one msgpack message. Reading and writing never happen
-on the thread that steps. Nothing is dropped in silence: when the router reads too slowly for
-`MAX_QUEUED_EVENTS`, or is gone, the process ends, and the router sees that.
+A frame is a 4-byte big-endian length and one msgpack message. Reading, and waiting for a router
+that reads slowly, never happen on the thread that steps; but what the socket takes at once is
+written by it, because another thread would first have to be woken and find a core. Nothing is
+dropped in silence: when the router reads too slowly for `MAX_QUEUED_EVENTS`, or is gone, the
+process ends, and the router sees that.
 """
 
 import logging
@@ -10,6 +12,7 @@ import os
 import queue
 import socket
 import threading
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
@@ -31,7 +34,8 @@ class Channel:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._commands: queue.SimpleQueue[Command] = queue.SimpleQueue()
-        self._events: queue.Queue[Event | None] = queue.Queue(MAX_QUEUED_EVENTS)
+        self._unsent: deque[bytes] = deque()
+        self._unsent_changed = threading.Condition()
         self._reader = threading.Thread(target=self._read_all, name="lory-commands", daemon=True)
         self._writer = threading.Thread(target=self._write_all, name="lory-events", daemon=True)
 
@@ -54,15 +58,21 @@ class Channel:
         return commands
 
     def send(self, event: Event) -> None:
-        try:
-            self._events.put_nowait(event)
-        except queue.Full:
-            os._exit(EXIT_ROUTER_STUCK)
+        payload = self._encoder.encode(event)
+        frame = len(payload).to_bytes(4, "big") + payload
+        with self._unsent_changed:
+            if not self._unsent:
+                frame = frame[self._write_now(frame) :]
+            if frame:
+                if len(self._unsent) >= MAX_QUEUED_EVENTS:
+                    os._exit(EXIT_ROUTER_STUCK)
+                self._unsent.append(frame)
+                self._unsent_changed.notify_all()
 
     def flush(self, timeout_s: float) -> None:
         """Waits until what was sent is on the wire, for the last words of a dying engine."""
-        self._events.put(None)
-        self._writer.join(timeout_s)
+        with self._unsent_changed:
+            self._unsent_changed.wait_for(lambda: not self._unsent, timeout_s)
 
     def _read_all(self) -> None:
         while True:
@@ -99,10 +109,24 @@ class Channel:
             count -= len(part)
         return b"".join(parts)
 
+    def _write_now(self, frame: bytes) -> int:
+        """As many bytes as the socket takes without waiting."""
+        try:
+            return self._connection.send(frame, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return 0
+        except ConnectionError:
+            os._exit(EXIT_ROUTER_GONE)
+
     def _write_all(self) -> None:
-        while (event := self._events.get()) is not None:
-            payload = self._encoder.encode(event)
+        """What the socket did not take at once, frame after frame."""
+        while True:
+            with self._unsent_changed:
+                self._unsent_changed.wait_for(lambda: self._unsent)
             try:
-                self._connection.sendall(len(payload).to_bytes(4, "big") + payload)
+                self._connection.sendall(self._unsent[0])
             except ConnectionError:
                 os._exit(EXIT_ROUTER_GONE)
+            with self._unsent_changed:
+                self._unsent.popleft()
+                self._unsent_changed.notify_all()

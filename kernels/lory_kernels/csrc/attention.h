@@ -336,29 +336,53 @@ static void FN(attend)(const attention_call *c, const attention_task *task,
   FN(close_lines)(c, task, out, s);
 }
 
-EXPORT void FN(paged_attention)(const ELEM *qkv, long qkv_stride, const ELEM *k_cache,
-                                const ELEM *v_cache, const int32_t *block_tables, long max_blocks,
-                                const int32_t *query_starts, const int32_t *context_lens, long rows,
-                                ELEM *out, int heads, int kv_heads, int head_dim, int block_size,
-                                float scale, int window, float softcap, int threads) {
-  attention_call call = {qkv_stride, max_blocks, rows,      block_tables, query_starts, context_lens,
-                         heads,      kv_heads,   head_dim,  block_size,   window,       scale,
-                         softcap};
-  long pairs = 0, next = 0;
-  for (long r = 0; r < rows; r++) pairs += (long)queries_of(&call, r) * context_lens[r];
-  threads = threads_for(2 * pairs * heads * head_dim, FLOPS_PER_THREAD, threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    attention_scratch scratch;
-    attention_cursor at = {-1, 0, 0};
-    attention_task task, after;
-    FN(key_tile) tile;
-    int more = next_attention(&call, &at, &next, &after);
-    if (more) FN(find_tile)(&call, &after, first_key(&call, &after), k_cache, v_cache, &tile);
-    while (more) {
-      task = after;
-      more = next_attention(&call, &at, &next, &after);
-      FN(attend)(&call, &task, more ? &after : 0, qkv, k_cache, v_cache, out, &tile, &scratch);
-    }
+typedef struct {
+  const ELEM *qkv, *k_cache, *v_cache;
+  ELEM *out;
+  long qkv_stride;
+  int heads, kv_heads, head_dim, block_size, window;
+  float scale, softcap;
+} FN(attention_args);
+
+INLINE attention_call FN(attention_call_of)(const FN(attention_args) *a, const step *s) {
+  return (attention_call){.qkv_stride = a->qkv_stride,
+                          .max_blocks = s->max_blocks,
+                          .rows = s->rows,
+                          .block_tables = s->block_tables,
+                          .query_starts = s->query_starts,
+                          .context_lens = s->context_lens,
+                          .heads = a->heads,
+                          .kv_heads = a->kv_heads,
+                          .head_dim = a->head_dim,
+                          .block_size = a->block_size,
+                          .window = a->window,
+                          .scale = a->scale,
+                          .softcap = a->softcap};
+}
+
+static int FN(attention_team)(const void *args, const step *s, int threads) {
+  const FN(attention_args) *a = args;
+  long pairs = 0;
+  for (long r = 0; r < s->rows; r++)
+    pairs += (long)(s->query_starts[r + 1] - s->query_starts[r]) * s->context_lens[r];
+  return threads_for(2 * pairs * a->heads * a->head_dim, FLOPS_PER_THREAD, threads);
+}
+
+static void FN(attention_op)(const void *args, const step *s, int thread, int team, long *next) {
+  const FN(attention_args) *a = args;
+  attention_call call = FN(attention_call_of)(a, s);
+  attention_scratch scratch;
+  attention_cursor at = {-1, 0, 0};
+  attention_task task, after;
+  FN(key_tile) tile;
+  int more = next_attention(&call, &at, next, &after);
+  if (more) FN(find_tile)(&call, &after, first_key(&call, &after), a->k_cache, a->v_cache, &tile);
+  while (more) {
+    task = after;
+    more = next_attention(&call, &at, next, &after);
+    FN(attend)(&call, &task, more ? &after : 0, a->qkv, a->k_cache, a->v_cache, a->out, &tile,
+               &scratch);
   }
 }
+
+EXPORT_CALL(paged_attention, attention_op, attention_team)

@@ -3,8 +3,7 @@
  *
  * A panel stays in the first cache while blocks of rows go over it, and the next panel is asked for
  * meanwhile, so that arithmetic hides memory. Sums run over k in order, whatever the rows around:
- * a row's result does not depend on its batch, nor on threads. Must not know
- * adapters. */
+ * a row's result does not depend on its batch, nor on threads. Must not know adapters. */
 
 #define PANEL 32
 #define BLOCK_ROWS 12
@@ -92,47 +91,51 @@ static void multiply_panel(linear_block b, long rows) {
   }
 }
 
-/* The part of y = x @ W.T + b that falls to one thread of a team: its panels, all rows. */
-static void multiply_share(const panel_weight *w, bf16 *y, long y_stride, const bf16 *x,
-                           long x_stride, long rows, long thread, long team) {
-  long num_panels = (w->n + PANEL - 1) / PANEL;
-  long first = num_panels * thread / team, end = num_panels * (thread + 1) / team;
-  for (long row = 0; row < rows; row += ROWS_AT_ONCE)
-    for (long p = first; p < end; p++) {
-      const bf16 *panel = w->panels + p * PANEL * w->k;
-      linear_block b = {.x = x + row * x_stride,
-                        .panel = panel,
-                        .bias = w->bias ? w->bias + p * PANEL : 0,
-                        .next = (const char *)(p + 1 < end ? panel + PANEL * w->k : panel),
-                        .y = y + row * y_stride + p * PANEL,
-                        .k = w->k,
-                        .x_stride = x_stride,
-                        .y_stride = y_stride,
-                        .columns = (int)(w->n - p * PANEL < PANEL ? w->n - p * PANEL : PANEL)};
-      multiply_panel(b, rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE);
-    }
+typedef struct {
+  const panel_weight *weight;
+  bf16 *y; /* [tokens, n] */
+  const bf16 *x; /* [tokens, k] */
+} linear_args;
+
+/* Up to ROWS_AT_ONCE rows from `row` over panel p, which is not the last of a share if `more`. */
+INLINE void multiply_tile(const linear_args *a, long p, long row, long rows, int more) {
+  const panel_weight *w = a->weight;
+  const bf16 *panel = w->panels + p * PANEL * w->k;
+  long left = w->n - p * PANEL;
+  linear_block b = {.x = a->x + row * w->k,
+                    .panel = panel,
+                    .bias = w->bias ? w->bias + p * PANEL : 0,
+                    .next = (const char *)(more ? panel + PANEL * w->k : panel),
+                    .y = a->y + row * w->n + p * PANEL,
+                    .k = w->k,
+                    .x_stride = w->k,
+                    .y_stride = w->n,
+                    .columns = (int)(left < PANEL ? left : PANEL)};
+  multiply_panel(b, rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE);
 }
 
+/* All rows over the panels of one thread. */
+static void linear_op_bf16(const void *args, const step *s, int thread, int team, long *next) {
+  const linear_args *a = args;
+  span panels = share_of((a->weight->n + PANEL - 1) / PANEL, thread, team);
+  for (long row = 0; row < s->tokens; row += ROWS_AT_ONCE)
+    for (long p = panels.first; p < panels.end; p++)
+      multiply_tile(a, p, row, s->tokens, p + 1 < panels.end);
+}
+
+static int linear_team_bf16(const void *args, const step *s, int threads) {
+  const panel_weight *w = ((const linear_args *)args)->weight;
+  return threads_for(2 * s->tokens * w->n * w->k, FLOPS_PER_THREAD, threads);
+}
+
+EXPORT_CALL(linear, linear_op, linear_team)
 EXPORT int can_multiply_panels_bf16(void) { return 1; }
 
 #else
 
-static void multiply_share(const panel_weight *w, bf16 *y, long y_stride, const bf16 *x,
-                           long x_stride, long rows, long thread, long team) {
-  (void)w, (void)y, (void)y_stride, (void)x, (void)x_stride, (void)rows;
-  (void)thread, (void)team;
-}
-
 EXPORT int can_multiply_panels_bf16(void) { return 0; }
 
 #endif
-
-/* y [rows, n] and x [rows, k] without gaps. */
-EXPORT void linear_bf16(const panel_weight *w, bf16 *y, const bf16 *x, long rows, int threads) {
-  threads = threads_for(2 * rows * w->n * w->k, FLOPS_PER_THREAD, threads);
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  multiply_share(w, y, w->n, x, w->k, rows, omp_get_thread_num(), omp_get_num_threads());
-}
 
 /* panels[p][k / 2][c][k % 2] = w[p * PANEL + c][k], zero past the last column. k is even. */
 EXPORT void pack_panels_bf16(const bf16 *w, bf16 *panels, long n, long k) {

@@ -21,6 +21,8 @@ INLINE int threads_for(long work, long per_thread, int threads) {
   return wanted < 1 ? 1 : wanted < threads ? (int)wanted : threads;
 }
 
+#include "step.h"
+
 #define ELEM float
 #define DTYPE f32
 #define IS_BF16 0

@@ -24,10 +24,13 @@ INLINE void FN(store_n)(ELEM *p, vf v, long left) {
     FN(store_tail)(p, v, left);
 }
 
-/* One step of a dot product takes STEP elements of both sides. */
+/* One step of a dot product takes STEP elements of both sides, as OPERANDs: 32 bfloat16 of a register
+ * with AVX512-BF16 (WORDS), VL widened numbers without. */
+#undef WORDS
 #if IS_BF16 && defined(__AVX512BF16__)
 #undef STEP
 #undef OPERAND
+#define WORDS 1
 #define STEP 32
 #define OPERAND __m512i
 INLINE __m512i FN(operand)(const ELEM *p, long left) {
@@ -40,6 +43,7 @@ INLINE vf FN(dot_step)(vf acc, __m512i a, __m512i b) {
 #else
 #undef STEP
 #undef OPERAND
+#define WORDS 0
 #define STEP VL
 #define OPERAND vf
 INLINE vf FN(operand)(const ELEM *p, long left) { return FN(load_n)(p, left); }

@@ -25,13 +25,6 @@ typedef struct {
   long slices;
 } sgmv_site;
 
-/* A step's rows: segment g covers [starts[g], starts[g + 1]) and uses slots[g], the base if < 0. */
-typedef struct {
-  const int32_t *starts, *slots;
-  long segments, adapted_rows;
-  int max_rank;
-} sgmv_rows;
-
 typedef struct {
   const sgmv_site *site;
   const sgmv_rows *rows;
@@ -135,7 +128,7 @@ INLINE void FN(expand_rows)(int rows, int vectors, ELEM *y, long y_stride, const
 
 /* y[c] += sum_j h[j] * b[j][c] for one row: B is read four rows at a time, front to back, the sums
  * stay in the first-level cache. */
-#if IS_BF16 && VL == 16
+#if WORDS
 /* 32 columns a step: the even ones are the low halves of 16 words, shifted up, the odd ones the high
  * halves, masked; sums keep the two apart, 16 and 16, until they are stored. Whole vectors take 5
  * instructions a cache line where widening takes 8: 3.9 -> 3.0 ms for 77 MB of factors. */
@@ -245,36 +238,40 @@ static void FN(sgmv_task)(const sgmv_tables *t, const sgmv_cursor *at, long inde
     FN(sgmv_tile)(t, at, local / groups, k, y, y_stride, x, x_stride, pool);
 }
 
-static int FN(sgmv_threads)(const sgmv_site *site, const sgmv_rows *rows, int threads) {
+typedef struct {
+  const sgmv_site *site;
+  ELEM *y;
+  const ELEM *x;
+  long y_stride, x_stride;
+} FN(sgmv_args);
+
+static int FN(sgmv_team)(const void *args, const step *s, int threads) {
+  const sgmv_site *site = ((const FN(sgmv_args) *)args)->site;
+  if (!s->lora) return 1;
   long width = site->slices * site->in_features;
   for (long k = 0; k < site->slices; k++) width += site->out_features[k];
-  return threads_for(rows->adapted_rows * rows->max_rank * width, FLOPS_PER_THREAD, threads);
+  return threads_for(s->lora->adapted_rows * s->lora->max_rank * width, FLOPS_PER_THREAD, threads);
 }
 
-static sgmv_tables FN(sgmv_plan)(const sgmv_site *site, const sgmv_rows *rows, int threads) {
-  int tile_rows = (int)((rows->adapted_rows / threads + 3) / 4 * 4);
+static sgmv_tables FN(sgmv_plan)(const sgmv_site *site, const sgmv_rows *rows, int team) {
+  int tile_rows = (int)((rows->adapted_rows / team + 3) / 4 * 4);
   return (sgmv_tables){.site = site,
                        .rows = rows,
                        .tile_rows = tile_rows < 4 ? 4 : min_int(tile_rows, TILE_ROWS),
-                       .slices_per_task = rows->segments >= 4 * threads ? (int)site->slices : 1};
+                       .slices_per_task = rows->segments >= 4 * team ? (int)site->slices : 1};
 }
 
-/* Tasks for one thread of a team, until none is left; `next` is shared. */
-static void FN(sgmv_share)(const sgmv_tables *tables, long *next, ELEM *y, long y_stride,
-                           const ELEM *x, long x_stride, const ELEM *pool) {
+/* Tasks, until none is left. */
+static void FN(sgmv_op)(const void *args, const step *s, int thread, int team, long *next) {
+  const FN(sgmv_args) *a = args;
+  if (!s->lora) return;
+  sgmv_tables tables = FN(sgmv_plan)(a->site, s->lora, team);
   sgmv_cursor at = {-1, 0, 0};
   for (;;) {
     long index = __atomic_fetch_add(next, 1, __ATOMIC_RELAXED);
-    if (!seek_task(tables, &at, index)) return;
-    FN(sgmv_task)(tables, &at, index, y, y_stride, x, x_stride, pool);
+    if (!seek_task(&tables, &at, index)) return;
+    FN(sgmv_task)(&tables, &at, index, a->y, a->y_stride, a->x, a->x_stride, a->site->pool);
   }
 }
 
-EXPORT void FN(sgmv)(const sgmv_site *site, const sgmv_rows *rows, ELEM *y, long y_stride,
-                     const ELEM *x, long x_stride, int threads) {
-  threads = FN(sgmv_threads)(site, rows, threads);
-  sgmv_tables tables = FN(sgmv_plan)(site, rows, threads);
-  long next = 0;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  FN(sgmv_share)(&tables, &next, y, y_stride, x, x_stride, site->pool);
-}
+EXPORT_CALL(sgmv, sgmv_op, sgmv_team)

@@ -6,12 +6,10 @@ adapter is: `lora` is passed through the decoder to whatever is attached to its 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lory_server.model.lora import LoraRows
+from lory_kernels import Segments
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,5 +30,5 @@ class ForwardBatch:
     """int32; blocks of each sequence in order, padded with any valid block."""
     logit_rows_L: Tensor
     """int64; token rows whose logits are wanted."""
-    lora: "LoraRows | None" = None
+    lora: Segments | None = None
     """None: no row of the batch uses an adapter."""

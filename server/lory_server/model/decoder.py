@@ -15,12 +15,13 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
 from lory_kernels import Ops
+from lory_kernels.cpu import CpuOps
 from lory_server.model.batch import ForwardBatch
 from lory_server.model.kv import KVCache
 from lory_server.model.linear import DenseLinear, Linear
+from lory_server.model.program import LayersProgram, Workspace
 from lory_server.model.sites import Site
 from lory_server.model.spec import ModelSpec
 
@@ -73,6 +74,7 @@ class Decoder:
         self._norm_in_fp32 = spec.unit_offset_norms
         # Rounded as transformers does: sqrt(3072) is 55.5 in bfloat16.
         self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=self.dtype).item()
+        self._program: LayersProgram | None = None
         self._act_mul = ops.silu_mul if spec.activation == "silu" else ops.gelu_tanh_mul
 
     @property
@@ -116,26 +118,63 @@ class Decoder:
     @torch.inference_mode()
     def hidden(self, batch: ForwardBatch, kv: KVCache) -> Tensor:
         """hidden_LH of the batch's logit rows, after the last norm; writes the batch's KV."""
+        num_tokens = batch.token_ids_T.shape[0]
+        program = self._program
+        if program is None:
+            work = self._workspace(num_tokens)
+            self._embed(batch.token_ids_T, work.residual_TH)
+            branch_TH = self._run_layers(work, batch, kv)
+        else:
+            work = program.work.first(num_tokens)
+            self._embed(batch.token_ids_T, work.residual_TH)
+            branch_TH = program.run(batch, kv)
+        rows_L = batch.logit_rows_L
+        return self._enter(work.residual_TH[rows_L], branch_TH[rows_L], self._norm_H)
+
+    @torch.inference_mode()
+    def record(self, kv: KVCache, max_tokens: int) -> None:
+        """Make a program of all layers, where they can be recorded; once adapters are attached.
+
+        From then on steps have at most `max_tokens` tokens and write to `kv`.
+        """
+        linears = (getattr(layer, name) for layer in self._layers for name in LINEARS)
+        if isinstance(self.ops, CpuOps) and all(linear.is_recordable for linear in linears):
+            work = self._workspace(max_tokens)
+            self._program = LayersProgram(self.ops, self._run_layers, work, kv)
+
+    @property
+    def is_recorded(self) -> bool:
+        return self._program is not None
+
+    @property
+    def recorded_bytes(self) -> int:
+        """Of the buffers that a recorded step works in."""
+        return 0 if self._program is None else self._program.num_bytes
+
+    def _workspace(self, num_tokens: int) -> Workspace:
+        spec = self.spec
+        widths = (spec.hidden_size, spec.q_size, spec.intermediate_size)
+        return Workspace(*(self._embedding_VH.new_empty((num_tokens, width)) for width in widths))
+
+    def _run_layers(self, work: Workspace, batch: ForwardBatch, kv: KVCache) -> Tensor:
+        """The branch that the last layer leaves beside the residual."""
         ops, eps = self.ops, self.spec.norm_eps
-        residual_TH = self._embed(batch.token_ids_T)
-        num_tokens = residual_TH.shape[0]
-        mixed_TN = residual_TH.new_empty((num_tokens, self.spec.q_size))
-        inner_TI = residual_TH.new_empty((num_tokens, self.spec.intermediate_size))
+        residual_TH = work.residual_TH
         branch_TH: Tensor | None = None
         for number, layer in enumerate(self._layers):
             x_TH = self._enter(residual_TH, branch_TH, layer.attention_norm_H)
-            y_TH = self._attend(number, layer, x_TH, mixed_TN, batch, kv)
+            y_TH = self._attend(number, layer, x_TH, work.mixed_TN, batch, kv)
             x_TH = ops.add_rms_norm(
                 residual_TH, y_TH, layer.mlp_norm_H, eps, y_TH, weight_in_fp32=self._norm_in_fp32
             )
-            branch_TH = self._mlp(layer, x_TH, inner_TI, batch)
+            branch_TH = self._mlp(layer, x_TH, work.inner_TI, batch)
         assert branch_TH is not None
-        rows_L = batch.logit_rows_L
-        return self._enter(residual_TH[rows_L], branch_TH[rows_L], self._norm_H)
+        return branch_TH
 
-    def _embed(self, token_ids_T: Tensor) -> Tensor:
-        hidden_TH = embedding(token_ids_T, self._embedding_VH)
-        return hidden_TH if self._embedding_scale == 1.0 else hidden_TH.mul_(self._embedding_scale)
+    def _embed(self, token_ids_T: Tensor, out_TH: Tensor) -> None:
+        torch.index_select(self._embedding_VH, 0, token_ids_T, out=out_TH)
+        if self._embedding_scale != 1.0:
+            out_TH.mul_(self._embedding_scale)
 
     def _enter(self, residual_TH: Tensor, branch_TH: Tensor | None, norm_H: Tensor) -> Tensor:
         """Join a branch to the residual, if there is one yet, and norm what comes next."""

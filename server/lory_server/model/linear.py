@@ -5,16 +5,15 @@ ignored here. Legend: T tokens, K in features, N out features. This module must 
 linear is for, nor what wraps it.
 """
 
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from lory_kernels import panels
-
-if TYPE_CHECKING:
-    from lory_server.model.lora import LoraRows
+from lory_kernels import Ops, Segments, panels
+from lory_kernels.calls import Caller
+from lory_kernels.cpu import CpuOps
 
 
 class Linear(Protocol):
@@ -23,13 +22,19 @@ class Linear(Protocol):
     @property
     def num_bytes(self) -> int: ...
 
-    def __call__(self, x_TK: Tensor, rows: "LoraRows | None") -> Tensor: ...
+    @property
+    def is_recordable(self) -> bool:
+        """Whether all it does are calls that a program can hold (lory_kernels.calls)."""
+        ...
+
+    def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor: ...
 
 
 class DenseLinear:
     """y = x W^T + b by torch's own kernel."""
 
     __slots__ = ("bias_N", "weight_NK")
+    is_recordable = False
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
         self.weight_NK = weight_NK
@@ -39,7 +44,7 @@ class DenseLinear:
     def num_bytes(self) -> int:
         return self.weight_NK.nbytes + bias_bytes(self.bias_N)
 
-    def __call__(self, x_TK: Tensor, rows: "LoraRows | None") -> Tensor:
+    def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor:
         return linear(x_TK, self.weight_NK, self.bias_N)
 
 
@@ -50,6 +55,7 @@ class PrepackedLinear:
     """
 
     __slots__ = ("_apply", "_bias_N", "_num_bytes", "_packed_NK")
+    is_recordable = False
 
     def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, typical_rows: int) -> None:
         self._packed_NK = torch.ops.mkldnn._reorder_linear_weight(weight_NK, typical_rows)
@@ -61,32 +67,33 @@ class PrepackedLinear:
     def num_bytes(self) -> int:
         return self._num_bytes
 
-    def __call__(self, x_TK: Tensor, rows: "LoraRows | None") -> Tensor:
+    def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor:
         return self._apply(x_TK, self._packed_NK, self._bias_N, "none", [], "")
 
 
 class PanelLinear:
     """y = x W^T + b in bfloat16 on the CPU, the weight laid out once in panels."""
 
-    __slots__ = ("_num_bytes", "multiply")
+    __slots__ = ("_multiply", "_num_bytes")
+    is_recordable = True
 
-    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None) -> None:
+    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, caller: Caller) -> None:
         weight = panels.pack(weight_NK)
-        self.multiply = panels.PanelMultiply(weight, bias_N, torch.get_num_threads())
+        self._multiply = panels.PanelMultiply(weight, bias_N, caller)
         self._num_bytes = weight.panels.nbytes + bias_bytes(bias_N)
 
     @property
     def num_bytes(self) -> int:
         return self._num_bytes
 
-    def __call__(self, x_TK: Tensor, rows: "LoraRows | None") -> Tensor:
-        return self.multiply(x_TK)
+    def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor:
+        return self._multiply(x_TK)
 
 
-def dense_linear(weight_NK: Tensor, bias_N: Tensor | None, typical_rows: int) -> Linear:
+def dense_linear(weight_NK: Tensor, bias_N: Tensor | None, typical_rows: int, ops: Ops) -> Linear:
     """The fastest full-precision linear for where the weight lies and what it is made of."""
-    if panels.can_pack(weight_NK):
-        return PanelLinear(weight_NK, bias_N)
+    if isinstance(ops, CpuOps) and panels.can_pack(weight_NK):
+        return PanelLinear(weight_NK, bias_N, ops.caller)
     if weight_NK.device.type == "cpu" and weight_NK.dtype == torch.bfloat16 and can_prepack():
         return PrepackedLinear(weight_NK, bias_N, typical_rows)
     return DenseLinear(weight_NK, bias_N)

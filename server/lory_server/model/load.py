@@ -32,7 +32,7 @@ def load(
     _check_options(options, spec)
     max_model_len = spec.resolve_max_model_len(options.max_model_len)
     with Checkpoint(folder) as checkpoint:
-        loader = _Loader(spec, checkpoint, torch.device(device), dtype, options)
+        loader = _Loader(spec, checkpoint, torch.device(device), dtype, options, ops)
         embedding_VH = loader.embedding()
         layers = tuple(loader.layer(number) for number in range(spec.num_layers))
         norm_H = loader.norm("model.norm", spec.hidden_size)
@@ -59,6 +59,7 @@ class _Loader:
     device: torch.device
     dtype: torch.dtype
     options: EngineOptions
+    ops: Ops
 
     def layer(self, number: int) -> Layer:
         spec = self.spec
@@ -123,7 +124,7 @@ class _Loader:
         return self._dense(weight_NK, bias_N)
 
     def _dense(self, weight_NK: Tensor, bias_N: Tensor | None) -> Linear:
-        return dense_linear(weight_NK, bias_N, self.options.max_batch_rows)
+        return dense_linear(weight_NK, bias_N, self.options.max_batch_rows, self.ops)
 
     def _nf4(
         self, name: str, slices: Iterable[Slice], in_features: int, bias_N: Tensor | None

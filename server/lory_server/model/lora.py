@@ -7,20 +7,12 @@ where an adapter came from, who owns a slot, or any model family. Legend: T toke
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from torch import Tensor
 
 from lory_kernels import Ops, Segments, SiteTable
 from lory_server.model.decoder import Decoder
 from lory_server.model.linear import Linear
-
-
-@dataclass(frozen=True, slots=True)
-class LoraRows:
-    """Which token rows of a batch use which slot."""
-
-    segments: Segments
 
 
 class LoraLinear:
@@ -39,10 +31,14 @@ class LoraLinear:
         """Of the base; the pool is accounted for by its owner."""
         return self._base.num_bytes
 
-    def __call__(self, x_TK: Tensor, rows: LoraRows | None) -> Tensor:
+    @property
+    def is_recordable(self) -> bool:
+        return self._base.is_recordable
+
+    def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor:
         y_TN = self._base(x_TK, rows)
         if rows is not None:
-            self._sgmv(y_TN, x_TK, self._table, self._pool, rows.segments)
+            self._sgmv(y_TN, x_TK, self._table, self._pool, rows)
         return y_TN
 
 

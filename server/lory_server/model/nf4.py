@@ -10,17 +10,14 @@ what a linear is for, nor what wraps it.
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
 
+from lory_kernels import Segments
 from lory_server.model.errors import ModelError
 from lory_server.model.linear import Linear, bias_bytes
-
-if TYPE_CHECKING:
-    from lory_server.model.lora import LoraRows
 
 BLOCK = 64
 STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
@@ -164,6 +161,7 @@ class NF4Linear:
     """y = x W^T + b by bitsandbytes' op: fused on a GPU, decoded to x's own dtype on the CPU."""
 
     __slots__ = ("_apply", "_bias_N", "_codes", "_shape", "_weight")
+    is_recordable = False
 
     def __init__(self, weight: NF4Weight, bias_N: Tensor | None) -> None:
         self._weight = weight
@@ -176,7 +174,7 @@ class NF4Linear:
     def num_bytes(self) -> int:
         return self._codes.nbytes + self._weight.absmax.nbytes + bias_bytes(self._bias_N)
 
-    def __call__(self, x_TK: Tensor, rows: "LoraRows | None") -> Tensor:
+    def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor:
         weight = self._weight
         return self._apply(
             x_TK, self._codes, self._shape, weight.absmax, weight.block, "nf4", bias=self._bias_N
@@ -190,6 +188,7 @@ class PackedNF4Linear:
     """
 
     __slots__ = ("_absmax", "_apply", "_bias_N", "_block", "_code", "_codes", "_shape")
+    is_recordable = False
 
     def __init__(self, weight: NF4Weight, bias_N: Tensor | None) -> None:
         self._shape = torch.Size((weight.out_features, weight.in_features))
@@ -212,6 +211,6 @@ class PackedNF4Linear:
     def num_bytes(self) -> int:
         return self._codes.nbytes + self._absmax.nbytes + bias_bytes(self._bias_N)
 
-    def __call__(self, x_TK: Tensor, rows: "LoraRows | None") -> Tensor:
+    def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor:
         y_TN = self._apply(x_TK, self._codes, self._shape, self._absmax, self._code, self._block)
         return y_TN if self._bias_N is None else y_TN.add_(self._bias_N)

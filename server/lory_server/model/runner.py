@@ -17,7 +17,6 @@ from lory_kernels.contract import Segments
 from lory_server.model.batch import ForwardBatch
 from lory_server.model.decoder import Decoder
 from lory_server.model.kv import KVCache
-from lory_server.model.lora import LoraRows
 from lory_server.model.packing import PackedSegments, PackedStep, Packer
 from lory_server.model.sampler import Samples, sample, score
 from lory_server.plan import INVALID_TOKEN, SampledToken, StepPlan, StepResult
@@ -92,7 +91,7 @@ class Runner:
             context_lens_R=self._to_device(packed.context_lens_R),
             block_tables_RM=self._to_device(packed.block_tables_RM),
             logit_rows_L=self._to_device(packed.logit_rows_L),
-            lora=None if packed.segments is None else LoraRows(self._segments(packed.segments)),
+            lora=None if packed.segments is None else self._segments(packed.segments),
         )
 
     def _segments(self, packed: PackedSegments) -> Segments:
