@@ -20,9 +20,10 @@ TEXT = "x" * 20_000
 def router() -> Iterator[tuple[Channel, socket.socket]]:
     ours, theirs = socket.socketpair()
     channel = Channel(ours, lambda: None)
-    channel.start()
-    yield channel, theirs
-    # The other end stays open: a channel whose router is gone ends its process.
+    # Not the thread that reads: it ends the process when the other end is closed.
+    channel._writer.start()
+    with ours, theirs:
+        yield channel, theirs
 
 
 def read_exactly(connection: socket.socket, count: int) -> bytes:
