@@ -2,10 +2,10 @@
 
     python -m lory_server.adapters.reader_process --fd N      N: an inherited socket to the engine
 
-Open files go over, a manifest comes back; then a piece of shared memory goes over and the numbers
-are written into it. Reading on the engine's threads instead takes the interpreter from the step a
-hundred times a load, and makes the step wait for a thread of low priority. It must not know names,
-budgets or tiers; it opens no file by itself.
+Open files go over, a manifest comes back; then the weights go over with a piece of shared memory,
+and the numbers are written into it. Reading on the engine's threads instead takes the interpreter
+from the step a hundred times a load, and makes the step wait for a thread of low priority. It must
+not know names, budgets or tiers; it opens no file by itself, and keeps none.
 """
 
 import argparse
@@ -28,8 +28,9 @@ from lory_server.lifeline import die_with_parent
 
 READER_NICENESS = 10
 ANSWER_TIMEOUT_S = 60.0
-"""For a frame to come or go. A reader silent for longer (stopped, stuck on a disk) is replaced."""
+"""A reader silent for longer (stopped, stuck on a disk) is replaced; numbers have more time:"""
 
+SLOWEST_BYTES_PER_S = 4 * 1024 * 1024
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -81,6 +82,9 @@ Expected = TypeVar("Expected", Ready, Looked, ReadDone)
 class ReaderEndedError(RuntimeError):
     """The reader's process is gone, or might as well be."""
 
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"the process that reads adapters was lost: {cause}")
+
 
 class _Wire:
     """Frames of msgpack, four bytes of length before each, and descriptors beside them.
@@ -126,6 +130,10 @@ class _Wire:
             num_bytes -= len(part)
         return b"".join(parts)
 
+    def set_timeout(self, timeout_s: float) -> None:
+        """For each part of a frame that comes or goes."""
+        self._connection.settimeout(timeout_s)
+
     def close(self) -> None:
         self._connection.close()
 
@@ -136,6 +144,7 @@ class ProcessReader:
     def __init__(self, base: Base, dtype: torch.dtype) -> None:
         self._begin = Begin(base, str(dtype))
         self._dtype = dtype
+        self._is_closed = False
         self._start()
 
     def wait_until_ready(self) -> None:
@@ -162,20 +171,26 @@ class ProcessReader:
 
     def close(self) -> None:
         """At once: there is nothing in that process that could be lost."""
+        self._is_closed = True
+        self._end()
+
+    def _end(self) -> None:
         self._wire.close()
         self._process.kill()
         self._process.wait()
 
     def _restart(self, cause: ReaderEndedError) -> None:
-        _log.warning("the process that reads adapters was lost (%s); another one starts", cause)
-        self.close()
+        if self._is_closed:
+            raise cause
+        _log.warning("%s; another one starts", cause)
+        self._end()
         self._start()
 
     def _start(self) -> None:
         self._is_ready = False
         ours, theirs = socket.socketpair()
-        ours.settimeout(ANSWER_TIMEOUT_S)
         self._wire = _Wire(ours)
+        self._wire.set_timeout(ANSWER_TIMEOUT_S)
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, "--fd", str(theirs.fileno())],
@@ -185,21 +200,29 @@ class ProcessReader:
         self._wire.send(self._begin)
 
     def _look(self, files: AdapterFiles) -> AdapterManifest:
-        return self._ask(Look(), (files.config_fd, files.weights_fd), Looked).manifest
+        return self._ask(
+            Look(), (files.config_fd, files.weights_fd), Looked, ANSWER_TIMEOUT_S
+        ).manifest
 
     def _read(self, files: AdapterFiles, manifest: AdapterManifest) -> AdapterBlob:
         memory = os.memfd_create("lory-adapter", os.MFD_CLOEXEC)
         try:
             os.ftruncate(memory, manifest.num_bytes(self._dtype.itemsize))
-            done = self._ask(Read(), (files.weights_fd, memory), ReadDone)
+            patience_s = ANSWER_TIMEOUT_S + manifest.file_bytes / SLOWEST_BYTES_PER_S
+            done = self._ask(Read(), (files.weights_fd, memory), ReadDone, patience_s)
             return new_blob(done.revision, manifest, _mapped(memory, self._dtype))
         finally:
             os.close(memory)
 
     def _ask(
-        self, message: msgspec.Struct, descriptors: tuple[int, ...], expected: type[Expected]
+        self,
+        message: msgspec.Struct,
+        descriptors: tuple[int, ...],
+        expected: type[Expected],
+        timeout_s: float,
     ) -> Expected:
         self.wait_until_ready()
+        self._wire.set_timeout(timeout_s)
         self._wire.send(message, descriptors)
         return self._answer(expected)
 
