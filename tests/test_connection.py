@@ -6,6 +6,7 @@ import logging
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +16,12 @@ import msgspec
 import pytest
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from lory_router.connection import BODY_READ_BYTES, MAX_PIPELINED_BYTES, Connection
+from lory_router.connection import (
+    BODY_READ_BYTES,
+    FRAMES_READ_BYTES,
+    MAX_PIPELINED_BYTES,
+    Connection,
+)
 from scripted_engine import Answer, Front, wait_until
 
 GENERATE = {"inputs": "ab"}
@@ -49,6 +55,17 @@ async def write(send: Send, body: bytes, more: bool = False) -> None:
 
 def errors_in(caplog: pytest.LogCaptureFixture) -> list[logging.LogRecord]:
     return [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def spied(made: list[Connection], kind: type[Connection] = Connection) -> type[Connection]:
+    """`kind`, whose connections are added to `made`."""
+
+    class Spied(kind):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            made.append(self)
+
+    return Spied
 
 
 @contextmanager
@@ -198,7 +215,10 @@ def test_a_turn_of_the_loop_reads_little_of_a_body_and_less_of_what_is_parsed():
     chunked = head.replace(framing, b"transfer-encoding: chunked") + b"\r\n\r\n"
     with Front().served(Spied) as url:
         assert largest(url, head + b"\r\n\r\n" + body) <= BODY_READ_BYTES
-        assert largest(url, chunked + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)) <= 1024
+        assert (
+            largest(url, chunked + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body))
+            <= FRAMES_READ_BYTES
+        )
 
 
 def test_a_flood_of_tiny_chunks_is_refused_and_its_sender_told():
@@ -217,17 +237,12 @@ def test_a_flood_of_tiny_chunks_is_refused_and_its_sender_told():
 def test_a_body_nobody_reads_is_not_taken_in():
     made: list[Connection] = []
 
-    class Spied(Connection):
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            made.append(self)
-            super().connection_made(transport)
-
     async def wait(scope: Scope, receive: Receive, send: Send) -> None:
         await asyncio.sleep(0.5)
         await start_reply(send)
         await write(send, b"")
 
-    with serving(wait).served(Spied) as url, connection(url) as wire:
+    with serving(wait).served(spied(made)) as url, connection(url) as wire:
         wire.sendall(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n")
         wire.sendall(b"a" * 1_000_000)
         wait_until(lambda: bool(made and made[0].cycle and made[0].cycle.body))
@@ -353,26 +368,44 @@ def test_a_stopping_server_waits_for_neither_a_stuck_reader_nor_half_a_body(
     assert not errors_in(caplog)
 
 
+async def fill(made: list[Connection], send: Send) -> None:
+    """Write until something is left that the client has no room for."""
+    while not made[0].transport.get_write_buffer_size():
+        await write(send, b"a" * 4096, more=True)
+
+
 def test_the_rest_of_a_closed_connection_that_nobody_reads_is_dropped_in_time():
-    made: list[asyncio.Transport] = []
+    made: list[Connection] = []
 
-    class Spied(Impatient):
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            made.append(transport)
-            super().connection_made(transport)
-
-    async def fill(scope: Scope, receive: Receive, send: Send) -> None:
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         await start_reply(send, (b"connection", b"close"))
-        while not made[0].get_write_buffer_size():
-            await write(send, b"a" * 4096, more=True)
+        await fill(made, send)
         await write(send, b"end")
 
-    with serving(fill).served(Spied) as url, connection(url) as wire:
+    with serving(answer).served(spied(made, Impatient)) as url, connection(url) as wire:
         wire.sendall(HEALTH)
-        wait_until(lambda: bool(made) and made[0].is_closing())
-        assert made[0].get_write_buffer_size()
-        wait_until(lambda: not made[0].get_write_buffer_size(), timeout_s=2)
+        wait_until(lambda: bool(made) and made[0].transport.is_closing())
+        assert made[0].transport.get_write_buffer_size()
+        wait_until(lambda: not made[0].transport.get_write_buffer_size(), timeout_s=2)
         assert not read_to_end(wire).endswith(b"0\r\n\r\n")
+
+
+def test_a_client_that_left_bytes_unread_is_noticed_in_time():
+    made: list[Connection] = []
+    is_noticed = threading.Event()
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        await start_reply(send)
+        await fill(made, send)
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        is_noticed.set()
+
+    with serving(answer).served(spied(made, Impatient)) as url, connection(url) as wire:
+        wire.sendall(HEALTH)
+        wait_until(lambda: bool(made) and made[0].transport.get_write_buffer_size() > 0)
+        wire.shutdown(socket.SHUT_WR)
+        assert is_noticed.wait(2)
 
 
 def test_a_reply_that_stays_unfinished_ends_its_connection(caplog: pytest.LogCaptureFixture):
@@ -477,31 +510,59 @@ def test_a_header_too_large_is_told_so_however_it_is_sent(parts: list[bytes]):
     assert "at most 16384 bytes and 100 fields" in reply["error"]
 
 
-def test_a_refused_client_may_go_on_sending_for_a_while_and_no_longer():
+CHUNKED = b"POST /generate HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+BAD_CHUNK = b"zz\r\n"
+
+
+@pytest.mark.parametrize("sent", [b"what?\r\n\r\n", CHUNKED + BAD_CHUNK])
+def test_a_refused_client_may_go_on_sending_for_a_while_and_no_longer(sent: bytes):
     class Strict(Connection):
-        refused_s = 0.5
+        refused_s = 1.0
 
     with Front().served(Strict) as url, connection(url) as wire:
         start = time.monotonic()
-        wire.sendall(b"what?\r\n\r\n")
+        wire.sendall(sent)
         assert reply_of(read_to_end(wire))[0] == 400
+        assert time.monotonic() - start < 0.8
         while sends_on(wire):
             assert time.monotonic() - start < 3
             time.sleep(0.02)
-        assert time.monotonic() - start > 0.4
+        assert time.monotonic() - start > 0.8
 
 
-@pytest.mark.parametrize("expect", [(), ("expect: 100-continue",)])
-def test_a_bad_chunk_of_a_request_wakes_who_reads_it(
-    expect: tuple[str, ...], caplog: pytest.LogCaptureFixture
-):
+def test_a_refused_client_that_leaves_is_forgotten_though_nobody_read_its_body():
+    made: list[Connection] = []
+
+    async def wait(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.2)
+
+    with serving(wait).served(spied(made)) as url:
+        with connection(url) as wire:
+            wait_until(lambda: bool(made))
+            body = b"10001\r\n" + b"a" * 0x10001 + b"\r\n"
+            feed, data = made[0].data_received, CHUNKED + body + BAD_CHUNK
+            made[0].loop.call_soon_threadsafe(feed, data)
+            assert reply_of(read_to_end(wire))[0] == 400
+        wait_until(made[0].transport.is_closing, timeout_s=1)
+
+
+def test_a_bad_chunk_of_a_request_wakes_who_reads_it():
     front = Front()
-    head = "\r\n".join(("host: x", "transfer-encoding: chunked", *expect)).encode()
     with front.served() as url, connection(url) as wire:
-        wire.sendall(b"POST /generate HTTP/1.1\r\n" + head + b"\r\n\r\nzz\r\n")
+        wire.sendall(CHUNKED)
+        wait_until(lambda: bool(front.ledger.started))
+        time.sleep(0.1)
+        wire.sendall(BAD_CHUNK)
         wait_until(lambda: bool(front.ledger.records), timeout_s=1)
-        data = read_to_end(wire)
-    assert reply_of(data)[0] == 400
+        assert reply_of(read_to_end(wire))[0] == 400
+    assert front.ledger.records[0].outcome == "cancelled"
+
+
+def test_a_refused_client_is_not_asked_to_continue(caplog: pytest.LogCaptureFixture):
+    front = Front()
+    with front.served() as url, connection(url) as wire:
+        wire.sendall(CHUNKED[:-2] + b"expect: 100-continue\r\n\r\n" + BAD_CHUNK)
+        assert reply_of(read_to_end(wire))[0] == 400
     assert front.ledger.records[0].outcome == "cancelled"
     assert not errors_in(caplog)
 
