@@ -23,7 +23,7 @@ from lory_server.adapters.journal import MAX_LINES, MAX_SKIPPED_LINES, Journal
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import ThreadReader
 from lory_server.adapters.store import AdapterFiles, AdapterStore
-from lory_server.adapters.workers import LOADER_NICENESS, Workers
+from lory_server.adapters.workers import Workers
 from lory_server.plan import AdapterDemand, Residency
 
 RANK_4_BYTES = 9_728
@@ -874,14 +874,14 @@ def test_news_wakes_the_engine(make: MakeCache) -> None:
     assert woken.wait(DEADLINE_S)
 
 
-def test_loaders_have_low_priority_and_end_with_the_cache(make: MakeCache) -> None:
+def test_loaders_have_the_priority_of_the_step_and_end_with_the_cache(make: MakeCache) -> None:
     world = make()
     world.hold("a0")
     loaders: Workers = world.cache._loaders
     for thread in loaders.threads:
         assert thread.native_id is not None
-        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == LOADER_NICENESS
-    assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) < LOADER_NICENESS
+        ours = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+        assert os.getpriority(os.PRIO_PROCESS, thread.native_id) == ours
     world.cache.close()
     assert not any(thread.is_alive() for thread in loaders.threads)
 

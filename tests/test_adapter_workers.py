@@ -21,7 +21,7 @@ class Call:
 
 def outcome_of(function: object) -> object:
     outcomes: SimpleQueue[object] = SimpleQueue()
-    workers = Workers("test", 1, outcomes, lambda: None, low_priority=False)
+    workers = Workers("test", 1, outcomes, lambda: None)
     workers.submit(Call(function))
     outcome = outcomes.get(timeout=30)
     workers.stop()
@@ -65,7 +65,7 @@ def test_a_job_of_torch_starts_no_threads_and_takes_none_from_the_step() -> None
 
 def test_an_exception_ends_the_job_and_not_the_thread() -> None:
     outcomes: SimpleQueue[object] = SimpleQueue()
-    workers = Workers("test", 1, outcomes, lambda: None, low_priority=True)
+    workers = Workers("test", 1, outcomes, lambda: None)
     workers.submit(Call(lambda: 1 / 0))
     workers.submit(Call(lambda: "done"))
     failed = outcomes.get(timeout=30)

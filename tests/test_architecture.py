@@ -33,6 +33,7 @@ LAYERS = [
     {
         "messages",
         "lifeline",
+        "low_priority",
         "plan",
         "blocks",
         "model.sites",
@@ -51,6 +52,7 @@ LAYERS = [
 TORCH_FREE = [
     "lory_server.messages",
     "lory_server.lifeline",
+    "lory_server.low_priority",
     "lory_server.plan",
     "lory_server.blocks",
     "lory_server.sequence",

@@ -284,12 +284,7 @@ class CpuOps:
             )
         _require_contiguous(k_cache=k_cache, v_cache=v_cache, out_TN=out_TN)
         _require_rows(qkv_TN=qkv_TN)
-        _require_dtype(
-            torch.int32,
-            block_tables_RM=block_tables_RM,
-            query_starts_R1=query_starts_R1,
-            context_lens_R=context_lens_R,
-        )
+        _require_tables(block_tables_RM, query_starts_R1, context_lens_R)
         args = Attention(
             qkv=qkv_TN.data_ptr(),
             k_cache=k_cache.data_ptr(),
@@ -342,12 +337,7 @@ class CpuOps:
     ) -> Step:
         """For a recorded program: what stands here in place of what its ops were recorded with."""
         _require_dtype(torch.int64, positions_T=positions_T, kv_slots_T=kv_slots_T)
-        _require_dtype(
-            torch.int32,
-            block_tables_RM=block_tables_RM,
-            query_starts_R1=query_starts_R1,
-            context_lens_R=context_lens_R,
-        )
+        _require_tables(block_tables_RM, query_starts_R1, context_lens_R)
         lora = None
         if segments is not None and segments.adapted_rows and segments.max_rank:
             lora = self._rows_address(segments)
@@ -419,6 +409,17 @@ def _require_rows(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if tensor.stride(-1) != 1:
             raise ValueError(f"{name} must have whole rows, its strides are {tensor.stride()}")
+
+
+def _require_tables(
+    block_tables_RM: Tensor, query_starts_R1: Tensor, context_lens_R: Tensor
+) -> None:
+    _require_dtype(
+        torch.int32,
+        block_tables_RM=block_tables_RM,
+        query_starts_R1=query_starts_R1,
+        context_lens_R=context_lens_R,
+    )
 
 
 def _require_dtype(dtype: torch.dtype, **tensors: Tensor) -> None:

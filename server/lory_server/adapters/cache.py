@@ -140,12 +140,8 @@ class AdapterCache:
         self.host = HostTier(self.budget)
         self._journal = Journal()
         self.device = DeviceTier(pool, self.host, self._journal, on_ready)
-        self._locators = Workers(
-            "lory-adapter-locate", 1, self._outcomes, on_ready, low_priority=False
-        )
-        self._loaders = Workers(
-            "lory-adapter-load", num_loaders, self._outcomes, on_ready, low_priority=True
-        )
+        self._locators = Workers("lory-adapter-locate", 1, self._outcomes, on_ready)
+        self._loaders = Workers("lory-adapter-load", num_loaders, self._outcomes, on_ready)
         self._tickets: dict[int, _Ticket] = {}
         self._loads: dict[LoadKey, _Load] = {}
         self._waiting_for_room: list[NeedsRoom] = []

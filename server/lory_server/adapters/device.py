@@ -61,9 +61,7 @@ class DeviceTier:
         self._journal = journal
         self._copier = make_copier(pool)
         self._outcomes: SimpleQueue[object] = SimpleQueue()
-        self._workers = Workers(
-            "lory-adapter-copy", 1, self._outcomes, on_outcome, low_priority=True
-        )
+        self._workers = Workers("lory-adapter-copy", 1, self._outcomes, on_outcome)
         self._resident: dict[str, _Tenure] = {}
         self._loading: dict[str, _Tenure] = {}
         self._free_slots = list(reversed(range(pool.max_slots)))

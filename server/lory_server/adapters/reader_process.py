@@ -4,8 +4,8 @@
 
 Open files go over, a manifest comes back; then the weights go over with a piece of shared memory,
 and the numbers are written into it. Reading on the engine's threads instead takes the interpreter
-from the step a hundred times a load, and makes the step wait for a thread of low priority. It must
-not know names, budgets or tiers; it opens no file by itself, and keeps none.
+from the step a hundred times a load. The process has low priority, as no thread of the engine can
+have. It must not know names, budgets or tiers; it opens no file by itself, and keeps none.
 """
 
 import argparse
@@ -20,13 +20,13 @@ import msgspec
 import torch
 from torch import Tensor
 
+from lory_server import low_priority
 from lory_server.adapters.blob import AdapterBlob, new_blob, read_numbers
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.format import AdapterManifest, Base, read_manifest
 from lory_server.adapters.store import AdapterFiles, changed_error
 from lory_server.lifeline import die_with_parent
 
-READER_NICENESS = 10
 ANSWER_TIMEOUT_S = 60.0
 """A reader silent for longer (stopped, stuck on a disk) is replaced; numbers have more time:"""
 
@@ -196,7 +196,7 @@ class ProcessReader:
                 [sys.executable, "-m", __name__, "--fd", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
             )
-        os.setpriority(os.PRIO_PROCESS, self._process.pid, READER_NICENESS)
+        low_priority.lower(self._process.pid)
         self._wire.send(self._begin)
 
     def _look(self, files: AdapterFiles) -> AdapterManifest:

@@ -1,11 +1,10 @@
 """Threads for slow work, so that no step waits for it: a job goes in, what came of it comes out.
 
 A worker owns nothing but its thread. Jobs are plain callables; an exception ends the job, never
-the thread. It must not know what the jobs do.
+the thread. Its priority is the step's own: while a thread of low priority holds the interpreter and
+waits for a core, the step waits with it. It must not know what the jobs do.
 """
 
-import logging
-import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,10 +12,6 @@ from queue import SimpleQueue
 from typing import Protocol
 
 import torch
-
-LOADER_NICENESS = 10
-
-_log = logging.getLogger(__name__)
 
 
 class Job(Protocol):
@@ -40,13 +35,10 @@ class Workers:
         num_threads: int,
         outcomes: "SimpleQueue[object]",
         on_outcome: Callable[[], None],
-        *,
-        low_priority: bool,
     ) -> None:
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._outcomes = outcomes
         self._on_outcome = on_outcome
-        self._low_priority = low_priority
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}-{index}", daemon=True)
             for index in range(num_threads)
@@ -74,8 +66,6 @@ class Workers:
         # Of this thread alone. A team of torch's own beside the step's makes OpenMP see more
         # threads than cores: it stops spinning, and every later step is a third slower.
         torch.set_num_threads(1)
-        if self._low_priority:
-            _lower_priority()
         while (job := self._jobs.get()) is not None:
             self._outcomes.put(_outcome(job))
             self._on_outcome()
@@ -86,11 +76,3 @@ def _outcome(job: Job) -> object:
         return job.run()
     except Exception as error:  # noqa: BLE001 - the thread's border: the owner reports it
         return JobFailed(job, error)
-
-
-def _lower_priority() -> None:
-    """On Linux a thread's niceness is its own; elsewhere, or where forbidden, nothing changes."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADER_NICENESS)
-    except (AttributeError, PermissionError) as error:
-        _log.info("adapter threads keep the process's priority: %s", error)
