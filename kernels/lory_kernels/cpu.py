@@ -231,8 +231,8 @@ class CpuOps:
             cos_sin=cos_sin_PD.data_ptr(),
             k_cache=k_cache.data_ptr(),
             v_cache=v_cache.data_ptr(),
-            q_norm=None if q_norm_D is None else q_norm_D.data_ptr(),
-            k_norm=None if k_norm_D is None else k_norm_D.data_ptr(),
+            q_norm=_address(q_norm_D),
+            k_norm=_address(k_norm_D),
             rotary_dim=cos_sin_PD.shape[1],
             heads=num_heads,
             kv_heads=num_kv_heads,
@@ -241,11 +241,8 @@ class CpuOps:
             norm_mode=norm_mode,
             norm_eps=norm_eps,
         )
-        step = Step(
-            tokens=qkv_TN.shape[0],
-            positions=positions_T.data_ptr(),
-            kv_slots=kv_slots_T.data_ptr(),
-        )
+        step = Step(qkv_TN.shape[0])
+        step.positions, step.kv_slots = positions_T.data_ptr(), kv_slots_T.data_ptr()
         self.caller.call(kernels.rope_write_kv, args, step)
 
     def paged_attention(
@@ -397,6 +394,10 @@ def _known_rows(segments: Segments) -> _KnownRows:
         segments.max_rank,
     )
     return _KnownRows(segments, ctypes.addressof(struct), struct)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _norm_mode(x: Tensor, weight: Tensor, weight_in_fp32: bool) -> int:
