@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -120,7 +121,9 @@ def test_both_readers_give_the_same_bytes_and_refusals(dtype: torch.dtype, tmp_p
 def test_a_reader_that_was_killed_is_replaced(apart: ProcessReader, tmp_path: Path) -> None:
     write_adapter(tmp_path / "one")
     expected = load(apart, tmp_path, "one")[2]
-    os.kill(process_of(apart).pid, signal.SIGKILL)
+    lost = process_of(apart).pid
+    os.kill(lost, signal.SIGKILL)
+    until(lambda: state_of(lost) == "Z")  # what is sent to it now is refused at once
     assert torch.equal(load(apart, tmp_path, "one")[2], expected)
     with AdapterStore(tmp_path).locate("one") as files:
         manifest = apart.manifest(files)
@@ -192,7 +195,10 @@ def test_a_stopped_reader_is_replaced(
     with AdapterStore(tmp_path).locate("one") as files:
         manifest = apart.manifest(files) if has_looked else None
         stop(apart)
+        rescue = threading.Timer(20, stopped.kill)
+        rescue.start()
         blob = apart.blob(files, manifest or apart.manifest(files))
+        rescue.cancel()
     assert torch.equal(blob.data, expected)
     assert stopped.returncode == -signal.SIGKILL
     assert process_of(apart).pid != stopped.pid
@@ -235,8 +241,9 @@ def test_our_own_want_of_files_is_no_fault_of_reader_or_adapter(
                 apart.blob(files, manifest)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-        assert process_of(apart).pid == before
+        assert process_of(apart).poll() is None
         assert apart.blob(files, manifest).revision
+        assert process_of(apart).pid == before
 
 
 def test_what_the_system_refuses_the_reader_is_no_fault_of_the_adapter(
