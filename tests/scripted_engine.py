@@ -87,6 +87,7 @@ class ScriptedStream:
         self.answer = answer
         self.cancels: list[CancelReason] = []
         self.num_told = 0
+        self.num_gathered = 1
         self._cancelled = asyncio.Event()
         self._events = self._script()
 
@@ -95,6 +96,9 @@ class ScriptedStream:
 
     async def __anext__(self) -> StreamEvent:
         return await anext(self._events)
+
+    def gather(self, num_tokens: int) -> None:
+        self.num_gathered = num_tokens
 
     def cancel(self, reason: CancelReason = "cancelled") -> None:
         self.cancels.append(reason)

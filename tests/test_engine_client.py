@@ -474,3 +474,32 @@ def test_commands_are_framed_as_the_engine_reads_them() -> None:
     data = encode_frame(ListAdapters(call_id=3))
     assert int.from_bytes(data[:4], "big") == len(data) - 4
     assert msgspec.msgpack.decode(data[4:], type=ListAdapters).call_id == 3
+
+
+def test_gathered_tokens_come_first_alone_then_together_or_when_room_is_scarce():
+    async def main() -> list[int]:
+        stream = SequenceStream(7, 2, BufferRoom(20), lambda number, reason: None)
+        stream.gather(4)
+        batches: list[int] = []
+
+        async def read() -> None:
+            async for event in stream:
+                if isinstance(event, tuple):
+                    batches.append(len(event))
+
+        reader = asyncio.create_task(read())
+        for number in range(10):
+            stream.push_token(Token(7, number, -0.5, ()))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        stream.gather(100)
+        for number in range(11):
+            stream.push_token(Token(7, number, -0.5, ()))
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+        stream.end_cancelled()
+        await reader
+        return batches
+
+    # 1 alone; 4 and 4; the tenth waits until more than half of the room is taken; the rest.
+    assert asyncio.run(main()) == [1, 4, 4, 11, 1]

@@ -2,11 +2,12 @@
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 
 from lory_router.engine import SequenceRequest, Unavailable
-from lory_router.running import merged, run_all, running
+from lory_router.running import GATHERED_TOKENS, merged, run_all, running
 from lory_router.settings import RouterSettings
 from lory_router.transcript import Ending
 from lory_router.validate import Ask
@@ -108,3 +109,33 @@ def test_what_is_submitted_after_the_deadline_has_passed_it():
 
     asyncio.run(main())
     assert [stream.cancels[0] for stream in engine.streams] == ["timeout", "timeout"]
+
+
+@pytest.mark.parametrize(("stops", "gathered"), [((), GATHERED_TOKENS), (("\n",), 1)])
+def test_tokens_gather_for_who_waits_for_the_end_unless_a_stop_string_may_come(
+    stops: tuple[str, ...], gathered: int
+):
+    engine = ScriptedEngine()
+    (ask,) = asks(1)
+    ask = replace(ask, ending=replace(ask.ending, stops=stops))
+
+    async def main() -> None:
+        async with running(engine, [ask], TEXT, SETTINGS) as live:
+            await run_all(live)
+
+    asyncio.run(main())
+    assert [stream.num_gathered for stream in engine.streams] == [gathered]
+
+
+def test_a_reader_of_pieces_gets_them_at_once():
+    engine = ScriptedEngine()
+
+    async def main() -> None:
+        async with (
+            running(engine, asks(1), TEXT, SETTINGS) as live,
+            aclosing(merged(live)) as batches,
+        ):
+            await anext(batches)
+
+    asyncio.run(main())
+    assert [stream.num_gathered for stream in engine.streams] == [1]

@@ -69,6 +69,11 @@ class EngineStream(Protocol):
 
     async def __anext__(self) -> StreamEvent: ...
 
+    def gather(self, num_tokens: int) -> None:
+        """Tokens may come in batches of that many, but for the first and when room gets scarce:
+        for a reader who waits for the end."""
+        ...
+
     def cancel(self, reason: CancelReason = "cancelled") -> None: ...
 
 

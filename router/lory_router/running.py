@@ -18,6 +18,9 @@ from lory_router.transcript import Piece, Transcript
 from lory_router.validate import Ask
 from lory_server.messages import CancelReason, Finished
 
+GATHERED_TOKENS = 16
+"""Waking the reader of a whole answer once a token took a third of the router's time for it."""
+
 
 class LiveSequence:
     """One sequence: the engine's stream, and the transcript it is read into."""
@@ -53,6 +56,8 @@ class LiveSequence:
 
     async def run(self) -> None:
         """Read to the end without looking at the pieces."""
+        if not self.transcript.may_stop_anywhere:
+            self._stream.gather(GATHERED_TOKENS)
         async for _ in self.pieces():
             pass
 

@@ -40,6 +40,7 @@ class SequenceStream:
         self._finished: Finished | None = None
         self._wake = asyncio.Event()
         self._num_pushed = 0
+        self._num_gathered = 1
         self._overflowed = False
         self._is_over = False
 
@@ -68,6 +69,9 @@ class SequenceStream:
         self._is_over = self._finished is not None
         return self._finished
 
+    def gather(self, num_tokens: int) -> None:
+        self._num_gathered = num_tokens
+
     def cancel(self, reason: CancelReason = "cancelled") -> None:
         """Ask the engine to end this sequence; its `Finished` follows."""
         if self._finished is None:
@@ -90,7 +94,9 @@ class SequenceStream:
             return
         self._room.left -= weight
         self._tokens.append(token)
-        self._wake.set()
+        is_scarce = self._room.left < self._room.most // 2
+        if len(self._tokens) >= self._num_gathered or self._num_pushed == 1 or is_scarce:
+            self._wake.set()
 
     def finish(self, finished: Finished) -> None:
         """The end, told once; a sequence that lost tokens to a slow reader ends in an error."""

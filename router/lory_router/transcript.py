@@ -59,6 +59,11 @@ class Transcript:
         self._detokenizer = Detokenizer(text, prompt_ids)
         self._finder = StopFinder(ending.stops)
 
+    @property
+    def may_stop_anywhere(self) -> bool:
+        """Whether a stop string, which the engine does not know, may end it."""
+        return bool(self._ending.stops)
+
     def feed(self, tokens: Sequence[Token]) -> list[Piece]:
         """Take tokens in; what comes after the end is dropped."""
         fresh: list[Piece] = []

@@ -176,6 +176,7 @@ def assemble(
         SchedulerLimits(options.max_batch_rows, options.max_step_tokens, options.prefix_caching),
         spec.eos_token_ids,
     )
+    adapters.wait_until_ready()
     linear_params = sum(site.in_features * site.out_features for site in decoder.sites)
     return Engine(
         scheduler,
