@@ -373,3 +373,18 @@ def test_sgmv_refuses_rows_with_gaps_and_indices_of_another_width(one_thread: Op
     site = replace(case.site, rank_SK=case.site.rank_SK.long())
     with pytest.raises(ValueError, match=r"rank_SK must be torch\.int32"):
         replace(case, site=site).run(one_thread)
+
+
+@pytest.mark.parametrize("has_compiler", [True, False])
+def test_compiling_ahead_says_what_came_of_it(
+    has_compiler: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse() -> None:
+        raise KernelUnavailableError("no C compiler found")
+
+    if not has_compiler:
+        monkeypatch.setattr(ahead, "compiled_library", refuse)
+    ahead.main()
+    told = capsys.readouterr()
+    assert ("compiled" in told.out) == has_compiler
+    assert ("no C compiler found" in told.err) != has_compiler

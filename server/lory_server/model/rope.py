@@ -12,12 +12,15 @@ in two ways; KV that is shared between sequences cannot. Legend: P positions, D 
 This module must not know any model family.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from lory_server.model.spec import RopeSpec
+
+if TYPE_CHECKING:
+    from transformers import LlamaConfig
 
 
 def rope_table(rope: RopeSpec, max_model_len: int, device: torch.device | str) -> Tensor:
@@ -33,6 +36,9 @@ def _inverse_frequencies(rope: RopeSpec, max_model_len: int) -> tuple[Tensor, fl
     if rope.kind == "default":
         exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim
         return 1.0 / (rope.parameters["rope_theta"] ** exponents), 1.0
+    # Imported where it is needed: transformers takes seconds to start.
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
     compute = ROPE_INIT_FUNCTIONS[rope.kind]
     frequencies, attention_factor = compute(
         _as_config(rope), torch.device("cpu"), seq_len=max_model_len
@@ -40,8 +46,10 @@ def _inverse_frequencies(rope: RopeSpec, max_model_len: int) -> tuple[Tensor, fl
     return frequencies, float(attention_factor)
 
 
-def _as_config(rope: RopeSpec) -> LlamaConfig:
+def _as_config(rope: RopeSpec) -> "LlamaConfig":
     """A configuration of one rotated head, which is all the frequencies are computed from."""
+    from transformers import LlamaConfig
+
     return LlamaConfig(
         hidden_size=rope.rotary_dim,
         num_attention_heads=1,
