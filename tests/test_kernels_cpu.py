@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import lory_kernels
+import lory_kernels.__main__ as ahead
 from kernel_cases import (
     ROWS,
     TOLERANCE,
@@ -20,7 +21,7 @@ from kernel_cases import (
     error_of,
     sgmv_case,
 )
-from lory_kernels import Ops, best_cpu_backend, build, select
+from lory_kernels import KernelUnavailableError, Ops, best_cpu_backend, build, select
 
 pytestmark = pytest.mark.skipif(
     best_cpu_backend() == "torch", reason="no C compiler here: the CPU kernels are not built"

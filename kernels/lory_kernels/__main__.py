@@ -8,8 +8,6 @@ needs the kernels.
 
 import sys
 
-import torch
-
 from lory_kernels.build import compiled_library
 from lory_kernels.contract import KernelUnavailableError
 
@@ -18,9 +16,9 @@ def main() -> None:
     try:
         lanes = compiled_library().lory_vector_lanes()
     except KernelUnavailableError as error:
-        print(f"CPU kernels: plain PyTorch will compute instead, slower: {error}", file=sys.stderr)
+        sys.stderr.write(f"CPU kernels: plain PyTorch computes instead, slower: {error}\n")
         return
-    print(f"CPU kernels: compiled, {lanes} numbers a vector, torch {torch.__version__}")
+    sys.stdout.write(f"CPU kernels: compiled, {lanes} numbers a vector\n")
 
 
 if __name__ == "__main__":
