@@ -6,16 +6,20 @@ Streams run; while they do, one short request after another comes for adapters, 
 one. Three phases on one server: nothing arrives (quiet), the adapters arrive for the first time
 (cold), the same again, now resident (warm). The gaps between the streams' tokens during the
 arrivals are compared: cold against quiet is all that an arrival costs, cold against warm what the
-loading of it costs. The engine has one thread, so that the design is measured and not the
-contention of cores. It must not know how adapters are loaded.
+loading of it costs. The engine steps with one thread, and that thread has a core to itself unless
+--share-cores is given: all else (router, loading, the load generator) shares the others, so that
+the design is measured and not where the system happens to put whom. It must not know how adapters
+are loaded.
 """
 
 import argparse
 import asyncio
+import os
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +32,7 @@ from benchmarks.server import RunningServer, serving
 from lory_router.bench.client import Exchange, Target, exchange
 from lory_router.bench.figures import spread
 from lory_router.bench.load import CompletionsRoute, Load
-from lory_router.bench.machine import CpuWatch, wait_until_quiet
+from lory_router.bench.machine import CpuWatch, process_tree, wait_until_quiet
 from lory_router.bench.workload import Ask, Popularity, Workload
 
 Phase = Literal["quiet", "cold", "warm"]
@@ -52,6 +56,7 @@ class Settings:
     arrival_gap_s: float
     arrival_prompt_tokens: int
     threads: int
+    share_cores: bool
     reps: int
     quiet_limit_s: float
     seed: int
@@ -192,10 +197,11 @@ def run(settings: Settings, models: Path) -> dict[str, Any]:
     for repetition in range(settings.reps):
         with serving(base, folder, lory_flags(settings), models / "lory-cold.log") as server:
             warm_up(server, settings)
-            phases = {
-                phase: measure_phase(phase, repetition * len(PHASES) + place, server, settings)
-                for place, phase in enumerate(PHASES)
-            }
+            with nullcontext() if settings.share_cores else set_apart(server.pid):
+                phases = {
+                    phase: measure_phase(phase, repetition * len(PHASES) + place, server, settings)
+                    for place, phase in enumerate(PHASES)
+                }
         repetitions.append(phases)
         print(f"repetition {repetition + 1}: {line(phases)}", flush=True)
     return {
@@ -204,6 +210,29 @@ def run(settings: Settings, models: Path) -> dict[str, Any]:
         "median": medians(repetitions),
         "clean": all(run[phase]["clean"] for run in repetitions for phase in PHASES),
     }
+
+
+@contextmanager
+def set_apart(server_pid: int) -> Iterator[None]:
+    """The engine's first thread, which steps, on a core of its own; all others elsewhere."""
+    cores = os.sched_getaffinity(0)
+    first, *others = sorted(cores)
+    if not others:
+        raise RuntimeError("--share-cores is needed: there is but one core")
+    tree = process_tree(server_pid)
+    (engine,) = [pid for pid in tree if _arguments(pid)[1:3] == ["-m", "lory_server"]]
+    for pid in (os.getpid(), *tree):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
+            os.sched_setaffinity(int(thread.name), others)
+    os.sched_setaffinity(engine, [first])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def _arguments(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_text().split("\0")
 
 
 def warm_up(server: RunningServer, settings: Settings) -> None:
@@ -271,6 +300,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--arrival-gap", type=float, default=0.03, help="seconds between two arrivals")
     add("--arrival-prompt-tokens", type=int, default=4, help="prompt of each arrival")
     add("--threads", type=int, default=1, help="CPU threads of the engine")
+    add("--share-cores", action="store_true", help="leave it to the system who runs where")
     add("--reps", type=int, default=3, help="repetitions, each on a server of its own")
     add("--quiet-limit", type=float, default=30.0, help="most seconds to wait for a quiet machine")
     add("--seed", type=int, default=0, help="of the prompts")
@@ -291,6 +321,7 @@ def main(argv: Sequence[str]) -> None:
         arrival_gap_s=arguments.arrival_gap,
         arrival_prompt_tokens=arguments.arrival_prompt_tokens,
         threads=arguments.threads,
+        share_cores=arguments.share_cores,
         reps=arguments.reps,
         quiet_limit_s=arguments.quiet_limit,
         seed=arguments.seed,

@@ -112,6 +112,11 @@ def tree_resident_bytes(root_pid: int) -> int:
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+def process_tree(root_pid: int) -> list[int]:
+    """A process and its descendants."""
+    return _tree(root_pid, dict(_process_stats()))
+
+
 def wait_until_quiet(limit_s: float) -> bool:
     """Wait, at most `limit_s`, until for two samples in a row nobody uses the machine."""
     if not can_watch():

@@ -3,7 +3,7 @@
     python -m lory_server.adapters.reader_process --fd N      N: an inherited socket to the engine
 
 Open files go over, a manifest comes back; then the weights go over with a piece of shared memory,
-and the numbers are written into it. Reading on the engine's threads instead takes the interpreter
+and the numbers are written to it. Reading on the engine's threads instead takes the interpreter
 from the step a hundred times a load. The process has low priority, as no thread of the engine can
 have. It must not know names, budgets or tiers; it opens no file by itself, and keeps none.
 """
@@ -31,6 +31,9 @@ ANSWER_TIMEOUT_S = 60.0
 """A reader silent for longer (stopped, stuck on a disk) is replaced; numbers have more time:"""
 
 SLOWEST_BYTES_PER_S = 4 * 1024 * 1024
+MAX_SCRATCH_BYTES = 64 * 1024 * 1024
+"""Kept by a reader between adapters."""
+
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
 
@@ -195,6 +198,7 @@ class ProcessReader:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, "--fd", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
+                start_new_session=True,
             )
         low_priority.lower(self._process.pid)
         self._wire.send(self._begin)
@@ -282,6 +286,13 @@ def serve(wire: _Wire) -> None:
         wire.send(work.do(decoder.decode(payload), descriptors))
 
 
+def _write(memory: int, data: Tensor) -> None:
+    """Whole pages written are never cleared first, as pages are that a mapping touches."""
+    rest = data.view(torch.uint8).numpy().data
+    while rest:
+        rest = rest[os.write(memory, rest) :]
+
+
 class _Work:
     """Two steps for each adapter; what is open for one is closed when it ends."""
 
@@ -289,6 +300,7 @@ class _Work:
         self._base = base
         self._dtype = dtype
         self._manifest: AdapterManifest | None = None
+        self._kept = torch.empty(0, dtype=dtype)
 
     def do(self, command: Look | Read, descriptors: list[int]) -> Reply:
         try:
@@ -308,7 +320,20 @@ class _Work:
 
     def _read(self, weights_fd: int, memory: int) -> ReadDone:
         assert self._manifest is not None, "Look comes before Read"
-        return ReadDone(read_numbers(weights_fd, self._manifest, _mapped(memory, self._dtype)))
+        data = self._scratch(self._manifest.num_bytes(self._dtype.itemsize))
+        revision = read_numbers(weights_fd, self._manifest, data)
+        _write(memory, data)
+        return ReadDone(revision)
+
+    def _scratch(self, num_bytes: int) -> Tensor:
+        """Zeros. The same memory each time: touching what the kernel has yet to clear was a third
+        of a read, and a kernel that clears gives way to nobody."""
+        numel = num_bytes // self._dtype.itemsize
+        if num_bytes > MAX_SCRATCH_BYTES:
+            return torch.zeros(numel, dtype=self._dtype)
+        if numel > self._kept.numel():
+            self._kept = torch.empty(numel, dtype=self._dtype)
+        return self._kept[:numel].zero_()
 
 
 if __name__ == "__main__":
