@@ -233,7 +233,7 @@ def test_ratios_of_gaps_are_medians_of_each_repetition() -> None:
 
 
 def test_the_streams_adapters_are_not_among_the_cold_ones() -> None:
-    settings = cold_adapters.Settings("tiny", 64, 16, 8, 9, 0.1, 0.01, 4, 1, 1, 0.0, 0)
+    settings = cold_adapters.Settings("tiny", 64, 16, 8, 9, 0.1, 0.01, 4, 1, False, 1, 0.0, 0)
     assert len(settings.cold_names) == 64
     assert not set(settings.cold_names) & set(settings.stream_names)
 
