@@ -9,6 +9,7 @@ import torch
 import lory_kernels
 import tiny_models
 from lory_kernels import BASE_SLOT, panels
+from lory_kernels.cpu import CpuOps
 from lory_server.messages import EngineOptions
 from lory_server.model.batch import ForwardBatch
 from lory_server.model.decoder import Decoder
@@ -16,6 +17,7 @@ from lory_server.model.kv import KVCache
 from lory_server.model.load import load
 from lory_server.model.lora import attach
 from packed_steps import make_batch, make_kv, random_ids
+from parity_world import ParityWorld, Session
 from test_model_lora import make_tables, random_factors, segments_of
 
 pytestmark = pytest.mark.skipif(
@@ -127,3 +129,46 @@ def test_layers_that_torch_computes_are_not_recorded(tmp_path: Path) -> None:
     decoder.record(make_kv(decoder, 64), MAX_TOKENS)
     assert not decoder.is_recorded
     assert decoder.recorded_bytes == 0
+
+
+def test_heads_wider_than_the_kernels_are_not_recorded(tmp_path: Path) -> None:
+    """Attention falls back to the reference there, which a program could not hold."""
+    folder = tiny_models.build("llama", tmp_path / "model", dtype=torch.bfloat16, head_dim=264)
+    plain, asked = adapted_decoder(folder, 1), adapted_decoder(folder, 1)
+    plain_kv, asked_kv = make_kv(plain, 64), make_kv(asked, 64)
+    asked.record(asked_kv, MAX_TOKENS)
+    assert not asked.is_recorded
+    for ours, theirs in zip(run_steps(asked, asked_kv), run_steps(plain, plain_kv), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_has_no_kernel_is_refused_while_a_program_is_recorded() -> None:
+    ops = CpuOps(threads=1)
+    half = torch.ones((2, 4), dtype=torch.float16)
+    with ops.caller.record(2), pytest.raises(RuntimeError, match="cannot be recorded"):
+        ops.rms_norm(half, half[0], 1e-6)
+    assert ops.rms_norm(half, half[0], 1e-6).shape == (2, 4)
+
+
+def test_an_engine_that_preempts_answers_the_same_with_and_without_recording(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Base rows alone: what shares a step is then the same in both runs."""
+    base = tiny_models.build("llama", tmp_path / "base", dtype=torch.bfloat16)
+    world = ParityWorld("llama", base, tmp_path, {})
+
+    def answers() -> tuple[list[list[int]], int]:
+        session = Session(world.options(dtype="bfloat16", adapters_dir="", kv_bytes=24 << 10))
+        for number in range(8):
+            prompt = random_ids(5 + number, tiny_models.VOCAB_SIZE, number)
+            session.submit(number, prompt, max_new_tokens=20, ignore_eos=True)
+        session.run()
+        session.close()
+        preemptions = sum(report.preemptions for report in session.reports)
+        return [session.answers[number].tokens for number in range(8)], preemptions
+
+    recorded, preemptions = answers()
+    monkeypatch.setattr(Decoder, "record", lambda *_: None)
+    assert (recorded, preemptions) == answers()
+    assert preemptions > 0
+    assert all(len(tokens) == 20 for tokens in recorded)

@@ -103,9 +103,20 @@ class CpuOps:
         }
         self.caller = Caller(library, threads or torch.get_num_threads())
         """Whose calls can be recorded: those of bfloat16 and float32 ops."""
-        self._reference = TorchOps()
+        self._torch_ops = TorchOps()
         self._sites: dict[SiteTable, _KnownSite] = {}
         self._rows: _KnownRows | None = None
+
+    def can_record(self, dtype: torch.dtype, head_dim: int) -> bool:
+        """Whether all ops of a model of this dtype and head size are C ops."""
+        return dtype in self._kernels and head_dim <= _MAX_HEAD_DIM
+
+    @property
+    def _reference(self) -> TorchOps:
+        """It computes at once, so that a program would lack what it did."""
+        if self.caller.is_recording:
+            raise RuntimeError("an op without a C kernel cannot be recorded")
+        return self._torch_ops
 
     def rms_norm(
         self,
@@ -121,18 +132,7 @@ class CpuOps:
             return self._reference.rms_norm(
                 x_TH, weight_H, eps, out_TH, weight_in_fp32=weight_in_fp32
             )
-        out = self._like(x_TH) if out_TH is None else out_TH
-        _require_contiguous(x_TH=x_TH, weight_H=weight_H, out_TH=out)
-        args = Norm(
-            x=x_TH.data_ptr(),
-            weight=weight_H.data_ptr(),
-            out=out.data_ptr(),
-            width=x_TH.shape[1],
-            mode=_norm_mode(x_TH, weight_H, weight_in_fp32),
-            eps=eps,
-        )
-        self.caller.call(kernels.rms_norm, args, Step(x_TH.shape[0]))
-        return out
+        return self._norm(kernels.rms_norm, x_TH, weight_H, eps, out_TH, None, weight_in_fp32)
 
     def add_rms_norm(
         self,
@@ -149,22 +149,36 @@ class CpuOps:
             return self._reference.add_rms_norm(
                 residual_TH, x_TH, weight_H, eps, out_TH, weight_in_fp32=weight_in_fp32
             )
-        out = self._like(x_TH) if out_TH is None else out_TH
-        _require_contiguous(residual_TH=residual_TH, x_TH=x_TH, weight_H=weight_H, out_TH=out)
+        return self._norm(
+            kernels.add_rms_norm, x_TH, weight_H, eps, out_TH, residual_TH, weight_in_fp32
+        )
+
+    def _norm(
+        self,
+        op: Op,
+        x_TH: Tensor,
+        weight_H: Tensor,
+        eps: float,
+        out_TH: Tensor | None,
+        residual_TH: Tensor | None,
+        weight_in_fp32: bool,
+    ) -> Tensor:
+        rows, width = x_TH.shape
+        out = self.caller.empty(rows, width, x_TH.dtype) if out_TH is None else out_TH
+        _require_contiguous(x_TH=x_TH, weight_H=weight_H, out_TH=out)
+        if residual_TH is not None:
+            _require_contiguous(residual_TH=residual_TH)
         args = Norm(
             x=x_TH.data_ptr(),
             weight=weight_H.data_ptr(),
-            residual=residual_TH.data_ptr(),
+            residual=_address(residual_TH),
             out=out.data_ptr(),
-            width=x_TH.shape[1],
+            width=width,
             mode=_norm_mode(x_TH, weight_H, weight_in_fp32),
             eps=eps,
         )
-        self.caller.call(kernels.add_rms_norm, args, Step(x_TH.shape[0]))
+        self.caller.call(op, args, Step(rows))
         return out
-
-    def _like(self, x_TH: Tensor) -> Tensor:
-        return self.caller.empty(x_TH.shape[0], x_TH.shape[1], x_TH.dtype)
 
     def silu_mul(self, gate_up_TN: Tensor, out_TI: Tensor) -> None:
         kernels = self._kernels.get(out_TI.dtype)

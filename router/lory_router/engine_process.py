@@ -64,7 +64,10 @@ class EngineProcess:
         return await self.process.wait()
 
     def kill(self) -> None:
-        """SIGKILL to the engine and to any child of it; a stopped process dies of it as well."""
+        """SIGKILL to the engine and its group; a stopped process dies of it as well.
+
+        Children in sessions of their own die with their parent (lory_server.lifeline).
+        """
         try:
             os.killpg(self.process.pid, signal.SIGKILL)
         except (ProcessLookupError, PermissionError):

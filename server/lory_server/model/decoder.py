@@ -137,10 +137,13 @@ class Decoder:
 
         From then on steps have at most `max_tokens` tokens and write to `kv`.
         """
+        ops = self.ops
+        if not isinstance(ops, CpuOps) or not ops.can_record(self.dtype, self.spec.head_dim):
+            return
         linears = (getattr(layer, name) for layer in self._layers for name in LINEARS)
-        if isinstance(self.ops, CpuOps) and all(linear.is_recordable for linear in linears):
+        if all(linear.is_recordable for linear in linears):
             work = self._workspace(max_tokens)
-            self._program = LayersProgram(self.ops, self._run_layers, work, kv)
+            self._program = LayersProgram(ops, self._run_layers, work, kv)
 
     @property
     def is_recorded(self) -> bool:
