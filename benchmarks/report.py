@@ -102,7 +102,8 @@ def _bench_footer(result: Mapping[str, Any]) -> str:
         f"{settings['prompt_tokens']} random tokens in and {settings['output_tokens']} out, all "
         f"requests at once; adapters: {settings['adapters']}; {_runs(settings['repetitions'])} "
         f"after a warm-up, contenders in turn, {settings['threads']} threads. "
-        f"{_machine(result)}, {result['date'][:10]}, {_version(result)}: `{result['command']}`.{mark}\n"
+        f"{_machine(result)}, {result['date'][:10]}, {_version(result)}: "
+        f"`{result['command']}`.{mark}\n"
     )
 
 
@@ -128,8 +129,10 @@ def cold_table(results: Path) -> str:
     mark = "" if result["clean"] else " *Others used the machine meanwhile.*"
     footer = (
         f"{ratio}{_cold_runs(len(result['repetitions']))}, `{settings['model']}` model, "
-        f"{settings['num_streams']} streams, engine on {settings['threads']} thread{_core(settings)}. "
-        f"{_machine(result)}, {result['date'][:10]}, {_version(result)}: `{result['command']}`.{mark}\n"
+        f"{settings['num_streams']} streams, engine on {settings['threads']} thread"
+        f"{_core(settings)}. "
+        f"{_machine(result)}, {result['date'][:10]}, {_version(result)}: "
+        f"`{result['command']}`.{mark}\n"
     )
     return _markdown(["gap between tokens", "p50", "p99"], rows) + "\n" + footer
 
@@ -209,13 +212,13 @@ def _runs(num: int) -> str:
     return "one run" if num == 1 else f"medians of {num} runs (least-most)"
 
 
-def _version(result: dict[str, Any]) -> str:
+def _version(result: Mapping[str, Any]) -> str:
     """What was measured: a commit, perhaps with changes."""
     commit, plus, _ = (result["commit"] or "").partition("+")
     return f"commit {commit[:7]}{' with changes' if plus else ''}" if commit else "no commit"
 
 
-def _core(settings: dict[str, Any]) -> str:
+def _core(settings: Mapping[str, Any]) -> str:
     shares = settings.get("share_cores", True)
     return "" if shares else " with a core to itself, all else on the others"
 
