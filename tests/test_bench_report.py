@@ -13,7 +13,7 @@ from benchmarks import report
 
 FACTS = {
     "date": "2026-01-02T03:04:05Z",
-    "commit": "0123456789abcdef+changes",
+    "commit": "abcdefabcdefabcd+changes",
     "command": "python -m benchmarks.compare",
     "versions": {"torch": "2.13.0"},
     "machine": {"cpu": "Example CPU", "cores": 2},
