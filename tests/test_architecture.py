@@ -32,6 +32,7 @@ MAY_IMPORT = {
 LAYERS = [
     {
         "messages",
+        "giving_way",
         "lifeline",
         "low_priority",
         "plan",
@@ -51,6 +52,7 @@ LAYERS = [
 
 TORCH_FREE = [
     "lory_server.messages",
+    "lory_server.giving_way",
     "lory_server.lifeline",
     "lory_server.low_priority",
     "lory_server.plan",

@@ -70,9 +70,9 @@ def read_numbers(weights_fd: int, manifest: AdapterManifest, data: Tensor) -> st
         raw = _read(weights_fd, batch)
         digest.update(raw.data)
         for run, source in _cast_runs(raw, batch, dtype):
-            _place(source, run, words)
-    if not _is_finite(data):
-        raise _not_finite(weights_fd, chunks, data)
+            if not _is_finite(source):
+                raise _not_finite(weights_fd, run, dtype)
+            _place(_words(source), run, words)
     return digest.hexdigest()[:REVISION_CHARS]
 
 
@@ -131,7 +131,7 @@ def _read(fd: int, batch: list[_Chunk]) -> NDArray[np.uint8]:
 
 def _cast_runs(
     raw: NDArray[np.uint8], batch: list[_Chunk], dtype: torch.dtype
-) -> Iterator[tuple[list[_Chunk], Words]]:
+) -> Iterator[tuple[list[_Chunk], Tensor]]:
     """Chunks of one dtype that lie side by side, and their numbers in `dtype`."""
     origin = batch[0].spec.offset
     for name, group in groupby(batch, key=lambda chunk: chunk.spec.dtype):
@@ -142,7 +142,7 @@ def _cast_runs(
             count=sum(chunk.numel for chunk in run),
             offset=run[0].spec.offset - origin,
         )
-        yield run, _words(source.to(dtype))
+        yield run, source.to(dtype)
 
 
 def _words(tensor: Tensor) -> Words:
@@ -169,13 +169,17 @@ def _is_finite(numbers: Tensor) -> bool:
     return math.isfinite(low) and math.isfinite(high)
 
 
-def _not_finite(fd: int, chunks: list[_Chunk], data: Tensor) -> AdapterInvalidError:
-    """Names the first tensor of the file that is to blame."""
-    bad = next(c for c in chunks if not _is_finite(data[c.start : c.start + c.numel]))
-    source = torch.frombuffer(_read(fd, [bad]), dtype=_DTYPES[bad.spec.dtype])
-    if _is_finite(source):
-        name = str(data.dtype).removeprefix("torch.")
-        reason = f"has values that do not fit {name}; serve the base in bfloat16 or float32"
+def _not_finite(fd: int, run: list[_Chunk], dtype: torch.dtype) -> AdapterInvalidError:
+    """Names the first tensor of the run that is to blame."""
+    for chunk in run:
+        source = torch.frombuffer(_read(fd, [chunk]), dtype=_DTYPES[chunk.spec.dtype])
+        if not _is_finite(source):
+            reason = "has values that are not finite (NaN or infinity)"
+            break
+        if not _is_finite(source.to(dtype)):
+            name = str(dtype).removeprefix("torch.")
+            reason = f"has values that do not fit {name}; serve the base in bfloat16 or float32"
+            break
     else:
-        reason = "has values that are not finite (NaN or infinity)"
-    return AdapterInvalidError(f"tensor {bad.spec.name!r} {reason}")
+        raise AssertionError("the file changed")
+    return AdapterInvalidError(f"tensor {chunk.spec.name!r} {reason}")

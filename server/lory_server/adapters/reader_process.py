@@ -25,6 +25,7 @@ from lory_server.adapters.blob import AdapterBlob, new_blob, read_numbers
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.format import AdapterManifest, Base, read_manifest
 from lory_server.adapters.store import AdapterFiles, changed_error
+from lory_server.giving_way import giving_way
 from lory_server.lifeline import die_with_parent
 
 ANSWER_TIMEOUT_S = 60.0
@@ -33,6 +34,7 @@ ANSWER_TIMEOUT_S = 60.0
 SLOWEST_BYTES_PER_S = 4 * 1024 * 1024
 MAX_SCRATCH_BYTES = 64 * 1024 * 1024
 """Kept by a reader between adapters."""
+WRITE_BYTES = 64 * 1024
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
@@ -287,10 +289,11 @@ def serve(wire: _Wire) -> None:
 
 
 def _write(memory: int, data: Tensor) -> None:
-    """Whole pages written are never cleared first, as pages are that a mapping touches."""
+    """Whole pages written are never cleared first, as pages are that a mapping touches. A piece at
+    a time: nobody gives way within a system call."""
     rest = data.view(torch.uint8).numpy().data
     while rest:
-        rest = rest[os.write(memory, rest) :]
+        rest = rest[os.write(memory, rest[:WRITE_BYTES]) :]
 
 
 class _Work:
@@ -305,7 +308,8 @@ class _Work:
     def do(self, command: Look | Read, descriptors: list[int]) -> Reply:
         try:
             step = self._look if isinstance(command, Look) else self._read
-            return step(descriptors[0], descriptors[1])
+            with giving_way():
+                return step(descriptors[0], descriptors[1])
         except AdapterInvalidError as error:
             return Invalid(str(error))
         except OSError as error:
