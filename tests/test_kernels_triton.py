@@ -4,27 +4,22 @@ The interpreter is chosen when triton is imported, so each half runs in a proces
 file, called with a mode, prints its findings as JSON.
 """
 
-import json
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 import torch
 
 import lory_kernels
 from kernel_cases import TOLERANCE, WORKLOADS, error_of, sgmv_case
+from triton_processes import (
+    SHARED_MEMORY_LIMIT_BYTES,
+    Findings,
+    answer,
+    build,
+    findings_of,
+    needs_triton,
+)
 
-pytestmark = [
-    pytest.mark.triton,
-    pytest.mark.skipif(find_spec("triton") is None, reason="the triton package is not installed"),
-]
+pytestmark = needs_triton
 
-SHARED_MEMORY_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 CASES = {
     f"{workload}-{rows}": (workload, rows, {"out_features": (40, 24)})
@@ -41,54 +36,37 @@ COMPILED = (("bf16", 16), ("bf16", 64), ("fp16", 16), ("fp32", 64))
 """(dtype, block of rank) that are compiled ahead of time."""
 
 
-def _in_process(mode: str, **environment: str) -> dict[str, dict[str, float]]:
-    path = os.pathsep.join(str(Path(p).parent) for p in (lory_kernels.__path__[0], __file__))
-    done = subprocess.run(
-        [sys.executable, __file__, mode],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+@pytest.fixture(scope="module")
+def interpreted() -> Findings:
+    return findings_of(__file__, "interpret")
 
 
 @pytest.fixture(scope="module")
-def interpreted() -> dict[str, dict[str, float]]:
-    return _in_process("interpret", TRITON_INTERPRET="1")
-
-
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, float]]:
-    return _in_process("compile", TRITON_INTERPRET="0")
+def compiled() -> Findings:
+    return findings_of(__file__, "compile")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
-def test_sgmv_equals_the_reference(
-    interpreted: dict[str, dict[str, float]], name: str, dtype: str
-) -> None:
+def test_sgmv_equals_the_reference(interpreted: Findings, name: str, dtype: str) -> None:
     assert interpreted["error"][f"{name}-{dtype}"] <= TOLERANCE[DTYPES[dtype]]
 
 
-def test_tolerance_catches_one_swapped_adapter(interpreted: dict[str, dict[str, float]]) -> None:
+def test_tolerance_catches_one_swapped_adapter(interpreted: Findings) -> None:
     for dtype, error in interpreted["swapped"].items():
         assert error > 3 * TOLERANCE[DTYPES[dtype]]
 
 
-def test_results_are_the_same_from_run_to_run(interpreted: dict[str, dict[str, float]]) -> None:
+def test_results_are_the_same_from_run_to_run(interpreted: Findings) -> None:
     assert set(interpreted["repeat"].values()) == {0.0}
 
 
-def test_base_rows_keep_every_bit(interpreted: dict[str, dict[str, float]]) -> None:
+def test_base_rows_keep_every_bit(interpreted: Findings) -> None:
     assert set(interpreted["base"].values()) == {0.0}
 
 
 @pytest.mark.parametrize("arch", SHARED_MEMORY_LIMIT_BYTES)
-def test_kernels_compile_for_the_gpu_fit_and_do_not_spill(
-    compiled: dict[str, dict[str, float]], arch: int
-) -> None:
+def test_kernels_compile_for_the_gpu_fit_and_do_not_spill(compiled: Findings, arch: int) -> None:
     sizes, spills = (
         {key: size for key, size in compiled[what].items() if key.startswith(f"sm_{arch}")}
         for what in ("shared_bytes", "spilled_bytes")
@@ -98,11 +76,11 @@ def test_kernels_compile_for_the_gpu_fit_and_do_not_spill(
     assert set(spills.values()) == {0}, spills
 
 
-def _interpret() -> dict[str, dict[str, float]]:
+def _interpret() -> Findings:
     from dataclasses import replace
 
     reference, ops = lory_kernels.select("torch"), lory_kernels.select("triton")
-    found: dict[str, dict[str, float]] = {"error": {}, "swapped": {}, "repeat": {}, "base": {}}
+    found: Findings = {"error": {}, "swapped": {}, "repeat": {}, "base": {}}
     for name, dtype in DTYPES.items():
         cases = {
             key: sgmv_case(workload, rows, dtype, **shape)
@@ -121,68 +99,32 @@ def _interpret() -> dict[str, dict[str, float]]:
     return found
 
 
-def _compile() -> dict[str, dict[str, float]]:
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+def _compile() -> Findings:
     from lory_kernels import triton_sgmv as kernels
 
-    found: dict[str, dict[str, float]] = {"shared_bytes": {}, "spilled_bytes": {}}
+    found: Findings = {"shared_bytes": {}, "spilled_bytes": {}}
     for dtype, block_r in COMPILED:
-        blocks = {
-            "SLICES": 3, "TILE": kernels.TILE_ROWS, "BLOCK_G": 256,
-            "BLOCK_I": kernels.BLOCK_IN, "BLOCK_O": kernels.BLOCK_OUT,
-        }  # fmt: skip
         types = {
             "a_offset_ptr": "*i64", "b_offset_ptr": "*i64", "out_offset_ptr": "*i64",
             "out_features_ptr": "*i64", "rank_ptr": "*i32", "starts_ptr": "*i32",
             "slots_ptr": "*i32", "scale_ptr": "*fp32", "h_ptr": "*fp32", "x_ptr": f"*{dtype}",
             "y_ptr": f"*{dtype}", "pool_ptr": f"*{dtype}",
-        } | dict.fromkeys([*blocks, "BLOCK_R"], "constexpr")  # fmt: skip
+        }  # fmt: skip
         for kernel in (kernels.shrink_kernel, kernels.expand_kernel):
             expands = kernel is kernels.expand_kernel
-            blocks["BLOCK_R"] = kernels.EXPAND_BLOCK_RANK if expands else block_r
-            names = kernel.arg_names
-            signature = {name: types.get(name, "i32") for name in names}
-            constants = {name: blocks[name] for name in names if name in blocks}
-            # Aligned pointers and strides, as launches have them: loads become vectors.
-            aligned = [["tt.divisibility", 16]]
-            attributes = {
-                (place,): aligned
-                for place, name in enumerate(names)
-                if signature[name].startswith("*")
-                or name in ("x_stride", "y_stride", "in_features")
-            }
+            blocks = {
+                "SLICES": 3, "TILE": kernels.TILE_ROWS, "BLOCK_G": 256,
+                "BLOCK_I": kernels.BLOCK_IN, "BLOCK_O": kernels.BLOCK_OUT,
+                "BLOCK_R": kernels.EXPAND_BLOCK_RANK if expands else block_r,
+            }  # fmt: skip
             for arch in SHARED_MEMORY_LIMIT_BYTES:
-                source = ASTSource(kernel, signature, constants, attributes)
-                built = triton.compile(source, target=GPUTarget("cuda", arch, 32))
+                aligned = ("x_stride", "y_stride", "in_features")
+                built = build(kernel, arch, types, blocks, aligned)
                 key = f"sm_{arch}-{kernel.__name__}-{dtype}-{block_r}"
-                found["shared_bytes"][key] = built.metadata.shared
-                found["spilled_bytes"][key] = _spilled_bytes(built.asm["ptx"], arch)
+                found["shared_bytes"][key] = built.shared_bytes
+                found["spilled_bytes"][key] = built.spilled_bytes
     return found
 
 
-def _spilled_bytes(ptx: str, arch: int) -> int:
-    """What ptxas says of the kernel, summed over stores and loads."""
-    import triton
-
-    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
-        file.write(ptx)
-        file.flush()
-        name = f"sm_{arch}{'a' if arch >= 90 else ''}"
-        command = [
-            triton.knobs.nvidia.ptxas.path,
-            "-v",
-            f"-arch={name}",
-            file.name,
-            "-o",
-            "/dev/null",
-        ]
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    return sum(int(size) for size in re.findall(r"(\d+) bytes spill", said))
-
-
 if __name__ == "__main__":
-    modes = {"interpret": _interpret, "compile": _compile}
-    json.dump(modes[sys.argv[1]](), sys.stdout)
+    answer({"interpret": _interpret, "compile": _compile})
