@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks import gpu_world
 from benchmarks.gpu_world import FAMILIES, Answer, World
-from lory_kernels import BASE_SLOT, Segments, SiteTable, select
+from lory_kernels import BASE_SLOT, Backend, Segments, SiteTable, select
 from lory_server.messages import DtypeName, Quantization
 from lory_server.model import nf4
 from lory_server.model.families import read_spec
@@ -66,7 +66,7 @@ class Scope:
     """A dry run of the script: fewer and smaller cases."""
 
     @property
-    def backend(self) -> str:
+    def backend(self) -> Backend:
         return "triton" if self.device.type == "cuda" else "torch"
 
     @property
@@ -230,7 +230,8 @@ def nf4_checks(scope: Scope) -> Iterator[Check]:
     for out_features, in_features in shapes:
         weights = [_random_nf4(out_features, in_features, seed) for seed in (0, 1)]
         right_NK, wrong_NK = (weight.dequantize(torch.float32) for weight in weights)
-        linear = nf4.nf4_linear(weights[0].to(scope.device), None, torch.bfloat16)
+        weight = weights[0].to(scope.device)
+        linear = nf4.nf4_linear(weight, None, torch.bfloat16, select(scope.backend))
         for rows in sizes:
             x_TK = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows))
             x_TK = x_TK.bfloat16()

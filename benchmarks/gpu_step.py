@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lory_kernels import select
+from lory_kernels import Ops, select
 from lory_server.adapters.format import AdapterManifest, AdapterSlice
 from lory_server.adapters.header import TensorSpec
 from lory_server.adapters.pool import AdapterPool
@@ -157,24 +157,24 @@ class Bench:
         embedding_VH = self._normal(spec.vocab_size, spec.hidden_size)
         head_VH = self._normal(spec.vocab_size, spec.hidden_size)
         sites = spec.sites()
-        layers = tuple(self._layer(sites[4 * n : 4 * n + 4]) for n in range(spec.num_layers))
         ops = select("triton" if self.device.type == "cuda" else "torch")
+        layers = tuple(self._layer(sites[4 * n : 4 * n + 4], ops) for n in range(spec.num_layers))
         rope_PD = rope_table(spec.rope, 2 * self.scale.context, self.device)
         head = dense_linear(head_VH, None, max(self.scale.batches), ops)
         return Decoder(spec, ops, embedding_VH, layers, self._ones(), head, rope_PD)
 
-    def _layer(self, sites: tuple[Site, ...]) -> Layer:
-        qkv, o, gate_up, down = (self._linear(site) for site in sites)
+    def _layer(self, sites: tuple[Site, ...], ops: Ops) -> Layer:
+        qkv, o, gate_up, down = (self._linear(site, ops) for site in sites)
         return Layer(qkv, o, gate_up, down, self._ones(), self._ones(), None, None, None, None)
 
-    def _linear(self, site: Site) -> Linear:
+    def _linear(self, site: Site, ops: Ops) -> Linear:
         size = site.in_features * site.out_features
         codes = torch.randint(
             0, 256, (size // 2,), dtype=torch.uint8, device=self.device, generator=self._generator
         )
         absmax = torch.full((size // BLOCK,), 2 * WEIGHT_STD, device=self.device)
         weight = NF4Weight(codes, absmax, site.out_features, site.in_features)
-        return nf4_linear(weight, None, torch.bfloat16)
+        return nf4_linear(weight, None, torch.bfloat16, ops)
 
     def _attach(self, count: int) -> int:
         """`count` adapters on all linears, in slots 0 and up; bytes of one."""

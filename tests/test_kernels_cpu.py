@@ -3,11 +3,13 @@
 import os
 import subprocess
 import sys
+from ctypes import CDLL
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from bitsandbytes import functional as bnb
 
 import lory_kernels
 import lory_kernels.__main__ as ahead
@@ -21,7 +23,8 @@ from kernel_cases import (
     error_of,
     sgmv_case,
 )
-from lory_kernels import KernelUnavailableError, Ops, best_cpu_backend, build, select
+from lory_kernels import KernelUnavailableError, Ops, best_cpu_backend, build, panels, select
+from lory_kernels.calls import Caller
 
 pytestmark = pytest.mark.skipif(
     best_cpu_backend() == "torch", reason="no C compiler here: the CPU kernels are not built"
@@ -332,6 +335,12 @@ needs_avx512 = pytest.mark.skipif(
 )
 
 
+def _library_for(march: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CDLL:
+    flags = tuple(f"-march={march}" if flag.startswith("-march") else flag for flag in build._FLAGS)
+    monkeypatch.setattr(build, "_FLAGS", flags)
+    return build.load_library(tmp_path)
+
+
 @pytest.mark.parametrize(
     "march", ["x86-64", "x86-64-v3", pytest.param("skylake-avx512", marks=needs_avx512)]
 )
@@ -339,9 +348,7 @@ def test_older_cpus_get_the_same_results(
     march: str, reference: Ops, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The plain, AVX2 and AVX-512 builds without bfloat16, in place of the native one."""
-    flags = tuple(f"-march={march}" if flag.startswith("-march") else flag for flag in build._FLAGS)
-    monkeypatch.setattr(build, "_FLAGS", flags)
-    library = build.load_library(tmp_path)
+    library = _library_for(march, monkeypatch, tmp_path)
     monkeypatch.setattr("lory_kernels.cpu.compiled_library", lambda: library)
     ops = select("cpu", threads=2)
     assert library.lory_vector_lanes() == {"x86-64": 4, "x86-64-v3": 8}.get(march, 16)
@@ -353,6 +360,30 @@ def test_older_cpus_get_the_same_results(
             attention_case(dtype, head_dim=64, group=8),
         ):
             assert_close(case.run(ops), case.run(reference))
+
+
+@pytest.mark.parametrize(
+    "march", ["x86-64", "x86-64-v3", pytest.param("skylake-avx512", marks=needs_avx512)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_panels_of_older_cpus_hold_the_same_weights(
+    march: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    library = _library_for(march, monkeypatch, tmp_path)
+    monkeypatch.setattr(panels, "_library", lambda: library)
+    caller = Caller(library, 2)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (70 * 128 // 2,), dtype=torch.uint8, generator=generator)
+    absmax = torch.rand(70 * 2, generator=generator)
+    x_TK = torch.randn((5, 128), generator=generator).to(dtype)
+    values = bnb.get_4bit_type("nf4", device="cpu")[
+        torch.stack([codes >> 4, codes & 15], -1).long()
+    ]
+    decoded_NK = (values.view(-1, 64) * absmax[:, None]).view(70, 128).to(dtype)
+    dense = panels.PanelMultiply(panels.pack(decoded_NK), None, caller)(x_TK)
+    nf4 = panels.PanelMultiply(panels.pack_nf4(codes, absmax, 70, 128, dtype), None, caller)(x_TK)
+    assert_close(dense, x_TK.float() @ decoded_NK.float().T)
+    assert torch.equal(nf4, dense)
 
 
 @pytest.mark.parametrize("field", ["block_tables_RM", "query_starts_R1", "context_lens_R"])

@@ -1,5 +1,6 @@
 """NF4 against bitsandbytes and transformers: the same bytes, the same logits."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,25 @@ from transformers import BitsAndBytesConfig
 
 import lory_kernels
 import tiny_models
+from lory_kernels import panels
 from lory_server.messages import EngineOptions
 from lory_server.model import nf4
 from lory_server.model.decoder import Decoder
 from lory_server.model.errors import ModelError
+from lory_server.model.linear import PanelLinear, dense_linear
 from lory_server.model.load import load
 from packed_steps import random_ids, run
 
 ATOL_FP32 = 2e-5
 IDS = random_ids(21, tiny_models.VOCAB_SIZE, 4)
 
+TORCH = lory_kernels.select("torch")
+CPU = lory_kernels.select(lory_kernels.best_cpu_backend(), threads=2)
+
+needs_panels = pytest.mark.skipif(
+    not panels.can_pack_nf4(torch.empty(0, dtype=torch.uint8), torch.float32),
+    reason="NF4 panels need AVX2 and a C compiler",
+)
 needs_avx512_bf16 = pytest.mark.skipif(
     not bnb.has_avx512bf16(), reason="bitsandbytes' CPU kernel needs AVX512 with bfloat16"
 )
@@ -99,9 +109,51 @@ def test_decoding_linear_is_true_to_its_dtype(bias: bool, rows: int, dtype: torc
     expected = torch.nn.functional.linear(x_TK, weight.dequantize(dtype), bias_N)
     assert torch.equal(layer(x_TK, None), expected)
     if dtype == torch.float32:
-        assert isinstance(nf4.nf4_linear(weight, bias_N, dtype), nf4.NF4Linear)
+        assert isinstance(nf4.nf4_linear(weight, bias_N, dtype, TORCH), nf4.NF4Linear)
         rounded = x_TK.bfloat16() @ weight.dequantize(torch.bfloat16).T
         assert (rounded.float() - (expected - (0 if bias_N is None else bias_N))).abs().max() > 0.01
+
+
+@needs_panels
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(1, 64), (33, 128), (100, 576), (64, 960)])
+@pytest.mark.parametrize("rows", [0, 1, 6, 12, 13, 33, 400])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_panels_of_nf4_equal_those_of_the_decoded_weight_to_the_bit(
+    rows: int, shape: tuple[int, int], bias: bool, dtype: torch.dtype
+) -> None:
+    """bitsandbytes' own decoding, rounded to the dtype as it does on a GPU."""
+    weight = nf4.quantize(random_weight(*shape), "w", False)
+    bias_N = random_weight(1, shape[0], 3)[0].to(dtype) if bias else None
+    x_TK = random_weight(rows, shape[1], 5).to(dtype)
+    layer = nf4.nf4_linear(weight, bias_N, dtype, CPU)
+    assert isinstance(layer, PanelLinear)
+    decoded = dense_linear(weight.dequantize(dtype), bias_N, 1, CPU)
+    assert isinstance(decoded, PanelLinear)
+    assert torch.equal(layer(x_TK, None), decoded(x_TK, None))
+    if rows:
+        codes = weight.codes.clone()
+        codes[-1] ^= 0x08
+        other = nf4.nf4_linear(replace(weight, codes=codes), bias_N, dtype, CPU)
+        assert not torch.equal(other(x_TK, None), layer(x_TK, None))
+
+
+@needs_panels
+@pytest.mark.parametrize("block", [64, 128])
+def test_panels_take_the_block_size_of_a_checkpoint(block: int) -> None:
+    weight = nf4.quantize(random_weight(40, 256), "w", False)
+    scales = weight.absmax.view(40, -1, block // 64)[..., 0].flatten().contiguous()
+    weight = replace(weight, absmax=scales, block=block)
+    x_TK = random_weight(5, 256, 5)
+    expected = dense_linear(weight.dequantize(torch.float32), None, 1, CPU)(x_TK, None)
+    assert torch.equal(nf4.nf4_linear(weight, None, torch.float32, CPU)(x_TK, None), expected)
+
+
+@needs_panels
+def test_panels_of_nf4_take_a_quarter_of_the_bytes() -> None:
+    weight = nf4.quantize(random_weight(64, 1024), "w", False)
+    dense = dense_linear(weight.dequantize(torch.bfloat16), None, 1, CPU).num_bytes
+    assert nf4.nf4_linear(weight, None, torch.bfloat16, CPU).num_bytes < 0.29 * dense
 
 
 @needs_avx512_bf16
@@ -111,7 +163,7 @@ def test_packed_cpu_linear_is_near_the_decoding_one(bias: bool, rows: int) -> No
     weight = nf4.quantize(random_weight(96, 128), "w", False)
     bias_N = random_weight(1, 96, 3)[0].bfloat16() if bias else None
     x_TK = random_weight(rows, 128, 5).bfloat16()
-    layer = nf4.nf4_linear(weight, bias_N, torch.bfloat16)
+    layer = nf4.nf4_linear(weight, bias_N, torch.bfloat16, TORCH)
     assert isinstance(layer, nf4.PackedNF4Linear)
     exact = nf4.NF4Linear(weight, bias_N)(x_TK, None).float()
     relative = (layer(x_TK, None).float() - exact).norm() / exact.norm()
@@ -124,7 +176,7 @@ def test_packed_cpu_linear_is_near_the_decoding_one(bias: bool, rows: int) -> No
 @needs_avx512_bf16
 def test_shapes_the_cpu_kernel_cannot_tile_are_decoded() -> None:
     weight = nf4.quantize(random_weight(100, 128), "w", False)
-    layer = nf4.nf4_linear(weight, None, torch.bfloat16)
+    layer = nf4.nf4_linear(weight, None, torch.bfloat16, TORCH)
     assert isinstance(layer, nf4.NF4Linear)
     assert layer(torch.ones(2, 128, dtype=torch.bfloat16), None).shape == (2, 100)
 

@@ -10,7 +10,7 @@ import lory_kernels
 import tiny_models
 from lory_kernels import BASE_SLOT, panels
 from lory_kernels.cpu import CpuOps
-from lory_server.messages import EngineOptions
+from lory_server.messages import EngineOptions, Quantization
 from lory_server.model.batch import ForwardBatch
 from lory_server.model.decoder import Decoder
 from lory_server.model.kv import KVCache
@@ -22,15 +22,20 @@ from test_model_lora import make_tables, random_factors, segments_of
 
 pytestmark = pytest.mark.skipif(
     not panels.can_pack(torch.empty((2, 2), dtype=torch.bfloat16)),
-    reason="only panel linears can be recorded: they need AVX512-BF16, and no AMX",
+    reason="only panel linears can be recorded: they need AVX2, and in bfloat16 no AMX",
 )
 
 MAX_TOKENS = 48
 TABLES = [[3, 1, 9], [4, 0, 8], [2, 5, 7]]
 
 
-def adapted_decoder(folder: Path, threads: int, dtype: torch.dtype = torch.bfloat16) -> Decoder:
-    options = EngineOptions(model=str(folder))
+def adapted_decoder(
+    folder: Path,
+    threads: int,
+    dtype: torch.dtype = torch.bfloat16,
+    quantize: Quantization = "none",
+) -> Decoder:
+    options = EngineOptions(model=str(folder), quantize=quantize)
     decoder = load(options, "cpu", dtype, lory_kernels.select("cpu", threads=threads))
     tables, pool = make_tables(decoder.sites, random_factors(decoder.sites))
     attach(decoder, tables, pool.to(dtype))
@@ -60,7 +65,19 @@ def run_steps(decoder: Decoder, kv: KVCache) -> list[torch.Tensor]:
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_recorded_layers_compute_the_same_bits(family: str, threads: int, tmp_path: Path) -> None:
     folder = tiny_models.build(family, tmp_path / "model", dtype=torch.bfloat16)
-    plain, recorded = adapted_decoder(folder, threads), adapted_decoder(folder, threads)
+    check_recorded(adapted_decoder(folder, threads), adapted_decoder(folder, threads))
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_precision_with_kernels_is_recorded(
+    dtype: torch.dtype, quantize: Quantization, tmp_path: Path
+) -> None:
+    folder = tiny_models.build("llama", tmp_path / "model", dtype=dtype)
+    check_recorded(*(adapted_decoder(folder, 2, dtype, quantize) for _ in range(2)))
+
+
+def check_recorded(plain: Decoder, recorded: Decoder) -> None:
     plain_kv, recorded_kv = make_kv(plain, 64), make_kv(recorded, 64)
     recorded.record(recorded_kv, MAX_TOKENS)
     assert recorded.is_recorded
@@ -125,7 +142,7 @@ def test_buffers_are_those_of_one_layer(tmp_path: Path) -> None:
 
 def test_layers_that_torch_computes_are_not_recorded(tmp_path: Path) -> None:
     folder = tiny_models.build("llama", tmp_path / "model")
-    decoder = adapted_decoder(folder, 1, torch.float32)
+    decoder = adapted_decoder(folder, 1, torch.float16)
     decoder.record(make_kv(decoder, 64), MAX_TOKENS)
     assert not decoder.is_recorded
     assert decoder.recorded_bytes == 0

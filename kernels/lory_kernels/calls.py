@@ -15,6 +15,7 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor
 
+_CACHE_LINE = 64
 _INT, _LONG, _FLOAT, _POINTER = ctypes.c_int, ctypes.c_long, ctypes.c_float, ctypes.c_void_p
 
 
@@ -112,6 +113,12 @@ class Linear(ctypes.Structure):
     _fields_ = (("weight", _POINTER), ("y", _POINTER), ("x", _POINTER))
 
 
+class _Scratch(ctypes.Structure):
+    """`panel_scratch` of csrc/linear.h."""
+
+    _fields_ = (("memory", _POINTER), ("bytes_per_thread", _LONG))
+
+
 class Op(ctypes.Structure):
     """`step_call` of csrc/step.h; an op itself is one without arguments."""
 
@@ -197,6 +204,20 @@ class Caller:
         self._run = _runner(library)
         self._threads = threads
         self._recording: _Recording | None = None
+        self._scratch = _Scratch()
+        self._scratch_memory = torch.empty(0, dtype=torch.uint8)
+
+    def scratch(self, bytes_per_thread: int) -> int:
+        """Address of a struct that says where each thread has at least so much memory of its own,
+        whose contents do not outlive a call. The struct stays, the memory grows with demand."""
+        if bytes_per_thread > self._scratch.bytes_per_thread:
+            rounded = -(-bytes_per_thread // _CACHE_LINE) * _CACHE_LINE
+            size = rounded * self._threads + _CACHE_LINE
+            self._scratch_memory = torch.empty(size, dtype=torch.uint8)
+            start = self._scratch_memory.data_ptr()
+            self._scratch.memory = -(-start // _CACHE_LINE) * _CACHE_LINE
+            self._scratch.bytes_per_thread = rounded
+        return ctypes.addressof(self._scratch)
 
     @property
     def is_recording(self) -> bool:

@@ -30,6 +30,7 @@ INLINE int threads_for(long work, long per_thread, int threads) {
 #include "elementwise.h"
 #include "sgmv.h"
 #include "attention.h"
+#include "linear.h"
 #undef ELEM
 #undef DTYPE
 #undef IS_BF16

@@ -1,4 +1,4 @@
-"""A packed linear, in full precision: y = x W^T + b behind one call signature.
+"""A packed linear: y = x W^T + b behind one call signature.
 
 The second argument of every call is passed on to whatever wraps a linear from outside and is
 ignored here. Legend: T tokens, K in features, N out features. This module must not know what a
@@ -72,15 +72,14 @@ class PrepackedLinear:
 
 
 class PanelLinear:
-    """y = x W^T + b in bfloat16 on the CPU, the weight laid out once in panels."""
+    """y = x W^T + b on the CPU, the weight laid out once in panels: in float32, bfloat16 or NF4."""
 
     __slots__ = ("_multiply", "_num_bytes")
     is_recordable = True
 
-    def __init__(self, weight_NK: Tensor, bias_N: Tensor | None, caller: Caller) -> None:
-        weight = panels.pack(weight_NK)
+    def __init__(self, weight: panels.PanelWeight, bias_N: Tensor | None, caller: Caller) -> None:
         self._multiply = panels.PanelMultiply(weight, bias_N, caller)
-        self._num_bytes = weight.panels.nbytes + bias_bytes(bias_N)
+        self._num_bytes = weight.num_bytes + bias_bytes(bias_N)
 
     @property
     def num_bytes(self) -> int:
@@ -93,7 +92,7 @@ class PanelLinear:
 def dense_linear(weight_NK: Tensor, bias_N: Tensor | None, typical_rows: int, ops: Ops) -> Linear:
     """The fastest full-precision linear for where the weight lies and what it is made of."""
     if isinstance(ops, CpuOps) and panels.can_pack(weight_NK):
-        return PanelLinear(weight_NK, bias_N, ops.caller)
+        return PanelLinear(panels.pack(weight_NK), bias_N, ops.caller)
     if weight_NK.device.type == "cpu" and weight_NK.dtype == torch.bfloat16 and can_prepack():
         return PrepackedLinear(weight_NK, bias_N, typical_rows)
     return DenseLinear(weight_NK, bias_N)

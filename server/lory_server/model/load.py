@@ -144,7 +144,7 @@ class _Loader:
                 weight = nf4.quantize(weight_NK, weight_name, self.options.double_quant)
             weight.require_shape(weight_name, part.out_features, in_features)
             parts.append(weight)
-        return nf4.nf4_linear(nf4.pack(name, parts), bias_N, self.dtype)
+        return nf4.nf4_linear(nf4.pack(name, parts), bias_N, self.dtype, self.ops)
 
     def _is_nf4(self, part: Slice) -> bool:
         return f"{part.module}.weight.quant_state.bitsandbytes__nf4" in self.checkpoint

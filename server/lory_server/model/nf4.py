@@ -15,9 +15,10 @@ import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
 
-from lory_kernels import Segments
+from lory_kernels import Ops, Segments, panels
+from lory_kernels.cpu import CpuOps
 from lory_server.model.errors import ModelError
-from lory_server.model.linear import Linear, bias_bytes
+from lory_server.model.linear import Linear, PanelLinear, bias_bytes
 
 BLOCK = 64
 STATE_SUFFIX = ".quant_state.bitsandbytes__nf4"
@@ -144,8 +145,12 @@ def pack(name: str, parts: Sequence[NF4Weight]) -> NF4Weight:
     )
 
 
-def nf4_linear(weight: NF4Weight, bias_N: Tensor | None, dtype: torch.dtype) -> Linear:
+def nf4_linear(weight: NF4Weight, bias_N: Tensor | None, dtype: torch.dtype, ops: Ops) -> Linear:
     """The fastest NF4 linear that is true to `dtype` where the weight lies."""
+    if isinstance(ops, CpuOps) and panels.can_pack_nf4(weight.codes, dtype):
+        shape = (weight.out_features, weight.in_features)
+        packed = panels.pack_nf4(weight.codes, weight.absmax, *shape, dtype)
+        return PanelLinear(packed, bias_N, ops.caller)
     if weight.codes.device.type == "cpu" and dtype == torch.bfloat16 and can_pack_for_cpu(weight):
         return PackedNF4Linear(weight, bias_N)
     return NF4Linear(weight, bias_N)
