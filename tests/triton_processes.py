@@ -42,6 +42,7 @@ class Built:
     spilled_bytes: int
     """The stack frame of a thread: these kernels have no other use for one."""
     shared_bytes: int
+    ptx: str
 
 
 def findings_of(file: str, mode: str) -> Findings:
@@ -154,4 +155,4 @@ def _sizes(compiled: Any) -> Built:
         said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+)", said)
     assert usage is not None, said
-    return Built(int(usage[1]), int(usage[2]), compiled.metadata.shared)
+    return Built(int(usage[1]), int(usage[2]), compiled.metadata.shared, compiled.asm["ptx"])

@@ -14,9 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from bitsandbytes import functional as bnb
 from torch import Tensor
+from torch.nn.functional import linear
 
 from lory_kernels import Ops, Segments, panels
 from lory_kernels.cpu import CpuOps
+from lory_kernels.nf4_choice import Choice, choices_for, choose
 from lory_server.model.errors import ModelError
 from lory_server.model.linear import Linear, PanelLinear, bias_bytes
 
@@ -163,27 +165,64 @@ def can_pack_for_cpu(weight: NF4Weight) -> bool:
 
 
 class NF4Linear:
-    """y = x W^T + b by bitsandbytes' op: fused on a GPU, decoded to x's own dtype on the CPU."""
+    """y = x W^T + b: on a GPU in the way that fits the rows, on the CPU decoded to x's own dtype.
 
-    __slots__ = ("_apply", "_bias_N", "_codes", "_shape", "_weight")
+    `choices` are those of the GPU where the weight lies, unless given; none on the CPU.
+    """
+
+    __slots__ = ("_apply", "_bias_N", "_codes", "_shape", "_weight", "choices")
     is_recordable = False
 
-    def __init__(self, weight: NF4Weight, bias_N: Tensor | None) -> None:
+    def __init__(
+        self, weight: NF4Weight, bias_N: Tensor | None, choices: Sequence[Choice] | None = None
+    ) -> None:
         self._weight = weight
         self._codes = weight.codes.view(-1, 1)
         self._shape = [weight.out_features, weight.in_features]
         self._bias_N = bias_N
         self._apply = torch.ops.bitsandbytes.gemm_4bit.default
+        self.choices = _choices_of(weight) if choices is None else choices
 
     @property
     def num_bytes(self) -> int:
         return self._codes.nbytes + self._weight.absmax.nbytes + bias_bytes(self._bias_N)
 
     def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor:
+        if not self.choices or x_TK.dtype == torch.float32:
+            return self._by_bitsandbytes(x_TK)
+        return self.by_choice(x_TK, choose(self.choices, x_TK.shape[0]))
+
+    def by_choice(self, x_TK: Tensor, choice: Choice) -> Tensor:
+        weight = self._weight
+        if choice.tiles is not None:
+            from lory_kernels.triton_nf4 import matmul
+
+            return matmul(
+                x_TK, weight.codes, weight.absmax, weight.out_features, weight.block,
+                self._bias_N, choice.tiles,
+            )  # fmt: skip
+        if choice.path == "dequantize":
+            return linear(x_TK, weight.dequantize(x_TK.dtype), self._bias_N)
+        return self._by_bitsandbytes(x_TK)
+
+    def _by_bitsandbytes(self, x_TK: Tensor) -> Tensor:
         weight = self._weight
         return self._apply(
             x_TK, self._codes, self._shape, weight.absmax, weight.block, "nf4", bias=self._bias_N
         )
+
+
+def _choices_of(weight: NF4Weight) -> Sequence[Choice]:
+    device = weight.codes.device
+    if device.type != "cuda":
+        return ()
+    return choices_for(
+        torch.cuda.get_device_name(device),
+        torch.cuda.get_device_capability(device),
+        weight.out_features,
+        weight.in_features,
+        weight.block,
+    )
 
 
 class PackedNF4Linear:
