@@ -13,7 +13,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Built:
     spilled_bytes: int
     """The stack frame of a thread: these kernels have no other use for one."""
     shared_bytes: int
-    ptx: str
+    ptx: str = field(repr=False)
 
 
 def findings_of(file: str, mode: str) -> Findings:
