@@ -134,10 +134,9 @@ def _to_peer(scenario: str, model: str, peer: str, wanted: float) -> Find:
 def _base_rows(wanted: float) -> Find:
     def figures(measured: Measured) -> Iterator[Figure]:
         for result in measured.parts:
-            scenarios, settings = result["scenarios"], result["settings"]
+            settings, value = result["settings"], result["bare_to_base"]
             if settings["rows"] != ROWS:
                 continue
-            value = scenarios["bare"]["served_ms"] / scenarios["base"]["served_ms"]
             weights = " in NF4" if settings["quantize"] == "nf4" else ""
             mark = "" if result["clean"] else ", unclean"
             yield Figure(f"{value:.3f} on `{settings['model']}`{weights}{mark}", value >= wanted)

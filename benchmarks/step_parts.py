@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -61,6 +62,8 @@ QUIET_LIMIT_S = 30.0
 
 Seconds = Mapping[str, float]
 """Of each part, and of the `whole`."""
+Turn = Sequence[Seconds]
+"""The counted steps of one scenario's turn."""
 
 
 @dataclass(slots=True)
@@ -226,19 +229,18 @@ def measure(settings: Settings, models: Path) -> dict[str, Any]:
         "is_recorded": loaded.decoder.is_recorded,
         "clean": shares.clean,
         "cpu": shares.described(),
+        "bare_to_base": round(ratio(served["bare"], served["base"]), 4),
         "scenarios": {name: _figures(op_by_op[name], served[name]) for name in runs},
     }
 
 
-def in_turn(
-    settings: Settings, runs: Mapping[Scenario, Callable[[], Seconds]]
-) -> dict[Scenario, list[Seconds]]:
-    """The counted steps of each scenario."""
-    found: dict[Scenario, list[Seconds]] = {scenario: [] for scenario in runs}
+def in_turn(settings: Settings, runs: Mapping[str, Callable[[], Seconds]]) -> dict[str, list[Turn]]:
+    """The counted steps of each scenario, turn by turn."""
+    found: dict[str, list[Turn]] = {scenario: [] for scenario in runs}
     for _ in range(settings.turns):
         for scenario, run in runs.items():
             steps = [run() for _ in range(settings.warmup + settings.reps)]
-            found[scenario] += steps[settings.warmup :]
+            found[scenario].append(steps[settings.warmup :])
     return found
 
 
@@ -250,12 +252,20 @@ def typical(steps: Sequence[Seconds]) -> dict[str, float]:
     return {part: statistics.fmean(step[part] for step in middle) for part in ordered[0]}
 
 
-def _figures(op_by_op: Sequence[Seconds], served: Sequence[Seconds]) -> dict[str, Any]:
-    parts = typical(op_by_op)
+def ratio(ours: Sequence[Turn], theirs: Sequence[Turn]) -> float:
+    """Of the time of a step: the median of ratios that are each taken within a turn."""
+    pairs = zip(ours, theirs, strict=True)
+    return statistics.median(
+        typical(one)["whole"] / typical(other)["whole"] for one, other in pairs
+    )
+
+
+def _figures(op_by_op: Sequence[Turn], served: Sequence[Turn]) -> dict[str, Any]:
+    parts = typical([*chain.from_iterable(op_by_op)])
     return {
         "parts_ms": {part: _ms(parts[part]) for part in PARTS},
         "op_by_op_ms": _ms(parts["whole"]),
-        "served_ms": _ms(typical(served)["whole"]),
+        "served_ms": _ms(typical([*chain.from_iterable(served)])["whole"]),
     }
 
 
@@ -276,9 +286,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--context", type=int, default=96, help="tokens that each row sees")
     add("--rank", type=int, default=16, help="of every adapter")
     add("--threads", type=int, default=torch.get_num_threads(), help="of the step")
-    add("--turns", type=int, default=5, help="of each scenario")
-    add("--warmup", type=int, default=4, help="steps of a turn that are not counted")
-    add("--reps", type=int, default=40, help="steps of a turn that are counted")
+    add("--turns", type=int, default=10, help="of each scenario")
+    add("--warmup", type=int, default=3, help="steps of a turn that are not counted")
+    add("--reps", type=int, default=15, help="steps of a turn that are counted")
     add("--models", type=Path, default=MODELS, help="folder of the made models")
     add("--out", type=Path, help="JSON file")
     return parser.parse_args(argv)

@@ -112,7 +112,16 @@ def test_scenarios_take_turns_and_first_steps_do_not_count() -> None:
     runs = {"base": lambda: run("b"), "one": lambda: run("o")}
     found = step_parts.in_turn(replace(TINY, turns=2, warmup=1, reps=2), runs)
     assert "".join(calls) == "bbbooobbbooo"
-    assert [step["whole"] for step in found["base"]] == [2.0, 3.0, 8.0, 9.0]
+    turns = [[step["whole"] for step in turn] for turn in found["base"]]
+    assert turns == [[2.0, 3.0], [8.0, 9.0]]
+
+
+def test_a_ratio_is_taken_within_each_turn() -> None:
+    """A machine that slows down half-way changes both alike."""
+    ours, theirs = (
+        [[{"whole": s}] for s in wholes] for wholes in ((9.0, 18.0, 5.0), (10.0, 20.0, 1.0))
+    )
+    assert step_parts.ratio(ours, theirs) == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
@@ -128,6 +137,7 @@ def test_the_command_writes_every_scenario(
     assert found["settings"]["quantize"] == quantize
     assert found["command"].startswith("python -m benchmarks.step_parts --model tiny")
     assert found["is_recorded"] == CAN_RECORD
+    assert found["bare_to_base"] > 0
     assert tuple(found["scenarios"]) == SCENARIOS
     for figures in found["scenarios"].values():
         parts = figures["parts_ms"]
