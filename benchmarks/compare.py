@@ -28,6 +28,7 @@ from benchmarks.server import serving
 from lory_router.bench.machine import CpuWatch, tree_resident_bytes, wait_until_quiet
 from lory_router.bench.workload import Popularity, Workload
 from lory_router.config import CommandError
+from lory_server.messages import Quantization
 
 Scenario = Literal["base", "one", "distinct"]
 SCENARIOS: tuple[Scenario, ...] = ("base", "one", "distinct")
@@ -36,6 +37,7 @@ TITLES: dict[Scenario, str] = {
     "one": "one adapter",
     "distinct": "distinct adapters",
 }
+WEIGHTS: dict[Quantization, str] = {"none": "bfloat16", "nf4": "NF4 computed in bfloat16"}
 LORY = "Lory"
 PEFT = "transformers + PEFT"
 
@@ -65,6 +67,7 @@ class Settings:
     rank: int
     num_adapters: int
     seed: int
+    quantize: Quantization = "none"
 
     @property
     def cases(self) -> Iterator[Case]:
@@ -193,13 +196,15 @@ def run(settings: Settings, peers: Sequence[HttpContender], models: Path) -> dic
         server = stack.enter_context(serving(base, folder, lory_flags(settings), log))
         lory = HttpContender(LORY, server.url, server.pid, shape.name)
         names = adapters.names
-        peft = stack.enter_context(peft_contender(base, folder, names, settings.threads))
+        peft = stack.enter_context(
+            peft_contender(base, folder, names, settings.threads, settings.quantize)
+        )
         contenders: list[Contender] = [lory, peft, *peers]
         for case in settings.cases:
             runs = measure_case(contenders, settings.workload(case, names), settings)
             cases.append(summarise(case, runs))
             say(cases[-1])
-        resident = {
+        memory = {
             contender.name: round(tree_resident_bytes(contender.pid) / 2**30, 2)
             for contender in contenders
             if contender.pid
@@ -209,7 +214,7 @@ def run(settings: Settings, peers: Sequence[HttpContender], models: Path) -> dic
         "settings": described(settings),
         "cases": cases,
         "ratios": ratios(cases),
-        "resident_gib": resident,
+        "memory_gib": memory,
     }
 
 
@@ -221,6 +226,7 @@ def lory_flags(settings: Settings) -> list[str]:
         *("--max-batch-rows", str(max(settings.batches))),
         *("--max-model-len", str(2 * context)),
         *("--dtype", "bfloat16"),
+        *("--quantize", settings.quantize),
         *("--served-model-name", settings.model),
         *("--log-level", "warning"),
     ]
@@ -237,7 +243,7 @@ def described(settings: Settings) -> dict[str, Any]:
             "intermediate_size": shape.intermediate_size,
             "vocab_size": shape.vocab_size,
         },
-        "weights": "random, bfloat16",
+        "weights": f"random, {WEIGHTS[settings.quantize]}",
         "adapters": f"{settings.num_adapters}, rank {settings.rank}, all seven projections",
         "prompt_tokens": settings.prompt_tokens,
         "output_tokens": settings.output_tokens,
@@ -316,6 +322,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--output-tokens", type=int, default=64, help="tokens out")
     add("--rank", type=int, default=16, help="of every adapter")
     add("--adapters", type=int, default=32, help="how many are made")
+    add("--quantize", choices=sorted(WEIGHTS), default="none", help="the base's linears")
     add("--seed", type=int, default=0, help="of the prompts")
     add("--peer", action="append", default=[], help="NAME=URL of one more, with the same models")
     add("--models", type=Path, default=MODELS, help="folder of the made models")
@@ -338,11 +345,13 @@ def main(argv: Sequence[str]) -> None:
         rank=arguments.rank,
         num_adapters=arguments.adapters,
         seed=arguments.seed,
+        quantize=arguments.quantize,
     )
     head = record.facts("benchmarks.compare", argv)
     result = head | run(settings, find_peers(arguments.peer), arguments.models)
     show(result)
-    name = f"cpu-compare-{settings.model}-{record.today()}.json"
+    kind = settings.model if settings.quantize == "none" else f"{settings.model}-nf4"
+    name = f"cpu-compare-{kind}-{record.today()}.json"
     path = arguments.out or record.RESULTS / name
     record.write(path, result)
     print(path)

@@ -109,10 +109,11 @@ class PeftContender:
 
 @contextmanager
 def peft_contender(
-    base: Path, adapters: Path, names: Sequence[str], threads: int
+    base: Path, adapters: Path, names: Sequence[str], threads: int, quantize: str
 ) -> Iterator[PeftContender]:
     command = [sys.executable, "-m", "benchmarks.peft_peer", "--base", str(base)]
     command += ["--adapters", str(adapters), "--names", ",".join(names), "--threads", str(threads)]
+    command += ["--quantize", quantize]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
         try:

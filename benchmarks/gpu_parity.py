@@ -21,9 +21,11 @@ from torch import Tensor
 from benchmarks import gpu_world
 from benchmarks.gpu_world import FAMILIES, Answer, World
 from lory_kernels import BASE_SLOT, Backend, Segments, SiteTable, select
+from lory_kernels.nf4_choice import ANY_ROWS, Choice, Tiles, fitted
 from lory_server.messages import DtypeName, Quantization
 from lory_server.model import nf4
 from lory_server.model.families import read_spec
+from lory_server.model.linear import Linear
 
 CAUGHT_FACTOR = 3.0
 """A wrong answer must be this much further off than the tolerance."""
@@ -32,8 +34,13 @@ FEW_BLOCKS = 10
 NEAR_TIE = 1e-3
 """Tokens may differ first where the reference's two best log-probabilities are this close."""
 
+TILES = Tiles(rows=16, columns=64, groups=2, warps=4, stages=4)
+"""With which the Triton NF4 kernel is checked at every number of rows."""
+
 OP_TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 LOGPROB_TOLERANCE: dict[DtypeName, float] = {"float32": 1e-4, "float16": 6e-3, "bfloat16": 4e-2}
+DECODE_TOLERANCE = {dtype: 3 * most for dtype, most in LOGPROB_TOLERANCE.items()}
+"""The best tokens' log-probabilities spread about a third as wide as those of random prompts."""
 LOGPROB_DTYPES: dict[Quantization, tuple[DtypeName, ...]] = {
     "none": ("float32", "float16", "bfloat16"),
     "nf4": ("float32", "bfloat16"),
@@ -70,6 +77,10 @@ class Scope:
         return "triton" if self.device.type == "cuda" else "torch"
 
     @property
+    def ways_to_decode(self) -> tuple[str, ...]:
+        return ("replayed", "op by op") if self.device.type == "cuda" else ("op by op",)
+
+    @property
     def device_name(self) -> str:
         return self.device.type
 
@@ -82,6 +93,7 @@ def every_check(scope: Scope) -> Iterator[Check]:
         worlds = {name: gpu_world.make_world(name, Path(folder)) for name in families}
         for name, world in worlds.items():
             yield from logprob_checks(scope, name, world)
+            yield from decode_checks(scope, name, world)
         yield from engine_checks(scope, worlds["llama"])
 
 
@@ -231,18 +243,31 @@ def nf4_checks(scope: Scope) -> Iterator[Check]:
         weights = [_random_nf4(out_features, in_features, seed) for seed in (0, 1)]
         right_NK, wrong_NK = (weight.dequantize(torch.float32) for weight in weights)
         weight = weights[0].to(scope.device)
-        linear = nf4.nf4_linear(weight, None, torch.bfloat16, select(scope.backend))
         for rows in sizes:
             x_TK = torch.randn(rows, in_features, generator=torch.Generator().manual_seed(rows))
             x_TK = x_TK.bfloat16()
-            actual = linear(x_TK.to(scope.device), None)
             expected, wrong = x_TK.float() @ right_NK.T, x_TK.float() @ wrong_NK.T
-            yield Check(
-                f"nf4 linear {in_features}->{out_features} {rows} rows",
-                op_error(actual, expected),
-                OP_TOLERANCE[torch.bfloat16],
-                op_error(wrong, expected),
-            )
+            for path, linear in nf4_paths(scope, weight, rows).items():
+                yield Check(
+                    f"nf4 {path} {in_features}->{out_features} {rows} rows",
+                    op_error(linear(x_TK.to(scope.device), None), expected),
+                    OP_TOLERANCE[torch.bfloat16],
+                    op_error(wrong, expected),
+                )
+
+
+def nf4_paths(scope: Scope, weight: nf4.NF4Weight, rows: int) -> dict[str, Linear]:
+    """What is served, and on CUDA each of the ways it may choose from."""
+    served = nf4.nf4_linear(weight, None, torch.bfloat16, select(scope.backend))
+    if scope.device.type != "cuda":
+        return {"served": served}
+    tiles = fitted(TILES, weight.out_features, weight.in_features, rows)
+    ways = (
+        Choice(ANY_ROWS, "triton", "to be checked", tiles),
+        Choice(ANY_ROWS, "bitsandbytes", "to be checked"),
+        Choice(ANY_ROWS, "dequantize", "to be checked"),
+    )
+    return {"served": served} | {way.path: nf4.NF4Linear(weight, None, (way,)) for way in ways}
 
 
 def _random_nf4(out_features: int, in_features: int, seed: int) -> nf4.NF4Weight:
@@ -273,6 +298,43 @@ def logprob_checks(scope: Scope, family: str, world: World) -> Iterator[Check]:
             )
 
 
+def decode_checks(scope: Scope, family: str, world: World) -> Iterator[Check]:
+    """Log-probabilities of what is generated: decode steps, replayed and op by op."""
+    commands = gpu_world.requests(world, 10, scored=False)
+    swapped = gpu_world.rotated(world, commands)
+    for quantize, dtypes in LOGPROB_DTYPES.items():
+        plain = world.options(device="cpu", dtype="float32", quantize=quantize)
+        expected = gpu_world.answer(plain, commands).answers
+        wrong = gpu_world.answer(plain, swapped).answers
+        for dtype in dtypes:
+            for way in scope.ways_to_decode:
+                options = world.options(
+                    device=scope.device_name,
+                    dtype=dtype,
+                    quantize=quantize,
+                    cuda_graphs=way == "replayed",
+                )
+                actual = gpu_world.answer(options, commands).answers
+                yield Check(
+                    f"decode {family} {dtype} quantize={quantize}, {way}",
+                    _rms_error(*_until_they_part(actual, expected)),
+                    DECODE_TOLERANCE[dtype],
+                    _rms_error(*_until_they_part(wrong, expected)),
+                )
+
+
+def _until_they_part(actual: Sequence[Answer], expected: Sequence[Answer]) -> tuple[Tensor, Tensor]:
+    """The best tokens' log-probabilities up to where the tokens differ, that place included."""
+    pairs: list[tuple[float, float]] = []
+    for ours, theirs in zip(actual, expected, strict=True):
+        for place, pair in enumerate(zip(ours.logprobs, theirs.logprobs, strict=True)):
+            pairs.append(pair)
+            if ours.tokens[place] != theirs.tokens[place]:
+                break
+    ours_N, theirs_N = torch.tensor(pairs).unbind(-1)
+    return ours_N, theirs_N
+
+
 def _logprobs(answers: Sequence[Answer]) -> Tensor:
     return torch.tensor([value for one in answers for value in one.prompt_logprobs])
 
@@ -295,6 +357,7 @@ def engine_checks(scope: Scope, world: World) -> Iterator[Check]:
     cases = {
         "pipelined": (world.options(**there), 1),
         "not pipelined": (world.options(**there), 0),
+        "op by op": (world.options(**there, cuda_graphs=False), 1),
         "two slots": (world.options(**there, max_resident_adapters=2), 1),
         "few blocks": (world.options(**there, kv_bytes=few_blocks), 1),
         "few blocks, not pipelined": (world.options(**there, kv_bytes=few_blocks), 0),

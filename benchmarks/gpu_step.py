@@ -1,9 +1,10 @@
 """The time of a decode step: an 8B-shaped NF4 base of random weights, made on the device itself.
 
-For each batch and number of distinct adapters two times: `step`, from a plan to its tokens on the
-host, which is what a stream waits for; and `forward`, the model alone, between two events on the
-device. Beside them the bytes that the step must read, and how long they take at the rate that a
-copy reaches on this device. It must not know where results go.
+For each batch and number of distinct adapters three times: `step`, from a plan to its tokens on the
+host, which is what a stream waits for; `forward`, the model alone, between two events on the
+device; and `op_by_op`, the same without CUDA graphs. Beside them the bytes that the step must read,
+and how long they take at the rate that a copy reaches on this device. It must not know where
+results go.
 
 Legend: V vocabulary, H hidden, N packed width, K in features.
 """
@@ -21,9 +22,11 @@ from lory_kernels import Ops, select
 from lory_server.adapters.format import AdapterManifest, AdapterSlice
 from lory_server.adapters.header import TensorSpec
 from lory_server.adapters.pool import AdapterPool
+from lory_server.build import free_device_bytes
 from lory_server.messages import Sampling
 from lory_server.model import lora
 from lory_server.model.decoder import Decoder, Layer
+from lory_server.model.graphs import CudaCapture
 from lory_server.model.kv import KVCache
 from lory_server.model.linear import Linear, dense_linear
 from lory_server.model.nf4 import BLOCK, NF4Weight, nf4_linear
@@ -118,8 +121,19 @@ class Bench:
         self.kv = KVCache.allocate(spec, blocks * most, BLOCK_SIZE, torch.bfloat16, device)
         for pages in (*self.kv.keys, *self.kv.values):
             pages.normal_(generator=self._generator)
-        packer = Packer(most, blocks * most, BLOCK_SIZE)
-        self.runner = Runner(self.decoder, self.kv, packer, most, device)
+        self.runner, self.op_by_op = (
+            Runner(self.decoder, self.kv, Packer(most, blocks, BLOCK_SIZE), most, device)
+            for _ in range(2)
+        )
+        self.captured = self._capture() if device.type == "cuda" else {}
+
+    def _capture(self) -> dict[str, float]:
+        """How many graphs, how long they took and what they hold."""
+        before, began_s = free_device_bytes(self.device), time.perf_counter()
+        count = self.runner.capture(CudaCapture(self.device), has_adapters=True)
+        seconds = time.perf_counter() - began_s
+        mib = (before - free_device_bytes(self.device)) / (1 << 20)
+        return {"graphs": count, "seconds": round(seconds, 2), "mib": round(mib, 1)}
 
     def plan(self, batch: int, distinct: int) -> StepPlan:
         """`batch` sequences that each compute the last position of the context."""
@@ -229,6 +243,7 @@ def measure(scale: Scale, device: torch.device) -> dict[str, Any]:
         "rank": scale.rank,
         "context": scale.context,
         "copy_gb_per_s": round(copy_rate / 1e9, 1),
+        "captured": bench.captured,
         "limit": f"limit_ms = bytes / copy rate; bytes = {BYTES_FORMULA}",
         "points": points,
     }
@@ -247,8 +262,10 @@ def _point(bench: Bench, batch: int, distinct: int, copy_rate: float) -> dict[st
     def step() -> None:
         bench.runner.collect(bench.runner.submit(plan))
 
-    forward_batch = bench.runner._batch(bench.runner._packer.pack(plan))
-    forward = _timed_on_device(bench, lambda: bench.decoder.forward(forward_batch, bench.kv))
+    forward, op_by_op = (
+        _timed_on_device(bench, lambda runner=runner: runner.logits(plan))
+        for runner in (bench.runner, bench.op_by_op)
+    )
     step_ms = _repeat(bench.scale, lambda: _wall_ms(step))
     parts = bench.bytes_read(batch, distinct)
     limit_ms = sum(parts.values()) / copy_rate * 1e3
@@ -258,6 +275,7 @@ def _point(bench: Bench, batch: int, distinct: int, copy_rate: float) -> dict[st
         "distinct_adapters": distinct,
         "step_ms": round(statistics.median(step_ms), 3),
         "forward_ms": round(forward_ms, 3),
+        "op_by_op_ms": round(statistics.median(op_by_op), 3),
         "limit_ms": round(limit_ms, 3),
         "forward_to_limit": round(forward_ms / limit_ms, 2),
         "bytes": parts,

@@ -88,6 +88,8 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     margins: list[float] = field(default_factory=list)
     """Of each token: by how much its log-probability beat the second best."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of the best token at each place."""
     prompt_logprobs: tuple[float, ...] = ()
     finished: Finished | None = None
 
@@ -242,6 +244,7 @@ def _collect(engine: Engine, wake: threading.Event, commands: Sequence[Submit]) 
             answers[scored.request_id].prompt_logprobs = scored.logprobs
         for token in events.tokens:
             answers[token.request_id].tokens.append(token.token_id)
+            answers[token.request_id].logprobs.append(token.top[0][1])
             answers[token.request_id].margins.append(token.top[0][1] - token.top[1][1])
         for finished in events.finished:
             answers[finished.request_id].finished = finished

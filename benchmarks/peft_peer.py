@@ -20,16 +20,22 @@ import torch
 import transformers
 from peft import PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 BASE_ROW = "__base__"
 """What PEFT calls a row without adapter."""
 
 
-def load(base: Path, adapters: Path, names: Sequence[str]) -> PeftModel:
-    """The base in bfloat16 with all adapters beside it, in bfloat16 too."""
+def load(base: Path, adapters: Path, names: Sequence[str], quantize: str) -> PeftModel:
+    """The base in bfloat16 or NF4 with all adapters beside it, in bfloat16."""
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
+    )
     model = AutoModelForCausalLM.from_pretrained(
-        base, dtype=torch.bfloat16, attn_implementation="sdpa"
+        base,
+        dtype=torch.bfloat16,
+        attn_implementation="sdpa",
+        quantization_config=nf4 if quantize == "nf4" else None,
     )
     model.generation_config.eos_token_id = None
     peft_model = PeftModel.from_pretrained(
@@ -73,11 +79,13 @@ def main() -> None:
     parser.add_argument("--adapters", type=Path, required=True)
     parser.add_argument("--names", required=True, help="adapters to load, with commas")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--quantize", choices=["none", "nf4"], default="none")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    model = load(arguments.base, arguments.adapters, arguments.names.split(","))
+    names = arguments.names.split(",")
+    model = load(arguments.base, arguments.adapters, names, arguments.quantize)
     print(json.dumps({"ready": True}), flush=True)
     for line in sys.stdin:
         batch = json.loads(line)

@@ -17,6 +17,9 @@ from lory_router.bench.machine import machine_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+WHAT_IS_MEASURED = ("--", ".", ":!benchmarks/results")
+"""The paths that count when a checkout is called changed: a result changes nothing else."""
+
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "triton", "numpy")
 
 
@@ -58,7 +61,7 @@ def _commit() -> str | None:
     """Of the checkout, with a mark if files differ from it; None outside of one."""
     try:
         commit = _git("rev-parse", "HEAD")
-        changed = _git("status", "--porcelain", "--untracked-files=no")
+        changed = _git("status", "--porcelain", "--untracked-files=no", *WHAT_IS_MEASURED)
     except (OSError, subprocess.CalledProcessError):
         return None
     return commit + ("+changes" if changed else "")

@@ -57,16 +57,17 @@ def fill_tables(text: str, makers: Mapping[str, Callable[[], str]]) -> str:
 
 
 def bench_tables(results: Path) -> str:
-    """The newest comparison of each model."""
-    newest: dict[str, dict[str, Any]] = {}
+    """The newest comparison of each model and kind of weights."""
+    newest: dict[tuple[str, str], dict[str, Any]] = {}
     for path in sorted(results.glob("cpu-compare-*.json")):
         result = record.read(path)
-        known = newest.get(result["model"])
+        kind = (result["model"], result["settings"]["weights"])
+        known = newest.get(kind)
         if known is None or result["date"] > known["date"]:
-            newest[result["model"]] = result
+            newest[kind] = result
     if not newest:
         return "Not measured yet: run `make bench`.\n"
-    return "\n".join(_bench_table(newest[model]) for model in sorted(newest))
+    return "\n".join(_bench_table(newest[kind]) for kind in sorted(newest))
 
 
 def _bench_table(result: Mapping[str, Any]) -> str:
@@ -85,6 +86,9 @@ def _bench_table(result: Mapping[str, Any]) -> str:
             for name in names
         ]
         rows.append([f"{ratio['requests']} requests, distinct, against Lory", *against])
+    memory = result.get("memory_gib")
+    if memory:
+        rows.append(["memory at the end", *(_gib(memory.get(name)) for name in names)])
     settings, shape = result["settings"], result["settings"]["shape"]
     weights = settings["weights"].replace(", ", " ")
     heading = (
@@ -232,6 +236,10 @@ def _significant(value: float) -> str:
     """Three digits that mean something."""
     decimals = 2 - math.floor(math.log10(value))
     return f"{round(value, decimals):.{max(0, decimals)}f}"
+
+
+def _gib(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f} GiB"
 
 
 def _runs(num: int) -> str:

@@ -4,7 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -168,26 +168,34 @@ def test_a_peer_process_that_dies_is_an_error(
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with (
         pytest.raises(RuntimeError, match="ended with code"),
-        contenders.peft_contender(tmp_path / "none", tmp_path, ["a00"], 1),
+        contenders.peft_contender(tmp_path / "none", tmp_path, ["a00"], 1, "none"),
     ):
         pass
 
 
+def test_an_nf4_base_is_asked_for_and_said() -> None:
+    settings = replace(SETTINGS, quantize="nf4")
+    assert "--quantize nf4" in " ".join(compare.lory_flags(settings))
+    assert compare.described(settings)["weights"].startswith("random, NF4")
+    assert compare.described(SETTINGS)["weights"] == "random, bfloat16"
+
+
 @pytest.mark.full
 @pytest.mark.timeout(600)
-def test_the_whole_comparison_runs_on_a_tiny_model(tmp_path: Path) -> None:
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_the_whole_comparison_runs_on_a_tiny_model(tmp_path: Path, quantize: str) -> None:
     out = tmp_path / "compare.json"
     small = ["--model", "tiny", "--batches", "4", "--adapters", "4", "--rank", "4", "--reps", "1"]
     short = ["--prompt-tokens", "8", "--output-tokens", "8", "--threads", "1", "--retries", "0"]
     place = ["--quiet-limit", "0", "--models", str(tmp_path / "models"), "--out", str(out)]
-    compare.main([*small, *short, *place])
+    compare.main([*small, *short, *place, "--quantize", quantize])
     result = json.loads(out.read_text())
     assert [case["scenario"] for case in result["cases"]] == list(compare.SCENARIOS)
     for case in result["cases"]:
         rates = [c["output_tokens_per_s"] for c in case["contenders"].values()]
         assert len(rates) == 2
         assert min(rates) > 0
-    assert result["resident_gib"][LORY] > 0
+    assert result["memory_gib"][LORY] > 0
 
 
 # -- cold adapters ----------------------------------------------------------------------------

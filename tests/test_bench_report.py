@@ -59,6 +59,7 @@ def comparison(
         "date": date,
         "model": model,
         "settings": settings,
+        "memory_gib": {"Lory": 1.25},
         "cases": cases,
         "ratios": [ratio],
     }
@@ -85,8 +86,20 @@ def test_the_newest_comparison_of_each_model_is_shown(tmp_path: Path) -> None:
     assert "1234" not in text
     assert "| 32 requests, distinct against own base | 0.90 | 0.30 |" in text
     assert "| 32 requests, distinct, against Lory | 1 | 1 / 6.5 |" in text
+    assert "| memory at the end | 1.2 GiB | - |" in text
     assert "Example CPU, 2 cores" in text
     assert "`python -m benchmarks.compare`" in text
+
+
+def test_each_kind_of_weights_has_a_table(tmp_path: Path) -> None:
+    """An older run of another kind stays."""
+    nf4 = comparison("small", "2026-01-01", 1234.0)
+    nf4["settings"]["weights"] = "random, NF4 computed in bfloat16"
+    write(tmp_path, "cpu-compare-small-1.json", comparison("small", "2026-01-02", 3000.0))
+    write(tmp_path, "cpu-compare-small-nf4-1.json", nf4)
+    text = report.bench_tables(tmp_path)
+    assert "random bfloat16 weights" in text
+    assert "random NF4 computed in bfloat16 weights" in text
 
 
 def test_one_run_is_called_one_and_figures_have_three_digits(tmp_path: Path) -> None:

@@ -26,6 +26,19 @@ def test_the_parts_fill_the_device() -> None:
     assert plan.num_blocks == 450
 
 
+def test_captured_steps_have_a_line_of_their_own() -> None:
+    plan, without = plan_memory(replace(NEEDS, graph_bytes=40 * MIB)), plan_memory(NEEDS)
+    assert dict(plan.table())["CUDA graphs"] == 40 * MIB
+    assert sum(num_bytes for _, num_bytes in plan.table()) == NEEDS.device_bytes
+    assert plan.num_blocks < without.num_blocks
+    assert "CUDA graphs" not in dict(without.table())
+
+
+def test_captured_steps_that_do_not_fit_are_named() -> None:
+    with pytest.raises(MemoryPlanError, match="CUDA graphs 700 MiB"):
+        plan_memory(replace(NEEDS, graph_bytes=700 * MIB))
+
+
 def test_a_small_machine_gets_a_smaller_pool_not_a_refusal() -> None:
     capped = replace(NEEDS, adapter_pool_cap_bytes=50 * MIB)
     assert plan_memory(capped).adapter_pool_bytes == 50 * MIB

@@ -7,10 +7,16 @@ import pytest
 import torch
 
 from lory_server.messages import Sampling
-from lory_server.model.sampler import sample, uniform
+from lory_server.model.sampler import Samples, uniform
+from lory_server.model.sampler import sample as sample_with
+from lory_server.model.staging import Stage
 from lory_server.plan import SampleRow
 
 VOCAB = 12
+
+
+def sample(scores: torch.Tensor, rows: list[SampleRow]) -> Samples:
+    return sample_with(scores, rows, Stage(torch.device("cpu")).send)
 
 
 def logits(rows: int = 1, vocab: int = VOCAB, seed: int = 0) -> torch.Tensor:

@@ -99,6 +99,7 @@ class StepConfig:
     )
     block_size: int = flag(16, "Tokens in one block of KV cache.", at_least=1, at_most=1024)
     prefix_caching: bool = flag(True, "Reuse the KV of prompts that begin alike.")
+    cuda_graphs: bool = flag(True, "Capture decode steps on a GPU at start, and replay them.")
     threads: int = flag(0, "CPU threads of the step; 0: as many as pay.", at_least=0)
     step_timeout: float = flag(
         30.0, "Seconds without a step or a heartbeat after which the engine is killed.", at_least=0
@@ -229,6 +230,7 @@ class ServeConfig:
             max_resident_adapters=self.memory.max_resident_adapters,
             reader_processes=self.memory.reader_processes,
             prefix_caching=self.step.prefix_caching,
+            cuda_graphs=self.step.cuda_graphs,
             threads=self.step.threads,
             allow_base_mismatch=self.model.allow_base_mismatch,
             log_level=self.http.log_level,

@@ -3,6 +3,7 @@
 The one place that knows every part. What cannot be built is an EngineError that names the fix.
 """
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from lory_server.model.checkpoint import locate
 from lory_server.model.decoder import Decoder
 from lory_server.model.errors import ModelError
 from lory_server.model.families import read_spec
+from lory_server.model.graphs import Capture, CudaCapture, padded_rows, variants
 from lory_server.model.kv import KVCache
 from lory_server.model.load import load
 from lory_server.model.packing import Packer
@@ -40,6 +42,11 @@ CPU_POOL_BYTES = GIB
 """On a CPU the adapter pool is host memory again: no more of it than that by default."""
 
 MIN_ADAPTER_BYTES = 64 * 1024
+
+GRAPH_BYTES_A_LAYER = 512 * 1024
+"""Of one captured step: a dozen launches, their arguments and the driver's own; not measured."""
+
+log = logging.getLogger("lory.engine")
 
 
 class EngineError(RuntimeError):
@@ -107,6 +114,7 @@ def memory_needs(options: EngineOptions, decoder: Decoder) -> MemoryNeeds:
         device_bytes=options.memory_bytes or available_bytes(decoder),
         weight_bytes=decoder.num_bytes,
         workspace_bytes=workspace_bytes(options, decoder),
+        graph_bytes=graph_bytes(options, decoder) if wants_graphs(options, decoder.device) else 0,
         block_bytes=spec.kv_bytes_per_block(options.block_size, dtype.itemsize),
         block_size=options.block_size,
         max_batch_rows=options.max_batch_rows,
@@ -129,11 +137,27 @@ def available_bytes(decoder: Decoder) -> int:
 
 def workspace_bytes(options: EngineOptions, decoder: Decoder) -> int:
     """Activations of the widest layer, and logits with their log-softmax and sorted copies."""
-    spec = decoder.spec
+    activations = activation_bytes(options.max_step_tokens, decoder)
+    logits = options.max_batch_rows * decoder.spec.vocab_size * 4 * 6
+    return activations + logits + attention_bytes(options, decoder)
+
+
+def activation_bytes(num_tokens: int, decoder: Decoder) -> int:
     widest = max(site.out_features for site in decoder.sites[:4])
-    activations = options.max_step_tokens * (4 * spec.hidden_size + 2 * widest)
-    logits = options.max_batch_rows * spec.vocab_size * 4 * 6
-    return activations * decoder.dtype.itemsize + logits + attention_bytes(options, decoder)
+    elements = num_tokens * (4 * decoder.spec.hidden_size + 2 * widest)
+    return elements * decoder.dtype.itemsize
+
+
+def wants_graphs(options: EngineOptions, device: torch.device) -> bool:
+    return device.type == "cuda" and options.cuda_graphs
+
+
+def graph_bytes(options: EngineOptions, decoder: Decoder) -> int:
+    """All captured decode steps: each its own launches, together the activations of the largest."""
+    sizes = padded_rows(options.max_batch_rows)
+    count = len(sizes) * len(variants(bool(options.adapters_dir)))
+    launches = count * decoder.spec.num_layers * GRAPH_BYTES_A_LAYER
+    return launches + activation_bytes(sizes[-1], decoder)
 
 
 def attention_bytes(options: EngineOptions, decoder: Decoder) -> int:
@@ -169,8 +193,10 @@ def assemble(
     )
     kv = KVCache.allocate(spec, plan.num_blocks, options.block_size, decoder.dtype, device)
     decoder.record(kv, options.max_step_tokens)
-    packer = Packer(options.max_batch_rows, plan.num_blocks, options.block_size)
+    packer = Packer(options.max_batch_rows, blocks_a_sequence(options, plan), options.block_size)
     runner = Runner(decoder, kv, packer, options.max_batch_rows, device)
+    if wants_graphs(options, device):
+        capture_graphs(runner, CudaCapture(device), options, device)
     scheduler = Scheduler(
         BlockPool(plan.num_blocks, options.block_size),
         SchedulerLimits(options.max_batch_rows, options.max_step_tokens, options.prefix_caching),
@@ -192,6 +218,33 @@ def assemble(
         ),
         clock=time.monotonic,
     )
+
+
+def blocks_a_sequence(options: EngineOptions, plan: MemoryPlan) -> int:
+    return -(-plan.max_model_len // options.block_size)
+
+
+def capture_graphs(
+    runner: Runner, capture: Capture, options: EngineOptions, device: torch.device
+) -> None:
+    """Says in the log what it took."""
+    started, free_bytes = time.monotonic(), free_device_bytes(device)
+    try:
+        count = runner.capture(capture, has_adapters=bool(options.adapters_dir))
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise EngineError(
+            f"decode steps cannot be captured as CUDA graphs: {reason}; use --no-cuda-graphs"
+        ) from error
+    taken_mib = (free_bytes - free_device_bytes(device)) / (1 << 20)
+    seconds = time.monotonic() - started
+    log.info("captured %d CUDA graphs in %.1f s, %.0f MiB", count, seconds, taken_mib)
+
+
+def free_device_bytes(device: torch.device) -> int:
+    """What no allocator holds."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def max_slots(options: EngineOptions, plan: MemoryPlan) -> int:

@@ -36,6 +36,8 @@ class MemoryNeeds:
     kv_bytes: int = 0
     """0: the rest, as far as the largest batch can use it."""
     serves_adapters: bool = True
+    graph_bytes: int = 0
+    """Captured decode steps; 0: nothing is captured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,15 +50,18 @@ class MemoryPlan:
     max_model_len: int
     """Tokens; lowered to what the KV pool holds."""
     unused_bytes: int
+    graph_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
         return self.num_blocks * self.block_bytes
 
     def table(self) -> tuple[tuple[str, int], ...]:
+        graphs = (("CUDA graphs", self.graph_bytes),) if self.graph_bytes else ()
         return (
             ("weights", self.weight_bytes),
             ("workspace", self.workspace_bytes),
+            *graphs,
             ("adapter pool", self.adapter_pool_bytes),
             ("KV blocks", self.kv_bytes),
             ("unused", self.unused_bytes),
@@ -65,12 +70,15 @@ class MemoryPlan:
 
 def plan_memory(needs: MemoryNeeds) -> MemoryPlan:
     """Raises MemoryPlanError if the parts do not fit."""
-    left = needs.device_bytes - needs.weight_bytes - needs.workspace_bytes
+    fixed = needs.weight_bytes + needs.workspace_bytes + needs.graph_bytes
+    left = needs.device_bytes - fixed
     if left <= 0:
+        graphs = f"; CUDA graphs {_mib(needs.graph_bytes)}" if needs.graph_bytes else ""
         raise MemoryPlanError(
             f"weights ({_mib(needs.weight_bytes)}) and workspace "
-            f"({_mib(needs.workspace_bytes)}) need more than the {_mib(needs.device_bytes)} "
-            "allowed; raise --memory, lower --max-step-tokens or use --quantize nf4"
+            f"({_mib(needs.workspace_bytes)}{graphs}) need more than the "
+            f"{_mib(needs.device_bytes)} allowed; raise --memory, lower --max-step-tokens or "
+            "use --quantize nf4"
         )
     pool = _adapter_pool(needs, left)
     num_blocks = _num_blocks(needs, left - pool)
@@ -89,6 +97,7 @@ def plan_memory(needs: MemoryNeeds) -> MemoryPlan:
         block_bytes=needs.block_bytes,
         max_model_len=min(needs.max_model_len, holds),
         unused_bytes=left - pool - num_blocks * needs.block_bytes,
+        graph_bytes=needs.graph_bytes,
     )
 
 

@@ -76,6 +76,8 @@ class EngineOptions(Message, frozen=True):
     reader_processes: int = 1
     """Processes that read adapters beside the step; 0 reads on the engine's own threads."""
     prefix_caching: bool = True
+    cuda_graphs: bool = True
+    """Capture decode steps and replay them; of no use to a CPU."""
     threads: int = 0
     """CPU threads of the step; 0: all cores but what the router needs."""
     allow_base_mismatch: bool = False

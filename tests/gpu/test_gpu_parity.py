@@ -44,6 +44,13 @@ def test_log_probabilities_are_those_of_the_cpu(scope: gpu_parity.Scope, family:
         assert_all_pass(gpu_parity.logprob_checks(scope, family, world))
 
 
+@pytest.mark.parametrize("family", sorted(gpu_world.FAMILIES))
+def test_decode_steps_are_those_of_the_cpu(scope: gpu_parity.Scope, family: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        world = gpu_world.make_world(family, Path(folder))
+        assert_all_pass(gpu_parity.decode_checks(scope, family, world))
+
+
 def test_answers_do_not_depend_on_eviction_preemption_or_pipelining(
     scope: gpu_parity.Scope,
 ) -> None:

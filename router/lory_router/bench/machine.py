@@ -106,10 +106,17 @@ def tree_cpu_s(root_pid: int) -> float:
 
 
 def tree_resident_bytes(root_pid: int) -> int:
-    """Resident memory of a process and its descendants; pages they share count for each."""
-    stats = dict(_process_stats())
-    pages = sum(stats[pid].resident_pages for pid in _tree(root_pid, stats))
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    """Resident memory of a process and its descendants; a shared page counts once in all."""
+    return sum(_proportional_bytes(pid) for pid in process_tree(root_pid))
+
+
+def _proportional_bytes(pid: int) -> int:
+    """A page that n processes map counts 1/n; nothing of a process that has ended meanwhile."""
+    with contextlib.suppress(OSError):
+        for line in (PROC / str(pid) / "smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def process_tree(root_pid: int) -> list[int]:
@@ -146,7 +153,6 @@ def listening_pid(host: str, port: int) -> int:
 class _Stat:
     parent_pid: int
     ticks: int
-    resident_pages: int
 
 
 def _process_stats() -> Iterable[tuple[int, _Stat]]:
@@ -157,7 +163,7 @@ def _process_stats() -> Iterable[tuple[int, _Stat]]:
             continue
         fields = text.rpartition(")")[2].split()
         ticks = sum(int(field) for field in fields[11:15])
-        yield int(folder.name), _Stat(int(fields[1]), ticks, int(fields[21]))
+        yield int(folder.name), _Stat(int(fields[1]), ticks)
 
 
 def _tree(root_pid: int, stats: dict[int, _Stat]) -> list[int]:

@@ -9,12 +9,14 @@ wanted.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lory_server.plan import BASE_SLOT, PENDING, PlanRow, SampleRow, StepPlan
 
+Array = NDArray[Any]
 IntArray = NDArray[np.int64]
 Int32Array = NDArray[np.int32]
 
@@ -60,6 +62,35 @@ class PackedStep:
     """Alternatives wanted beside each scored token."""
     logit_rows_L: IntArray
 
+    @property
+    def num_rows(self) -> int:
+        return len(self.order)
+
+    @property
+    def is_decode(self) -> bool:
+        """Every row computes one token and samples the next; nothing else is wanted."""
+        rows = self.num_rows
+        return len(self.token_ids_T) == len(self.samples) == rows and not self.target_rows
+
+    def arrays(self) -> dict[str, Array]:
+        """All that the device needs to know, by the names of the fields."""
+        arrays: dict[str, Array] = {
+            "token_ids_T": self.token_ids_T,
+            "positions_T": self.positions_T,
+            "kv_slots_T": self.kv_slots_T,
+            "query_starts_R1": self.query_starts_R1,
+            "context_lens_R": self.context_lens_R,
+            "block_tables_RM": self.block_tables_RM,
+            "pending_P": self.pending_P,
+            "pending_lanes_P": self.pending_lanes_P,
+            "sampled_lanes_S": self.sampled_lanes_S,
+            "targets_L": self.targets_L,
+            "logit_rows_L": self.logit_rows_L,
+        }
+        if self.segments is not None:
+            arrays |= {"starts_G1": self.segments.starts_G1, "slots_G": self.segments.slots_G}
+        return arrays
+
 
 class BlockTables:
     """The block tables of all lanes, kept from step to step and extended as sequences grow."""
@@ -87,6 +118,8 @@ class BlockTables:
 
 class Packer:
     def __init__(self, num_lanes: int, max_blocks: int, block_size: int) -> None:
+        self.max_blocks = max_blocks
+        """Of the longest sequence."""
         self._tables = BlockTables(num_lanes, max_blocks)
         self._block_size = block_size
 

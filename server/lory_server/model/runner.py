@@ -2,11 +2,12 @@
 
 `submit` never waits for the device: sampled tokens stay there, in their sequence's lane, where the
 next plan finds them; `collect` waits and brings them to the host. On a CPU the work is done by the
-time `submit` returns. This module must not know requests, queues or where adapters come from.
+time `submit` returns. Decode steps are replayed where they have been captured. This module must not
+know requests, queues or where adapters come from.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -16,9 +17,11 @@ from torch import Tensor
 from lory_kernels.contract import Segments
 from lory_server.model.batch import ForwardBatch
 from lory_server.model.decoder import Decoder
+from lory_server.model.graphs import Capture, DecodeGraphs, padded_rows, variants
 from lory_server.model.kv import KVCache
 from lory_server.model.packing import PackedSegments, PackedStep, Packer
 from lory_server.model.sampler import Samples, sample, score
+from lory_server.model.staging import sender
 from lory_server.plan import INVALID_TOKEN, SampledToken, StepPlan, StepResult
 
 
@@ -30,6 +33,17 @@ class Ticket:
     samples: Samples | None
     scored: Samples | None
     done: torch.cuda.Event | None
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What the layers leave, and what is done with it, on the device."""
+
+    hidden_LH: Tensor
+    """Rows to sample, then rows to score."""
+    sampled_lanes_S: Tensor
+    targets_L: Tensor | None
+    """The tokens to score; None: nobody asked."""
 
 
 class Runner:
@@ -46,22 +60,49 @@ class Runner:
         self._packer = packer
         self._device = device
         self._lane_tokens = torch.zeros(num_lanes, dtype=torch.int64, device=device)
+        self._send = sender(device)
+        self._graphs: DecodeGraphs | None = None
+
+    def capture(self, capture: Capture, has_adapters: bool) -> int:
+        """Have decode steps replayed from now on; how many graphs that took.
+
+        Once adapters are attached, and before the first step.
+        """
+        self._graphs = DecodeGraphs(
+            self._decoder,
+            self._kv,
+            self._lane_tokens,
+            capture,
+            sizes=padded_rows(len(self._lane_tokens)),
+            max_ranks=variants(has_adapters),
+            max_blocks=self._packer.max_blocks,
+        )
+        return len(self._graphs)
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> Ticket:
         packed = self._packer.pack(plan)
-        logits_LV = self._decoder.forward(self._batch(packed), self._kv)
+        computed = self._compute(packed)
+        logits_LV = self._decoder.logits(computed.hidden_LH)
         num_sampled = len(packed.samples)
-        samples = sample(logits_LV[:num_sampled], packed.samples) if num_sampled else None
-        if samples is not None:
-            self._lane_tokens[self._to_device(packed.sampled_lanes_S)] = samples.token_ids_S
-        scored = self._score(packed, logits_LV[num_sampled:])
+        samples = scored = None
+        if num_sampled:
+            samples = sample(logits_LV[:num_sampled], packed.samples, self._send)
+            self._lane_tokens.index_copy_(0, computed.sampled_lanes_S, samples.token_ids_S)
+        if computed.targets_L is not None:
+            num_top = max(packed.target_tops)
+            scored = score(logits_LV[num_sampled:], computed.targets_L, num_top)
         if self._device.type != "cuda":
             return Ticket(packed, samples, scored, done=None)
         samples, scored = _to_host(samples), _to_host(scored)
         done = torch.cuda.Event()
         done.record()
         return Ticket(packed, samples, scored, done)
+
+    @torch.inference_mode()
+    def logits(self, plan: StepPlan) -> Tensor:
+        """logits_LV of a step, without the sampler: what there is to measure on a device."""
+        return self._decoder.logits(self._compute(self._packer.pack(plan)).hidden_LH)
 
     def collect(self, ticket: Ticket) -> StepResult:
         """The results in the plan's own order."""
@@ -76,45 +117,53 @@ class Runner:
                 sampled[packed.order[row]] = token
         return StepResult(tuple(sampled), _scored_by_row(ticket))
 
-    # -- inputs -----------------------------------------------------------------------------
+    # -- the layers -------------------------------------------------------------------------
 
-    def _batch(self, packed: PackedStep) -> ForwardBatch:
-        token_ids_T = self._to_device(packed.token_ids_T)
+    def _compute(self, packed: PackedStep) -> Computed:
+        graphs = self._graphs
+        inputs = None if graphs is None else graphs.inputs_for(packed)
+        if graphs is None or inputs is None:
+            return self._op_by_op(packed)
+        hidden_SH = graphs.hidden(packed, inputs)
+        lanes_S = inputs.tensors["sampled_lanes_S"][: packed.num_rows]
+        return Computed(hidden_SH, lanes_S, targets_L=None)
+
+    def _op_by_op(self, packed: PackedStep) -> Computed:
+        there = self._send(packed.arrays())
         if packed.pending_P.size:
-            lanes_P = self._to_device(packed.pending_lanes_P)
-            token_ids_T[self._to_device(packed.pending_P)] = self._lane_tokens[lanes_P]
-        return ForwardBatch(
-            token_ids_T=token_ids_T,
-            positions_T=self._to_device(packed.positions_T),
-            kv_slots_T=self._to_device(packed.kv_slots_T),
-            query_starts_R1=self._to_device(packed.query_starts_R1),
-            context_lens_R=self._to_device(packed.context_lens_R),
-            block_tables_RM=self._to_device(packed.block_tables_RM),
-            logit_rows_L=self._to_device(packed.logit_rows_L),
-            lora=None if packed.segments is None else self._segments(packed.segments),
+            pending = self._lane_tokens.index_select(0, there["pending_lanes_P"])
+            there["token_ids_T"].index_copy_(0, there["pending_P"], pending)
+        return Computed(
+            hidden_LH=self._decoder.hidden(_batch(packed, there), self._kv),
+            sampled_lanes_S=there["sampled_lanes_S"],
+            targets_L=there["targets_L"] if packed.target_rows else None,
         )
 
-    def _segments(self, packed: PackedSegments) -> Segments:
-        return Segments(
-            starts_G1=self._to_device(packed.starts_G1),
-            slots_G=self._to_device(packed.slots_G),
-            num_rows=int(packed.starts_G1[-1]),
-            num_segments=len(packed.slots_G),
-            max_rank=packed.max_rank,
-            adapted_rows=packed.adapted_tokens,
-        )
 
-    def _to_device(self, array: object) -> Tensor:
-        tensor = torch.as_tensor(array)
-        if self._device.type != "cuda":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
+def _batch(packed: PackedStep, there: Mapping[str, Tensor]) -> ForwardBatch:
+    """`there`: the step's arrays on the device."""
+    segments = packed.segments
+    return ForwardBatch(
+        token_ids_T=there["token_ids_T"],
+        positions_T=there["positions_T"],
+        kv_slots_T=there["kv_slots_T"],
+        query_starts_R1=there["query_starts_R1"],
+        context_lens_R=there["context_lens_R"],
+        block_tables_RM=there["block_tables_RM"],
+        logit_rows_L=there["logit_rows_L"],
+        lora=None if segments is None else _segments(segments, there),
+    )
 
-    def _score(self, packed: PackedStep, logits_LV: Tensor) -> Samples | None:
-        """The prompt tokens whose log-probabilities were asked for, row after row."""
-        if not packed.target_rows:
-            return None
-        return score(logits_LV, self._to_device(packed.targets_L), max(packed.target_tops))
+
+def _segments(segments: PackedSegments, there: Mapping[str, Tensor]) -> Segments:
+    return Segments(
+        starts_G1=there["starts_G1"],
+        slots_G=there["slots_G"],
+        num_rows=int(segments.starts_G1[-1]),
+        num_segments=len(segments.slots_G),
+        max_rank=segments.max_rank,
+        adapted_rows=segments.adapted_tokens,
+    )
 
 
 def _scored_by_row(ticket: Ticket) -> tuple[tuple[SampledToken, ...], ...]:

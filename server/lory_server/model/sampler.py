@@ -6,16 +6,18 @@ row happens to be in never changes it. This module must not know the model, plan
 
 Reported log-probabilities are the model's own: before temperature, penalties and filters.
 
-Shapes: S rows to sample, V vocabulary, F rows that need their tokens sorted.
+Shapes: S rows to sample, V vocabulary, D rows that draw, N changed scores.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lory_server.messages import Sampling
+from lory_server.model.staging import Array, Send
 from lory_server.plan import SampleRow
 
 _MASK = (1 << 64) - 1
@@ -46,15 +48,20 @@ def uniform(seed: int, position: int) -> float:
     return ((state ^ (state >> 32)) >> 11) / (1 << 53)
 
 
-def sample(logits_SV: Tensor, rows: Sequence[SampleRow]) -> Samples:
-    """logits_SV: float32, changed by nobody. Rows with temperature 0 take the best token."""
-    scores_SV = _adjusted(logits_SV, rows)
+def sample(logits_SV: Tensor, rows: Sequence[SampleRow], send: Send) -> Samples:
+    """logits_SV: float32, changed by nobody. Rows with temperature 0 take the best token.
+
+    What rows ask for goes to the device in one call of `send`; nothing waits for the device.
+    """
+    arrays = _adjustments(rows, logits_SV.shape[-1]) | _draws(rows, logits_SV.shape[-1])
+    there = send(arrays) if arrays else {}
+    scores_SV = _adjusted(logits_SV, there)
     token_ids_S = scores_SV.argmax(dim=-1)
-    plain = [i for i, row in enumerate(rows) if _draws(row) and not _filters(row.sampling)]
-    filtered = [i for i, row in enumerate(rows) if _draws(row) and _filters(row.sampling)]
-    for indices, choose in ((plain, _draw), (filtered, _draw_filtered)):
-        if indices:
-            token_ids_S[indices] = choose(scores_SV[indices], [rows[i] for i in indices])
+    for kind, choose in (("plain_D", _draw), ("filtered_D", _draw_filtered)):
+        if kind in there:
+            rows_D = there[kind]
+            drawn_D = choose(scores_SV.index_select(0, rows_D), _columns(there, rows_D))
+            token_ids_S.index_copy_(0, rows_D, drawn_D)
     return score(logits_SV, token_ids_S, max(row.sampling.num_top_logprobs for row in rows))
 
 
@@ -70,123 +77,164 @@ def score(logits_SV: Tensor, token_ids_S: Tensor, num_top: int) -> Samples:
     )
 
 
-def _draws(row: SampleRow) -> bool:
-    return row.sampling.temperature > 0.0
+# -- scores: bias and penalties ---------------------------------------------------------------
+
+Change = tuple[Sequence[int] | Array, Sequence[float] | Array]
+"""Tokens, each once, and a number for each."""
+
+
+def _adjustments(rows: Sequence[SampleRow], vocab_size: int) -> dict[str, Array]:
+    """For each kind of change that any row wants: places in the flat scores, and numbers."""
+    arrays: dict[str, Array] = {}
+    if not any(row.history is not None or row.sampling.logit_bias for row in rows):
+        return arrays
+    kinds = (("repeated", _repeated), ("answered", _answered), ("biased", _biased))
+    for kind, changes_of in kinds:
+        found = [(row, changes_of(one)) for row, one in enumerate(rows)]
+        changes = [(row, change) for row, change in found if change is not None]
+        if changes:
+            places = [np.asarray(ids, np.int64) + row * vocab_size for row, (ids, _) in changes]
+            numbers = [np.asarray(by, np.float32) for _, (_, by) in changes]
+            arrays |= {f"{kind}_N": np.concatenate(places), f"{kind}_by_N": np.concatenate(numbers)}
+    return arrays
+
+
+def _repeated(row: SampleRow) -> Change | None:
+    """CTRL (arXiv 1909.05858): scores of tokens seen are divided, or multiplied below zero."""
+    penalty = row.sampling.repetition_penalty
+    if row.history is None or penalty == 1.0:
+        return None
+    seen = np.unique(np.asarray(row.history, np.int64))
+    return seen, np.full(len(seen), penalty)
+
+
+def _answered(row: SampleRow) -> Change | None:
+    """OpenAI's: frequency times count, and presence once, over the answer so far."""
+    frequency, presence = row.sampling.frequency_penalty, row.sampling.presence_penalty
+    answer = () if row.history is None else row.history[row.prompt_len :]
+    if not answer or (frequency == 0.0 and presence == 0.0):
+        return None
+    seen, counts = np.unique(np.asarray(answer, np.int64), return_counts=True)
+    return seen, frequency * counts + presence
+
+
+def _biased(row: SampleRow) -> Change | None:
+    bias = dict(row.sampling.logit_bias)
+    return (list(bias), list(bias.values())) if bias else None
+
+
+def _adjusted(logits_SV: Tensor, there: Mapping[str, Tensor]) -> Tensor:
+    """Logits with each row's bias and penalties; the same tensor if no row has any."""
+    kinds = (("repeated", _penalised), ("answered", torch.sub), ("biased", torch.add))
+    wanted = [(kind, change) for kind, change in kinds if f"{kind}_N" in there]
+    if not wanted:
+        return logits_SV
+    scores_SV = logits_SV.clone(memory_format=torch.contiguous_format)
+    flat = scores_SV.view(-1)
+    for kind, change in wanted:
+        places_N, by_N = there[f"{kind}_N"], there[f"{kind}_by_N"]
+        flat.index_copy_(0, places_N, change(flat.index_select(0, places_N), by_N))
+    return scores_SV
+
+
+def _penalised(scores_N: Tensor, penalty_N: Tensor) -> Tensor:
+    return torch.where(scores_N > 0, scores_N / penalty_N, scores_N * penalty_N)
+
+
+# -- draws ------------------------------------------------------------------------------------
+
+
+_COLUMNS = ("uniform", "temperature", "top_k", "top_p", "typical_p")
+
+
+def _columns(there: Mapping[str, Tensor], rows_D: Tensor) -> dict[str, Tensor]:
+    """What D of the rows ask for, as columns."""
+    known = [name for name in _COLUMNS if f"{name}_S" in there]
+    return {name: there[f"{name}_S"].index_select(0, rows_D)[:, None] for name in known}
+
+
+def _draws(rows: Sequence[SampleRow], vocab_size: int) -> dict[str, Array]:
+    """Which rows draw, and with what; nothing if none does."""
+    drawing = [i for i, row in enumerate(rows) if row.sampling.temperature > 0.0]
+    if not drawing:
+        return {}
+    samplings = [row.sampling for row in rows]
+    filtered = [i for i in drawing if _filters(samplings[i])]
+    plain = [i for i in drawing if not _filters(samplings[i])]
+    draws = np.zeros(len(rows))
+    draws[drawing] = [uniform(samplings[i].seed, rows[i].position) for i in drawing]
+    temperatures = np.array([one.temperature for one in samplings], np.float32)
+    arrays: dict[str, Array] = {"uniform_S": draws, "temperature_S": temperatures}
+    if plain:
+        arrays["plain_D"] = np.array(plain, np.int64)
+    if filtered:
+        arrays["filtered_D"] = np.array(filtered, np.int64)
+        arrays["top_k_S"] = np.array([one.top_k or vocab_size for one in samplings], np.int64)
+        arrays["top_p_S"] = np.array([one.top_p for one in samplings], np.float32)
+    if any(samplings[i].typical_p < 1.0 for i in filtered):
+        arrays["typical_p_S"] = np.array([one.typical_p for one in samplings], np.float32)
+    return arrays
 
 
 def _filters(sampling: Sampling) -> bool:
     return sampling.top_k > 0 or sampling.top_p < 1.0 or sampling.typical_p < 1.0
 
 
-# -- scores: bias and penalties ---------------------------------------------------------------
-
-
-def _adjusted(logits_SV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    """Logits with each row's bias and penalties; the same tensor if no row has any."""
-    changed = [
-        i for i, row in enumerate(rows) if row.history is not None or row.sampling.logit_bias
-    ]
-    if not changed:
-        return logits_SV
-    scores_SV = logits_SV.clone()
-    for i in changed:
-        _adjust(scores_SV[i], rows[i])
-    return scores_SV
-
-
-def _adjust(scores_V: Tensor, row: SampleRow) -> None:
-    sampling = row.sampling
-    if row.history is not None:
-        _penalise_repetition(scores_V, row.history, sampling.repetition_penalty)
-        _penalise_answer(scores_V, row.history[row.prompt_len :], sampling)
-    if sampling.logit_bias:
-        ids, bias = zip(*sampling.logit_bias, strict=True)
-        scores_V[list(ids)] += torch.tensor(bias, device=scores_V.device)
-
-
-def _penalise_repetition(scores_V: Tensor, history: Sequence[int], penalty: float) -> None:
-    """CTRL (arXiv 1909.05858): scores of tokens seen are divided, or multiplied below zero."""
-    if penalty == 1.0:
-        return
-    seen = torch.tensor(sorted(set(history)), device=scores_V.device)
-    scores = scores_V[seen]
-    scores_V[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
-
-
-def _penalise_answer(scores_V: Tensor, answer: Sequence[int], sampling: Sampling) -> None:
-    """OpenAI's: frequency times count, and presence once, over the answer so far."""
-    if not answer or (sampling.frequency_penalty == 0.0 and sampling.presence_penalty == 0.0):
-        return
-    seen, counts = torch.tensor(answer, device=scores_V.device).unique(return_counts=True)
-    scores_V[seen] -= sampling.frequency_penalty * counts + sampling.presence_penalty
-
-
-# -- draws ------------------------------------------------------------------------------------
-
-
-def _column(rows: Sequence[SampleRow], value: Callable[[SampleRow], float], like: Tensor) -> Tensor:
-    return torch.tensor([[value(row)] for row in rows], dtype=like.dtype, device=like.device)
-
-
-def _invert(probs_SV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+def _invert(probs_DV: Tensor, uniform_D1: Tensor) -> Tensor:
     """Index of the token in whose share of [0, total) the row's draw falls."""
-    cumulative_SV = probs_SV.double().cumsum(dim=-1)
-    draws_S1 = _column(rows, lambda row: uniform(row.sampling.seed, row.position), cumulative_SV)
-    threshold_S1 = draws_S1 * cumulative_SV[:, -1:]
-    index_S = torch.searchsorted(cumulative_SV, threshold_S1, right=True).squeeze(-1)
+    cumulative_DV = probs_DV.double().cumsum(dim=-1)
+    threshold_D1 = uniform_D1 * cumulative_DV[:, -1:]
+    index_D = torch.searchsorted(cumulative_DV, threshold_D1, right=True).squeeze(-1)
     # Rounding may leave the threshold on the far edge; the last token with a share takes it.
-    last_S = probs_SV.shape[-1] - 1 - (probs_SV.flip(-1) > 0).int().argmax(dim=-1)
-    return torch.minimum(index_S, last_S)
+    last_D = probs_DV.shape[-1] - 1 - (probs_DV.flip(-1) > 0).int().argmax(dim=-1)
+    return torch.minimum(index_D, last_D)
 
 
-def _draw(scores_SV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
-    temperature_S1 = _column(rows, lambda row: row.sampling.temperature, scores_SV)
-    return _invert(torch.softmax(_cooled(scores_SV, temperature_S1), dim=-1), rows)
+def _draw(scores_DV: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
+    cooled_DV = _cooled(scores_DV, columns["temperature"])
+    return _invert(torch.softmax(cooled_DV, dim=-1), columns["uniform"])
 
 
-def _cooled(scores_SV: Tensor, temperature_S1: Tensor) -> Tensor:
+def _cooled(scores_DV: Tensor, temperature_D1: Tensor) -> Tensor:
     """Scores over temperature, the best at 0, so that no temperature overflows."""
-    best_S1 = scores_SV.max(dim=-1, keepdim=True).values
-    return (scores_SV - best_S1) / temperature_S1.clamp_min(1e-6)
+    best_D1 = scores_DV.max(dim=-1, keepdim=True).values
+    return (scores_DV - best_D1) / temperature_D1.clamp_min(1e-6)
 
 
-def _draw_filtered(scores_FV: Tensor, rows: Sequence[SampleRow]) -> Tensor:
+def _draw_filtered(scores_DV: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
     """Temperature, then top-k, top-p, typical-p, each over what the one before it left."""
-    temperature_F1 = _column(rows, lambda row: row.sampling.temperature, scores_FV)
-    sorted_FV, ids_FV = torch.sort(
-        _cooled(scores_FV, temperature_F1), dim=-1, descending=True, stable=True
+    sorted_DV, ids_DV = torch.sort(
+        _cooled(scores_DV, columns["temperature"]), dim=-1, descending=True, stable=True
     )
-    rank_V = torch.arange(sorted_FV.shape[-1], device=sorted_FV.device)
-    top_k_F1 = _column(rows, lambda row: row.sampling.top_k or sorted_FV.shape[-1], sorted_FV)
-    sorted_FV = sorted_FV.masked_fill(rank_V >= top_k_F1, -torch.inf)
-    sorted_FV = _keep_top_p(sorted_FV, _column(rows, lambda row: row.sampling.top_p, sorted_FV))
-    if any(row.sampling.typical_p < 1.0 for row in rows):
-        typical_F1 = _column(rows, lambda row: row.sampling.typical_p, sorted_FV)
-        sorted_FV = _keep_typical(sorted_FV, typical_F1)
-    index_F = _invert(torch.softmax(sorted_FV, dim=-1), rows)
-    return ids_FV.gather(-1, index_F[:, None]).squeeze(-1)
+    rank_V = torch.arange(sorted_DV.shape[-1], device=sorted_DV.device)
+    sorted_DV = sorted_DV.masked_fill(rank_V >= columns["top_k"], -torch.inf)
+    sorted_DV = _keep_top_p(sorted_DV, columns["top_p"])
+    if "typical_p" in columns:
+        sorted_DV = _keep_typical(sorted_DV, columns["typical_p"])
+    index_D = _invert(torch.softmax(sorted_DV, dim=-1), columns["uniform"])
+    return ids_DV.gather(-1, index_D[:, None]).squeeze(-1)
 
 
-def _keep_top_p(sorted_FV: Tensor, top_p_F1: Tensor) -> Tensor:
+def _keep_top_p(sorted_DV: Tensor, top_p_D1: Tensor) -> Tensor:
     """Nucleus (arXiv 1904.09751): the fewest best tokens whose probability reaches top_p."""
-    probs_FV = torch.softmax(sorted_FV, dim=-1)
-    before_FV = probs_FV.cumsum(dim=-1) - probs_FV
+    probs_DV = torch.softmax(sorted_DV, dim=-1)
+    before_DV = probs_DV.cumsum(dim=-1) - probs_DV
     # The best token always stays; 1.0 filters nothing, whatever the sum rounds to.
-    drop_FV = (before_FV >= top_p_F1) & (top_p_F1 < 1.0)
-    drop_FV[:, 0] = False
-    return sorted_FV.masked_fill(drop_FV, -torch.inf)
+    drop_DV = (before_DV >= top_p_D1) & (top_p_D1 < 1.0)
+    drop_DV[:, 0].fill_(False)
+    return sorted_DV.masked_fill(drop_DV, -torch.inf)
 
 
-def _keep_typical(sorted_FV: Tensor, typical_p_F1: Tensor) -> Tensor:
+def _keep_typical(sorted_DV: Tensor, typical_p_D1: Tensor) -> Tensor:
     """Locally typical (arXiv 2202.00666): tokens whose surprise is nearest the entropy."""
-    logprobs_FV = torch.log_softmax(sorted_FV, dim=-1)
-    probs_FV = logprobs_FV.exp()
-    entropy_F1 = -(probs_FV * logprobs_FV.nan_to_num(neginf=0.0)).sum(-1, keepdim=True)
-    distance_FV = (-logprobs_FV - entropy_F1).abs()
-    order_FV = distance_FV.argsort(dim=-1, stable=True)
-    ordered_FV = probs_FV.gather(-1, order_FV)
-    before_FV = ordered_FV.cumsum(dim=-1) - ordered_FV
-    drop_FV = (before_FV >= typical_p_F1) & (typical_p_F1 < 1.0)
-    drop_FV[:, 0] = False
-    drop_FV = torch.zeros_like(drop_FV).scatter(-1, order_FV, drop_FV)
-    return sorted_FV.masked_fill(drop_FV, -torch.inf)
+    logprobs_DV = torch.log_softmax(sorted_DV, dim=-1)
+    probs_DV = logprobs_DV.exp()
+    entropy_D1 = -(probs_DV * logprobs_DV.nan_to_num(neginf=0.0)).sum(-1, keepdim=True)
+    distance_DV = (-logprobs_DV - entropy_D1).abs()
+    order_DV = distance_DV.argsort(dim=-1, stable=True)
+    ordered_DV = probs_DV.gather(-1, order_DV)
+    before_DV = ordered_DV.cumsum(dim=-1) - ordered_DV
+    drop_DV = (before_DV >= typical_p_D1) & (typical_p_D1 < 1.0)
+    drop_DV[:, 0].fill_(False)
+    drop_DV = torch.zeros_like(drop_DV).scatter(-1, order_DV, drop_DV)
+    return sorted_DV.masked_fill(drop_DV, -torch.inf)
