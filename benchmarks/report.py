@@ -67,7 +67,13 @@ def bench_tables(results: Path) -> str:
             newest[kind] = result
     if not newest:
         return "Not measured yet: run `make bench`.\n"
-    return "\n".join(_bench_table(newest[kind]) for kind in sorted(newest))
+    return "\n".join(_bench_table(newest[kind]) for kind in sorted(newest, key=_table_place))
+
+
+def _table_place(kind: tuple[str, str]) -> tuple[str, bool, str]:
+    """By model; quantized weights after plain ones."""
+    model, weights = kind
+    return model, "NF4" in weights, weights
 
 
 def _bench_table(result: Mapping[str, Any]) -> str:
