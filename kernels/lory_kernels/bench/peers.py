@@ -1,7 +1,13 @@
 """Others' kernels, run beside ours: found in a folder that the caller names, or said absent.
 
 The folder holds published wheels unpacked, `vllm_src/vllm` and `sgl_src/sglang` or either package
-by itself. Nothing of them is part of this project. It must not know how they compute.
+by itself; nothing of them is part of this project. Checked with these:
+
+    pip download --no-deps vllm==0.33.0 sglang==0.5.23
+    unzip vllm-*.whl 'vllm/lora/*' -d FOLDER/vllm_src
+    unzip sglang-*.whl 'sglang/kernels/ops/lora/*' 'sglang/srt/lora/*' -d FOLDER/sgl_src
+
+It must not know how they compute.
 """
 
 from collections.abc import Callable, Iterator
