@@ -60,7 +60,7 @@ bench: setup ## Compare with transformers + PEFT on this machine, in one run
 	$(BIN)/python -m benchmarks.compare
 
 SECTION ?= parity
-gpu-check: ## GPU paths against their references, and their times (SECTION=parity|step)
+gpu-check: ## GPU paths against their references, and their times (SECTION=parity|step|kernels)
 	PYTHONPATH=.gpu-site:server:kernels:router:clients/python:trainer $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(SECTION)
 
 clean: ## Remove the environment and caches
