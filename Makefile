@@ -53,8 +53,9 @@ format: setup ## Format and fix what can be fixed
 test: setup ## A representative case of everything, in minutes, without a GPU
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile -m 'not full'
 
-test-full: setup ## Whole matrices and long traces
-	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile
+test-full: setup ## Whole matrices and long traces; what SGMV's matrix found is kept
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile \
+		--record-matrix benchmarks/results/sgmv-matrix-$$(date -u +%F).json
 
 bench: setup ## Compare with transformers + PEFT on this machine, in one run
 	$(BIN)/python -m benchmarks.compare

@@ -50,6 +50,8 @@ class SiteTable:
     """int32, at most MAX_RANK; 0 means that the adapter leaves this slice alone."""
     scale_SK: Tensor
     """float32."""
+    alignment: int = 1
+    """Every offset, in use or not, is a multiple of so many elements."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -137,4 +137,5 @@ class AdapterPool:
             b_offset_SK=b,
             rank_SK=rank,
             scale_SK=scale,
+            alignment=CHUNK_ALIGN_BYTES // self.dtype.itemsize,
         )
