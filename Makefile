@@ -61,8 +61,10 @@ bench: setup ## Compare with transformers + PEFT on this machine, in one run
 	$(BIN)/python -m benchmarks.compare
 
 SECTION ?= parity
+# With SECTION=kernels: a folder of others' unpacked wheels (kernels/lory_kernels/bench/peers.py).
+KERNEL_PEERS ?=
 gpu-check: ## GPU paths against their references, and their times (SECTION=parity|step|kernels)
-	PYTHONPATH=.gpu-site:server:kernels:router:clients/python:trainer $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(SECTION)
+	PYTHONPATH=.gpu-site:server:kernels:router:clients/python:trainer $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(SECTION) $(if $(KERNEL_PEERS),--peers $(KERNEL_PEERS))
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .venv-clients .pytest_cache .ruff_cache .hypothesis .bench

@@ -24,26 +24,24 @@ ONCE = Effort(seconds=0.0, fewest=1, most=1)
 class WrongOps(TorchOps):
     """A tenth too much, or one too many, in every op."""
 
-    def add_rms_norm(self, residual_TH: Tensor, *rest: Any, **options: Any) -> Tensor:
-        return super().add_rms_norm(residual_TH, *rest, **options).mul_(1.1)
+    def add_rms_norm(self, *arguments: Any, **options: Any) -> Tensor:
+        return super().add_rms_norm(*arguments, **options).mul_(1.1)
 
-    def rope_write_kv(
-        self, qkv_TN: Tensor, positions: Tensor, cos_sin: Tensor, k_cache: Tensor, *rest: Any
-    ) -> None:
-        super().rope_write_kv(qkv_TN, positions, cos_sin, k_cache, *rest)
-        k_cache.mul_(1.1)
+    def rope_write_kv(self, *arguments: Any, **options: Any) -> None:
+        super().rope_write_kv(*arguments, **options)
+        arguments[3].mul_(1.1)
 
     def paged_attention(self, *arguments: Any, **options: Any) -> None:
         super().paged_attention(*arguments, **options)
         arguments[6].mul_(1.1)
 
-    def silu_mul(self, gate_up_TN: Tensor, out_TI: Tensor) -> None:
-        super().silu_mul(gate_up_TN, out_TI)
-        out_TI.mul_(1.1)
+    def silu_mul(self, *arguments: Any, **options: Any) -> None:
+        super().silu_mul(*arguments, **options)
+        arguments[1].mul_(1.1)
 
-    def sgmv(self, y_TN: Tensor, *rest: Any) -> None:
-        super().sgmv(y_TN, *rest)
-        y_TN[-1].add_(1)
+    def sgmv(self, *arguments: Any, **options: Any) -> None:
+        super().sgmv(*arguments, **options)
+        arguments[0][-1].add_(1)
 
 
 def place(

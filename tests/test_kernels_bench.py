@@ -45,6 +45,10 @@ def test_popularity_deals_ten_rows(
     assert by_name(name).mix(10) == Mix(counts, tuple(slots))
 
 
+def test_of_odd_rows_the_base_has_the_fewer() -> None:
+    assert by_name("half-base").mix(7) == Mix((3, 1, 1, 1, 1), (BASE_SLOT, 0, 1, 2, 3))
+
+
 def test_zipf_deals_in_proportion_to_its_formula() -> None:
     """Off by less than a row each; who gets none is absent."""
     mix = POPULARITIES["zipf-1.5"].mix(32)
@@ -195,7 +199,9 @@ def test_the_worst_tensor_counts() -> None:
     expected = (torch.ones(2), torch.full((2,), 10.0))
     actual = (torch.tensor([1.0, 1.5]), torch.full((2,), 10.0))
     assert error_of(actual, expected) == 0.5
-    assert math.isnan(error_of((torch.tensor([1.0, math.nan]), expected[1]), expected))
+    unknown = torch.full((2,), math.nan)
+    assert math.isnan(error_of((unknown, expected[1]), expected))
+    assert math.isnan(error_of((expected[0], unknown), expected))
 
 
 def test_what_a_step_needs_anew_is_timed_apart() -> None:
