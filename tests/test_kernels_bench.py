@@ -377,8 +377,12 @@ def test_the_command_exits_with_1_if_an_answer_is_wrong(
     ],
 )
 def test_what_cannot_be_measured_is_refused_by_name(
-    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+    argv: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.delattr("lory_kernels.bench.__main__.run")
     with pytest.raises(SystemExit) as refused:
         main(argv)
     assert refused.value.code == 2

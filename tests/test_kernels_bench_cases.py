@@ -145,6 +145,17 @@ def test_the_served_path_comes_first_and_the_others_stand_beside_it(rows: int, p
     assert len(found) == len(expected)
 
 
+def test_a_gpu_serves_float32_without_the_triton_kernel() -> None:
+    there = replace(place("triton"), device=torch.device("cuda"))
+    found = paths(nf4_case(there, SITE, 16, every_tiling=True))
+    assert [(one["path"], one["is_served"]) for one in found] == [
+        ("bitsandbytes", True),
+        ("dequantize", False),
+    ]
+    interpreted = paths(nf4_case(place("triton"), SITE, 16, every_tiling=True))
+    assert "triton" in {one["path"] for one in interpreted}
+
+
 def test_what_was_measured_on_a_gpu_is_what_is_served(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = Tiles(rows=16, columns=64, groups=1, warps=4, stages=3, splits=2)
     measured = (Choice(ANY_ROWS, "triton", "Measured.", tiles),)

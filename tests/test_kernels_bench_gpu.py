@@ -20,6 +20,7 @@ from lory_kernels.bench.nf4 import tilings
 from lory_kernels.bench.selection import OPS
 
 CPU = torch.device("cpu")
+RANK_16_EQUAL = ("16", "equal")
 DRY_RUN = ["kernels", "--device", "cpu", "--tiny", "--out"]
 
 
@@ -81,8 +82,10 @@ def test_the_whole_matrix_has_every_site_rank_and_op_of_an_8b_model() -> None:
     assert nf4 == {(shape, rows) for shape in sites for rows in gpu_kernels.FULL.rows}
     ranks = {label.ranks for label in labels if label.op == "sgmv"}
     assert ranks == {"8", "16", "64", "mixed 8/16/32/64"}
-    distinct = {label.distinct for label in labels if label.rows == 32 and label.op == "sgmv"}
-    assert {0, 1, 8, 16, 32} <= distinct
+    in_32_rows = [one for one in labels if one.op == "sgmv" and one.rows == 32]
+    equal = {one.distinct for one in in_32_rows if (one.ranks, one.popularity[:5]) == RANK_16_EQUAL}
+    assert equal == {1, 8, 32}, "the steps that goals are set for"
+    assert {one.distinct for one in in_32_rows if one.popularity == "base-only"} == {0}
 
 
 def test_the_rows_measured_are_where_the_choice_of_a_path_changes() -> None:

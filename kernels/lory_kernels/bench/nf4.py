@@ -30,6 +30,7 @@ from lory_kernels.bench.linears import (
 from lory_kernels.bench.shapes import LinearShape
 from lory_kernels.cpu import CpuOps
 from lory_kernels.nf4_choice import (
+    ANY_ROWS,
     GROUP,
     MAX_SPLITS,
     RULES,
@@ -53,6 +54,7 @@ INTERPRETED = ("Triton's interpreter", (9, 0))
 """GPU and compute capability that stand for none: Hopper's rules have every tiling."""
 
 REASON = "Measured beside the others."
+FLOAT32 = Choice(ANY_ROWS, "bitsandbytes", "No GPU multiplies float32 fast.")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -135,9 +137,10 @@ def _paths(
     place: Place, shape: LinearShape, rows: int, every_tiling: bool
 ) -> Iterator[Contender[NF4Inputs]]:
     """The path served first."""
-    served = choose(_choices(place, shape), rows)
+    has_kernel = place.is_interpreted or place.dtype != torch.float32
+    served = choose(_choices(place, shape) if has_kernel else (FLOAT32,), rows)
     yield _path(served, "ours", is_served=True)
-    if every_tiling:
+    if every_tiling and has_kernel:
         for tiles in tilings(shape.out_features, shape.in_features, rows):
             if tiles != served.tiles:
                 yield _path(Choice(rows, "triton", REASON, tiles), "ours")
