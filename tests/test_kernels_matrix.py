@@ -1,7 +1,7 @@
 """The whole matrix of SGMV against float64: plain PyTorch, the CPU kernels as each kind of CPU gets
 them, and Triton in its interpreter.
 
-Each test is a piece that takes under five minutes on one core. `make test-full` keeps their figures
+Each test is a piece of minutes on one core. `make test-full` keeps their figures
 in benchmarks/results.
 """
 
@@ -98,6 +98,7 @@ def test_every_cell_on_the_cpu(
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("piece", [pytest.param(name, marks=needs_triton) for name in PIECES])
 def test_cells_in_tritons_interpreter(piece: str, record_property: Record) -> None:
     told = findings_of(__file__, piece)
