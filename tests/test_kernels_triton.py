@@ -34,7 +34,10 @@ pytestmark = needs_triton
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 COMPILED = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-SHAPES = {"slices": {"out_features": (40, 24)}, "odd": {"in_features": 150, "out_features": (130, 7)}}
+SHAPES = {
+    "slices": {"out_features": (40, 24)},
+    "odd": {"in_features": 150, "out_features": (130, 7)},
+}
 RANKS = {str(rank): (rank,) for rank in (1, 3, 8, 16, 33, 64, 100, 256)} | {
     "mixed": (16, 1, 64, 3, 0, 8, 33)
 }
