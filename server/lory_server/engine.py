@@ -143,9 +143,7 @@ class Engine:
         self._requests[command.request_id] = request
         if command.adapter_id:
             self._resolving[command.request_id] = request
-            self._adapters.resolve(
-                command.request_id, command.adapter_id, command.adapter_revision
-            )
+            self._adapters.resolve(command.request_id, command.adapter_id, command.adapter_revision)
         else:
             self._enqueue(request, revision="", adapter_bytes=0)
 
