@@ -259,7 +259,7 @@ def test_a_pinned_adapter_is_resident_at_once_and_stays(world, operator) -> None
 def test_a_pin_that_leaves_no_room_is_refused_by_name(world) -> None:
     operator = Operator(world, max_resident_adapters=2)
     operator.submit(0, [5], "v1", max_new_tokens=60, ignore_eos=True)
-    operator.run(until=lambda: operator.answers[0].tokens)
+    operator.run(until=lambda: bool(operator.answers[0].tokens))
     operator.done("pin", "a")
     said = operator.refused("pin", "v2")
     assert said.startswith("adapter_capacity: adapter 'v2' cannot be pinned")
@@ -271,7 +271,7 @@ def test_a_pin_that_leaves_no_room_is_refused_by_name(world) -> None:
     operator.done("unpin", "a")
     operator.submit(2, [5], "v1", max_new_tokens=2, ignore_eos=True)
     operator.run()
-    assert operator.answers[2].finished.reason == "length"
+    assert len(operator.answers[2].tokens) == 2
     operator.done("drop", "v2")
     operator.close()
 
