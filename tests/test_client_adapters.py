@@ -79,6 +79,17 @@ def test_what_cannot_be_is_an_error_of_its_own(adapters: Adapters) -> None:
         adapters.delete("")
 
 
+def test_an_answer_tells_its_revision(url: str) -> None:
+    with Client(url) as client:
+        for details in (True, False):
+            answer = client.generate("a", "french", details=details, max_new_tokens=2)
+            assert answer.adapter_revision == REVISION
+        stream = client.generate_stream("a", "french", max_new_tokens=2)
+        assert list(stream)
+        assert stream.generation.adapter_revision == REVISION
+        assert client.generate("a", max_new_tokens=2).adapter_revision is None
+
+
 def test_async_calls_do_the_same(url: str) -> None:
     async def story() -> list[Adapter | tuple[Adapter, ...] | None]:
         async with AsyncClient(url, max_retries=0) as client:

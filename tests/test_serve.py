@@ -319,7 +319,7 @@ def test_replies_are_not_held_back_to_be_sent_together() -> None:
 
 def test_a_warm_up_that_is_not_there_ends_the_server_in_one_line(base: Path) -> None:
     flags = {"adapters": str(base), "warm_up": "slow,missing"}
-    with serving(base, "--ignore-hangup", **flags) as server:
+    with serving(base, "--crash-starts", "0", **flags) as server:
         code, log = server.end()
     assert code == 1
     assert log.splitlines()[-1] == "--warm-up: no adapter 'missing'"
@@ -327,7 +327,7 @@ def test_a_warm_up_that_is_not_there_ends_the_server_in_one_line(base: Path) -> 
 
 def test_a_registry_that_cannot_be_used_is_one_line(base: Path) -> None:
     path = str(base / "none" / "registry")
-    with serving(base, "--ignore-hangup", registry=path) as server:
+    with serving(base, "--crash-starts", "0", registry=path) as server:
         code, log = server.end()
     assert code == 1
     assert log.splitlines()[-1] == f"--registry {path}: its folder is not there; make it first"

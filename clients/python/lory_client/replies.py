@@ -72,6 +72,10 @@ class Head:
     def adapter_id(self) -> str | None:
         return self.headers.get("x-adapter-id") or None
 
+    @property
+    def adapter_revision(self) -> str | None:
+        return self.headers.get("x-adapter-revision") or None
+
 
 # -- errors ---------------------------------------------------------------------------------
 
@@ -142,7 +146,12 @@ def generation(head: Head, body: bytes) -> Generation:
     reply = Fields(parse_json(body, "the reply"), "reply")
     text = reply.text("generated_text")
     if not reply.has("details"):
-        return Generation(text, adapter_id=head.adapter_id, request_id=head.request_id)
+        return Generation(
+            text,
+            adapter_id=head.adapter_id,
+            request_id=head.request_id,
+            adapter_revision=head.adapter_revision,
+        )
     details = reply.object("details")
     return Generation(
         text=text,
@@ -153,6 +162,7 @@ def generation(head: Head, body: bytes) -> Generation:
         seed=details.integer_or_none("seed"),
         adapter_id=head.adapter_id,
         request_id=head.request_id,
+        adapter_revision=head.adapter_revision,
         other_candidates=tuple(_candidate(c) for c in details.objects("best_of_sequences")),
     )
 

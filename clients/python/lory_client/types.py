@@ -124,6 +124,8 @@ class Generation:
     adapter_id: str | None = None
     request_id: str | None = None
     other_candidates: tuple[Candidate, ...] = ()
+    adapter_revision: str | None = None
+    """A digest of the bytes that gave the answer."""
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,8 @@ class Orders:
     def added_to(self, demand: AdapterDemand) -> AdapterDemand:
         """What the scheduler wants, and after it what was ordered."""
         device = self._cache.device
+        if not (device.pinned or self._arriving):
+            return demand
         ordered = [*device.pinned, *(arrival.revision for arrival in self._arriving)]
         more = dict.fromkeys(revision for revision in ordered if revision not in device)
         if not more:
