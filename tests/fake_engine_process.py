@@ -21,6 +21,7 @@ from lory_server.lifeline import die_with_parent
 from lory_server.messages import (
     AdapterEntry,
     AdapterList,
+    AdapterOrder,
     Cancel,
     Charge,
     Command,
@@ -31,6 +32,7 @@ from lory_server.messages import (
     Fatal,
     Finished,
     ListAdapters,
+    OrderDone,
     StepEvents,
     StepReport,
     Submit,
@@ -53,6 +55,7 @@ class FakeEngine:
         self._decoder = msgspec.msgpack.Decoder(Command)
         self._received = b""
         self._running: dict[int, tuple[Submit, int]] = {}
+        self._pins: set[str] = set()
         self._step = 0
         self._last = time.monotonic()
 
@@ -100,6 +103,10 @@ class FakeEngine:
         if isinstance(command, ListAdapters):
             entries = tuple(AdapterEntry(adapter_id=name, tier="disk") for name in ADAPTERS if name)
             self.send(AdapterList(call_id=command.call_id, adapters=entries))
+        if isinstance(command, AdapterOrder):
+            if command.kind == "pin":
+                self._pins.add(command.adapter_id)
+            self.send(_done(command))
         if isinstance(command, Cancel) and command.request_id in self._running:
             submit, sent = self._running.pop(command.request_id)
             finished = _finished(submit, command.reason, sent)
@@ -164,6 +171,7 @@ class FakeEngine:
             adapters_device=0,
             adapter_host_bytes=0,
             adapter_device_bytes=0,
+            pins_device=len(self._pins),
             charges=charges,
         )
 
@@ -197,6 +205,14 @@ def _finished(submit: Submit, reason: str, generated: int) -> Finished:
         reason=reason,  # type: ignore[arg-type]
         usage=_usage(submit, generated),
     )
+
+
+def _done(order: AdapterOrder) -> OrderDone:
+    if order.adapter_id not in ADAPTERS:
+        failure = Failure(code="adapter_not_found", message=f"no adapter {order.adapter_id!r}")
+        return OrderDone(call_id=order.call_id, entry=None, failure=failure)
+    entry = AdapterEntry(adapter_id=order.adapter_id, tier="device")
+    return OrderDone(call_id=order.call_id, entry=entry)
 
 
 def _unknown(submit: Submit) -> Finished:

@@ -150,6 +150,7 @@ class Session:
         prompt: Iterable[int],
         adapter_id: str = "",
         *,
+        revision: str = "",
         tenant: str = "default",
         **fields: Any,
     ) -> None:
@@ -159,6 +160,7 @@ class Session:
             prompt_ids=tuple(prompt),
             sampling=sampling,
             adapter_id=adapter_id,
+            adapter_revision=revision,
             tenant=tenant,
         )
         self.prompts[request_id] = command

@@ -21,6 +21,7 @@ from lory_router.connection import Connection, HttpServer, http_server
 from lory_router.engine import SequenceRequest, StreamEvent, Unavailable
 from lory_router.listener import listen, url_of
 from lory_router.observe import RequestRecord
+from lory_router.registry import Registry
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_server.messages import (
@@ -31,7 +32,11 @@ from lory_server.messages import (
     FailureCode,
     Finished,
     FinishReason,
+    Matched,
+    OrderDone,
+    OrderKind,
     PromptLogprobs,
+    RevisionEntry,
     Token,
     Usage,
 )
@@ -40,6 +45,8 @@ BOS, EOS = 256, 257
 VOCAB_SIZE = 258
 TEXT = tiny_tokenizers.byte_level()
 BASE = "tiny"
+REVISION = "0123456789abcdef" * 2
+"""Of every adapter, unless a request asks for another."""
 
 INFO = EngineInfo(
     model="tiny",
@@ -88,6 +95,7 @@ class ScriptedStream:
         self.cancels: list[CancelReason] = []
         self.num_told = 0
         self.num_gathered = 1
+        self.adapter_revision = REVISION if request.adapter_id else ""
         self._cancelled = asyncio.Event()
         self._events = self._script()
 
@@ -172,6 +180,11 @@ class ScriptedEngine:
     draining: bool = False
     down: Unavailable | None = None
     streams: list[ScriptedStream] = field(default_factory=list)
+    orders: list[tuple[OrderKind, str, str]] = field(default_factory=list)
+    loaded: set[str] = field(default_factory=set)
+    pinned: set[str] = field(default_factory=set)
+    refuses: Failure | None = None
+    """Every order that would load."""
 
     def is_ready(self) -> bool:
         return self.ready
@@ -192,7 +205,57 @@ class ScriptedEngine:
     async def list_adapters(self) -> tuple[AdapterEntry, ...]:
         if self.down is not None:
             raise self.down
-        return tuple(AdapterEntry(adapter_id=name, tier="disk") for name in self.adapters)
+        return tuple(map(self.entry, self.adapters))
+
+    async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
+        if self.down is not None:
+            raise self.down
+        self.orders.append((kind, adapter_id, revision))
+        failure = self._refusal(kind, adapter_id, revision)
+        if failure is not None:
+            return OrderDone(call_id=0, entry=None, failure=failure)
+        if kind in ("load", "pin"):
+            self.loaded.add(adapter_id)
+        if kind == "pin":
+            self.pinned.add(adapter_id)
+        if kind in ("unpin", "drop"):
+            self.pinned.discard(adapter_id)
+        if kind in ("unload", "drop"):
+            self.loaded.discard(adapter_id)
+        told = REVISION if kind in ("find", "load", "pin") else ""
+        return OrderDone(call_id=0, entry=self.entry(adapter_id), revision=told)
+
+    def _refusal(self, kind: OrderKind, adapter_id: str, revision: str) -> Failure | None:
+        if kind == "unload" and adapter_id in self.pinned:
+            return Failure(code="adapter_pinned", message=f"adapter {adapter_id!r} is pinned")
+        if kind not in ("find", "load", "pin"):
+            return None
+        if adapter_id not in self.adapters:
+            return Failure(code="adapter_not_found", message="there is none")
+        if not REVISION.startswith(revision):
+            return Failure(code="revision_not_found", message="not in memory any more")
+        return self.refuses
+
+    def entry(self, adapter_id: str) -> AdapterEntry:
+        """As the engine tells it: nothing is known of what was never loaded."""
+        if adapter_id not in self.loaded:
+            return AdapterEntry(adapter_id=adapter_id, tier="disk")
+        revision = RevisionEntry(
+            revision=REVISION,
+            tier="device",
+            matched=(Matched("q_proj", 2, (4, 8)),),
+            file_bytes=300,
+            host_bytes=200,
+            device_bytes=100,
+            is_pinned=adapter_id in self.pinned,
+        )
+        return AdapterEntry(
+            adapter_id=adapter_id,
+            tier="device",
+            revision=REVISION,
+            revisions=(revision,),
+            idle_seconds=5.0,
+        )
 
     @property
     def last(self) -> SequenceRequest:
@@ -224,13 +287,14 @@ class Front:
         *answers: Answer,
         text: TextModel = TEXT,
         engine: ScriptedEngine | None = None,
+        registry: Registry | None = None,
         **settings: Any,
     ) -> None:
         self.engine = engine or ScriptedEngine(list(answers) or [Answer()])
         self.settings = RouterSettings(model_names=(BASE,), **settings)
         self.ledger = Ledger()
         self._server: HttpServer | None = None
-        self.app: ASGIApp = create_app(self.engine, self.settings, text, self.ledger)
+        self.app: ASGIApp = create_app(self.engine, self.settings, text, self.ledger, registry)
 
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
         """One request through the application, without a network."""

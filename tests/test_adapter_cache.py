@@ -16,6 +16,7 @@ import torch
 
 from adapter_files import BASE, SITES, write_adapter
 from lory_server.adapters import cache as cache_module
+from lory_server.adapters import known as known_module
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.cache import AdapterCache, Listed, Outcome, Resolved, ResolveFailed
 from lory_server.adapters.host import HostBudget
@@ -419,11 +420,11 @@ def test_a_file_rewritten_at_once_is_read_again(make: MakeCache, root: Path) -> 
 def test_names_are_remembered_up_to_a_number(
     make: MakeCache, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cache_module, "MAX_NAMES", 2)
+    monkeypatch.setattr(known_module, "MAX_NAMES", 2)
     world = make()
     for name in ("a0", "a1", "a0", "a2"):
         world.hold(name)
-    assert list(world.cache._latest) == ["a0", "a2"]
+    assert list(world.cache.known.names()) == ["a0", "a2"]
 
 
 def test_a_deleted_adapter_is_gone_for_new_requests_and_stays_for_holders(

@@ -206,7 +206,7 @@ def test_adapters_are_listed_with_their_tier(session) -> None:
     lists: list = []
 
     def listed() -> bool:
-        lists.extend(session.engine.adapter_lists())
+        lists.extend(session.engine.adapter_answers())
         return bool(lists)
 
     session.run(until=listed)

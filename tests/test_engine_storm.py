@@ -148,7 +148,7 @@ class Storm:
         self.engine.step()
         if self.engine.has_events or self.rng.random() < 0.1:
             self.take(self.engine.events())
-        self.lists += len(self.engine.adapter_lists())
+        self.lists += len(self.engine.adapter_answers())
         self.engine.check()
         if not self.engine.can_step:
             time.sleep(0.0003)

@@ -272,7 +272,7 @@ def test_a_request_is_called_in_its_body_as_in_its_header():
 
 
 def test_adapters_are_listed_once_for_all_who_ask_within_a_while(monkeypatch):
-    monkeypatch.setattr("lory_router.pages.LISTING_S", 0.5)
+    monkeypatch.setattr("lory_router.listing.LISTING_S", 0.5)
     front, num_asked = Front(), 0
     listed = front.engine.list_adapters
 

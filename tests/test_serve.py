@@ -315,3 +315,30 @@ def test_replies_are_not_held_back_to_be_sent_together() -> None:
         return value
 
     assert asyncio.run(accepted_nodelay()) == 1
+
+
+def test_a_warm_up_that_is_not_there_ends_the_server_in_one_line(base: Path) -> None:
+    flags = {"adapters": str(base), "warm_up": "slow,missing"}
+    with serving(base, "--crash-starts", "0", **flags) as server:
+        code, log = server.end()
+    assert code == 1
+    assert log.splitlines()[-1] == "--warm-up: no adapter 'missing'"
+
+
+def test_a_registry_that_cannot_be_used_is_one_line(base: Path) -> None:
+    path = str(base / "none" / "registry")
+    with serving(base, "--crash-starts", "0", registry=path) as server:
+        code, log = server.end()
+    assert code == 1
+    assert log.splitlines()[-1] == f"--registry {path}: its folder is not there; make it first"
+
+
+def test_pins_are_loaded_again_after_a_crash(base: Path, tmp_path: Path) -> None:
+    path, adapters = str(tmp_path / "registry"), str(base)
+    with serving(base, registry=path, adapters=adapters, warm_up="flood") as server:
+        assert httpx.post(f"{server.url}/v1/adapters/slow/pin").status_code == 200
+        server.wait_for_metric('lory_pinned_adapters{tier="device"} 1.0')
+        server.ask("crash", 1).join()
+        server.wait_for_metric("lory_engine_restarts_total 1.0")
+        server.wait_for_metric('lory_pinned_adapters{tier="device"} 1.0')
+        assert httpx.get(f"{server.url}/health").status_code == 200

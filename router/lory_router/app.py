@@ -6,6 +6,7 @@ It must not know what requests mean or how an engine is run.
 import re
 import time
 import uuid
+from collections.abc import Callable
 
 import msgspec
 from starlette.applications import Starlette
@@ -16,6 +17,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lory_router import lorax, openai
+from lory_router.adapters import AdapterRoutes
 from lory_router.endpoint import Endpoint, Front, Handler
 from lory_router.engine import EngineClient, Unavailable
 from lory_router.errors import (
@@ -28,8 +30,12 @@ from lory_router.errors import (
 )
 from lory_router.exchange import REQUEST_ID, Exchange, error_headers
 from lory_router.gate import Gate, authorise
+from lory_router.lifecycle import Lifecycle
+from lory_router.listing import Listing
+from lory_router.named_engine import NamedEngine
 from lory_router.observe import MetricsSink
 from lory_router.pages import Pages
+from lory_router.registry import Registry
 from lory_router.settings import RouterSettings
 from lory_router.sse import shown_error
 from lory_router.text import TextModel
@@ -46,12 +52,25 @@ GENERATION: tuple[tuple[str, Dialect, Handler], ...] = (
 
 
 def create_app(
-    engine: EngineClient, settings: RouterSettings, text: TextModel, metrics: MetricsSink
+    engine: EngineClient,
+    settings: RouterSettings,
+    text: TextModel,
+    metrics: MetricsSink,
+    registry: Registry | None = None,
+    is_warm: Callable[[], bool] = lambda: True,
 ) -> ASGIApp:
-    """The front of `engine`, to be served by an ASGI server."""
-    front = Front(engine, settings, text, metrics, Gate(settings))
+    """The front of `engine`, to be served by an ASGI server; healthy once it is warm."""
+    registry = registry or Registry()
+    named = NamedEngine(engine, registry, is_warm)
+    front = Front(named, settings, text, metrics, Gate(settings), registry)
+    listing = Listing(named)
+    lifecycle = Lifecycle(named, registry, listing, settings)
     app = Starlette(
-        routes=[*_generation_routes(front), *_page_routes(Pages(front, int(time.time())))],
+        routes=[
+            *_generation_routes(front),
+            *_page_routes(Pages(front, listing, int(time.time()))),
+            *AdapterRoutes(front, lifecycle).routes(),
+        ],
         exception_handlers={
             HTTPException: _on_http_exception,
             Exception: _on_exception,

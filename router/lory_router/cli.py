@@ -7,7 +7,7 @@ import importlib
 import inspect
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -180,16 +180,26 @@ def chat(
 
 @app.command()
 def adapters(
+    deed: Annotated[
+        Literal["list", "show", "load", "unload", "pin", "unpin", "register", "delete"],
+        typer.Argument(help="What to do; without it, list."),
+    ] = "list",
+    name: Annotated[str, typer.Argument(help="Adapter, name@alias or name@revision.")] = "",
+    adapter: Annotated[str, typer.Option(help="For register: what the name stands for.")] = "",
+    revision: Annotated[str, typer.Option(help="For register: which revision of it.")] = "",
     url: str = server_url_option(),
     api_key: str = caller_key_option(),
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print the entries of /v1/models as JSON.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
 ) -> None:
-    """List what a running server serves, each with its tier."""
+    """List what a running server serves, or pin, load, name, delete one."""
+    from lory_router.adapter_commands import check_arguments, do
     from lory_router.chat import show_adapters
 
-    show_adapters(url, api_key, as_json=as_json)
+    check_arguments(deed, name, adapter, revision)
+    if deed == "list":
+        show_adapters(url, api_key, as_json=as_json)
+    else:
+        do(url, api_key, deed, name, adapter_id=adapter, revision=revision, as_json=as_json)
 
 
 # -- other parts of the house ---------------------------------------------------------------

@@ -73,6 +73,10 @@ class ModelConfig:
 
     model: str = flag("", "Local folder or hub id of the base, in safetensors. Required.")
     adapters: str = flag("", "Folder whose sub-folders are PEFT adapters; empty: base only.")
+    registry: str = flag(
+        "", "SQLite file of aliases, pins and removed adapters; empty: in memory, until the end."
+    )
+    warm_up: str = flag("", "Adapters loaded before /health is 200, comma-separated.")
     device: DeviceName = flag("auto", "Where the engine runs; auto takes a GPU if there is one.")
     dtype: DtypeName = flag("auto", "Number format of weights and activations.")
     quantize: Quantization = flag("none", "Quantize the base's linears as it loads.")
@@ -240,6 +244,7 @@ class ServeConfig:
         """The part the front is built from."""
         return RouterSettings(
             model_names=self.model_names,
+            adapters_dir=self.model.adapters,
             api_keys=comma_list(self.http.api_key),
             max_concurrent_requests=self.step.max_queued,
             max_input_length=self.limits.max_input_length,
@@ -418,6 +423,8 @@ def _check_model(config: ServeConfig) -> None:
             f"--adapters: {model.adapters} is itself an adapter; give its parent, "
             f"{Path(model.adapters).resolve().parent}"
         )
+    if model.warm_up and not model.adapters:
+        raise ConfigError("--warm-up: needs --adapters, the folder where they are")
     if model.double_quant and model.quantize == "none":
         raise ConfigError("--double-quant: needs --quantize nf4")
 

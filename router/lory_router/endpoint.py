@@ -15,6 +15,7 @@ from lory_router.errors import ApiError, ClientGone, Dialect, ReaderTooSlow, Tim
 from lory_router.exchange import Exchange
 from lory_router.gate import Gate
 from lory_router.observe import MetricsSink, Outcome
+from lory_router.registry import Registry
 from lory_router.settings import RouterSettings
 from lory_router.sse import shown_error
 from lory_router.text import TextModel
@@ -32,6 +33,7 @@ class Front:
     text: TextModel
     metrics: MetricsSink
     gate: Gate
+    registry: Registry
 
     def require_ready(self) -> EngineInfo:
         """What the engine is, if a request may come in now."""
@@ -39,6 +41,11 @@ class Front:
             wait = self.settings.retry_after_s
             raise Unavailable("draining", "The server is shutting down", wait)
         return validate.engine_info(self.engine.info)
+
+    def served_as(self, name: str) -> str:
+        """The adapter behind a name: what is counted is counted under it."""
+        target = self.registry.target(name) if name else None
+        return target.adapter_id if target else name
 
 
 Handler = Callable[[Front, Exchange, bytes], Coroutine[None, None, None]]

@@ -22,6 +22,8 @@ from lory_server.messages import (
     CancelReason,
     EngineInfo,
     Finished,
+    OrderDone,
+    OrderKind,
     PromptLogprobs,
     Sampling,
     Token,
@@ -47,6 +49,8 @@ class SequenceRequest:
     sampling: Sampling
     adapter_id: str = ""
     """Empty: the base."""
+    adapter_revision: str = ""
+    """Or its beginning; empty: the one on disk."""
     tenant: str = "default"
     room: BufferRoom = field(default_factory=BufferRoom, compare=False, repr=False)
     """Shared by the sequences of one request."""
@@ -64,6 +68,11 @@ class Unavailable(Exception):  # noqa: N818 - a state of the engine, told as it 
 
 class EngineStream(Protocol):
     """The events of one sequence, in order; see the module's contract."""
+
+    @property
+    def adapter_revision(self) -> str:
+        """Of the adapter it holds; known with the first token at the latest, empty for the base."""
+        ...
 
     def __aiter__(self) -> "EngineStream": ...
 
@@ -99,4 +108,11 @@ class EngineClient(Protocol):
 
     async def list_adapters(self) -> tuple[AdapterEntry, ...]:
         """All adapters that can be named. Raises `Unavailable` as `submit` does."""
+        ...
+
+    async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
+        """What came of an order about one adapter, a refusal included; see `AdapterOrder`.
+
+        Raises `Unavailable`, also when it takes too long; the engine goes on with it then.
+        """
         ...

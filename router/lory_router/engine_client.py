@@ -20,6 +20,7 @@ from lory_server.messages import (
     PROTOCOL_VERSION,
     AdapterEntry,
     AdapterList,
+    AdapterOrder,
     Cancel,
     CancelReason,
     Command,
@@ -29,6 +30,8 @@ from lory_server.messages import (
     Fatal,
     Finished,
     ListAdapters,
+    OrderDone,
+    OrderKind,
     StepEvents,
     StepReport,
     Submit,
@@ -40,6 +43,7 @@ EXIT_GRACE_S = 3.0
 """How long an engine that was hung up on may take to leave by itself."""
 DEATH_GRACE_S = 0.5
 """How long an engine whose socket closed may take to give its exit status."""
+ORDER_TIMEOUT_S = 120.0
 LAST_WORDS_S = 0.2
 """How long the socket of a dead engine is read on, for events it sent before."""
 SILENCE_MARGIN_S = 1.0
@@ -67,7 +71,8 @@ class _Life:
         self.child = child
         self.decoder = EventDecoder()
         self.streams: dict[int, SequenceStream] = {}
-        self.calls: dict[int, asyncio.Future[tuple[AdapterEntry, ...]]] = {}
+        self.calls: dict[int, asyncio.Future[Any]] = {}
+        """Those that wait for the event with their number."""
         self.loaded_at: float | None = None
         self.fatal: str | None = None
         self.num_heard = 0
@@ -147,6 +152,7 @@ class ChildEngine:
             prompt_ids=request.prompt_ids,
             sampling=request.sampling,
             adapter_id=request.adapter_id,
+            adapter_revision=request.adapter_revision,
             tenant=request.tenant,
         )
         life.send(command)
@@ -155,17 +161,16 @@ class ChildEngine:
         return stream
 
     async def list_adapters(self) -> tuple[AdapterEntry, ...]:
-        life = self._require_life()
-        number = next(self._numbers)
-        answer = asyncio.get_running_loop().create_future()
-        life.calls[number] = answer
-        life.send(ListAdapters(call_id=number))
-        try:
-            return await asyncio.wait_for(answer, LIST_TIMEOUT_S)
-        except TimeoutError:
-            raise Unavailable("down", "the engine did not list its adapters in time") from None
-        finally:
-            life.calls.pop(number, None)
+        life, command = self._require_life(), ListAdapters(call_id=next(self._numbers))
+        late = "the engine did not list its adapters in time"
+        answer: AdapterList = await _call(life, command, LIST_TIMEOUT_S, Unavailable("down", late))
+        return answer.adapters
+
+    async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
+        life, number = self._require_life(), next(self._numbers)
+        command = AdapterOrder(call_id=number, kind=kind, adapter_id=adapter_id, revision=revision)
+        late = "the adapter is still on its way; it waits for room, or for a slow disk"
+        return await _call(life, command, ORDER_TIMEOUT_S, Unavailable("loading", late))
 
     def _require_life(self) -> _Life:
         if self._is_draining:
@@ -251,10 +256,10 @@ class ChildEngine:
                 self._on_report(event.report)
             case EngineInfo():
                 self._take_info(life, event)
-            case AdapterList():
+            case AdapterList() | OrderDone():
                 answer = life.calls.pop(event.call_id, None)
                 if answer is not None and not answer.done():
-                    answer.set_result(event.adapters)
+                    answer.set_result(event)
             case Fatal():
                 life.fatal = event.message
 
@@ -278,6 +283,21 @@ class ChildEngine:
             await asyncio.sleep(tick_s)
             heard = life.num_heard != num_heard or not life.is_loaded
             quiet_s = 0.0 if heard else quiet_s + tick_s
+
+
+async def _call(
+    life: _Life, command: ListAdapters | AdapterOrder, timeout_s: float, late: Unavailable
+) -> Any:
+    """The event that answers a command."""
+    answer = asyncio.get_running_loop().create_future()
+    life.calls[command.call_id] = answer
+    life.send(command)
+    try:
+        return await asyncio.wait_for(answer, timeout_s)
+    except TimeoutError:
+        raise late from None
+    finally:
+        life.calls.pop(command.call_id, None)
 
 
 def _task(work: Coroutine[Any, Any, Any]) -> asyncio.Future[Any]:
@@ -306,6 +326,9 @@ async def _cancel(tasks: Mapping[asyncio.Future[Any], Any]) -> None:
 def _deliver(life: _Life, events: StepEvents) -> None:
     """Hand every event to its stream; those of streams that are over have nobody to go to."""
     streams = life.streams
+    for held in events.resolved:
+        if stream := streams.get(held.request_id):
+            stream.adapter_revision = held.adapter_revision
     for prompt in events.prompts:
         if stream := streams.get(prompt.request_id):
             stream.push_prompt(prompt)

@@ -4,7 +4,8 @@ ApiError
  |- BadJson 400               |- NotFound 404 (no such path)      |- Overloaded 429
  |- Unauthorized 401          |- MethodNotAllowed 405             |- GenerationFailed 424 / 500
  |- AdapterNotFound 404       |- BodyTimeout 408                  |- IncompleteGeneration 500
- |- BodyTooLarge 413          |- ReaderTooSlow 408                |- InternalError 500
+ |- RevisionNotFound 404      |- ReaderTooSlow 408                |- InternalError 500
+ |- BodyTooLarge 413          |- Conflict 409                     |- RegistryUnwritable 500
  |- WrongMediaType 415        |- Invalid 422 / 400                |- EngineUnavailable 503
  |- ClientGone 499                |- ContextTooLong               |- TooManyConnections 503
  |- BadHttp 400                   |- AdapterInvalid               |- TimedOut 504
@@ -110,6 +111,15 @@ class AdapterNotFound(ApiError):
         return told
 
 
+class RevisionNotFound(ApiError):
+    """The adapter may be there, but not as it was asked for."""
+
+    status = 404
+    error_type = "adapter_not_found"
+    openai_type = "invalid_request_error"
+    code = "revision_not_found"
+
+
 class MethodNotAllowed(ApiError):
     status = 405
     error_type = "method_not_allowed"
@@ -125,6 +135,14 @@ class BodyTimeout(ApiError):
 class ReaderTooSlow(ApiError):
     status = 408
     error_type = "reader_too_slow"
+    openai_type = "invalid_request_error"
+
+
+class Conflict(ApiError):
+    """What was asked does not go together with how things are."""
+
+    status = 409
+    error_type = "conflict"
     openai_type = "invalid_request_error"
 
 
@@ -186,6 +204,10 @@ class InternalError(ApiError):
     pass
 
 
+class RegistryUnwritable(ApiError):
+    error_type = "registry"
+
+
 class ClientGone(ApiError):
     """Nobody is left to read this; it only names the outcome."""
 
@@ -218,6 +240,8 @@ FAILURES: dict[str, type[ApiError]] = {
     "adapter_not_found": AdapterNotFound,
     "adapter_invalid": AdapterInvalid,
     "adapter_capacity": AdapterTooLarge,
+    "adapter_pinned": Conflict,
+    "revision_not_found": RevisionNotFound,
     "context_too_long": ContextTooLong,
     "bad_request": Invalid,
     "overloaded": Overloaded,
@@ -229,6 +253,7 @@ PARAMS = {
     "adapter_not_found": "model",
     "adapter_invalid": "model",
     "adapter_capacity": "model",
+    "revision_not_found": "model",
     "context_too_long": "max_tokens",
 }
 

@@ -138,11 +138,9 @@ class Exchange:
 
     async def start(self, status: int, content_type: str, headers: Headers) -> None:
         self.status = status
-        named = {
-            "content-type": content_type,
-            **self.extra_headers,
-            **headers,
-        }
+        named = {"content-type": content_type, **self.extra_headers, **headers}
+        if revision := self.adapter_revision:
+            named["x-adapter-revision"] = revision
         raw = [(name.encode(), value.encode("latin-1")) for name, value in named.items()]
         await self.send({"type": "http.response.start", "status": status, "headers": raw})
 
@@ -163,6 +161,12 @@ class Exchange:
             error.base_name = self.settings.model_names[0]
         headers = error_headers(error)
         await self.reply_json(error.body_for(self.dialect), error.status_for(self.dialect), headers)
+
+    @property
+    def adapter_revision(self) -> str:
+        """What the sequences hold, as far as it is known; of a replaced adapter maybe two."""
+        held = dict.fromkeys(sequence.adapter_revision for sequence in self.sequences)
+        return ", ".join(filter(None, held))
 
     @property
     def first_token_at(self) -> float | None:

@@ -97,7 +97,7 @@ async def _accept(
 ) -> tuple[LoraxJob, EngineInfo]:
     info = front.require_ready()
     job = await intake_lorax.accept(wish, stream, info, front.settings, front.text)
-    exchange.adapter_id = job.adapter_id
+    exchange.adapter_id = front.served_as(job.adapter_id)
     exchange.sequences_per_prompt = len(job.asks)
     exchange.ready_at = time.perf_counter()
     return job, info

@@ -39,11 +39,14 @@ ROUTES = frozenset(
         "/generate_stream",
         "/invocations",
         "/tokenize",
+        "/v1/adapters",
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/load_lora_adapter",
+        "/v1/unload_lora_adapter",
     )
 )
-"""Those that generate or tokenise; any other is counted as `other`."""
+"""Those that are counted; any other is `other`."""
 
 # The union of vLLM's edges and OpenTelemetry's GenAI ones, finer where a small base needs it.
 FIRST_TOKEN_EDGES = (
@@ -299,13 +302,19 @@ class Metrics(Collector):
             labels=("tier",),
         )
         sizes = GaugeMetricFamily("lory_adapter_bytes", "Bytes of adapters.", labels=("tier",))
+        pins = GaugeMetricFamily(
+            "lory_pinned_adapters", "Pinned adapters by where they are.", labels=("tier",)
+        )
         if report is not None:
             tiers.add_metric(("disk",), report.adapters_disk)
             tiers.add_metric(("host",), report.adapters_host)
             tiers.add_metric(("device",), report.adapters_device)
             sizes.add_metric(("host",), report.adapter_host_bytes)
             sizes.add_metric(("device",), report.adapter_device_bytes)
+            pins.add_metric(("host",), report.pins_host)
+            pins.add_metric(("device",), report.pins_device)
         yield tiers
+        yield pins
         yield sizes
         yield self._counter("lory_adapter_loads", "Adapters brought in.", "load", ("tier",))
         yield self._counter("lory_adapter_evictions", "Adapters put out.", "evict", ("tier",))

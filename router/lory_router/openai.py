@@ -73,7 +73,7 @@ def _context(front: Front) -> Context:
 
 
 async def _reply(front: Front, exchange: Exchange, job: OpenaiJob, dressing: Dressing) -> None:
-    exchange.adapter_id = job.adapter_id
+    exchange.adapter_id = front.served_as(job.adapter_id)
     exchange.sequences_per_prompt = len(job.asks[0])
     exchange.ready_at = time.perf_counter()
     headers = {"x-model-id": header_text(front.settings.model_names[0])}

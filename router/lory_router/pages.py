@@ -4,8 +4,8 @@ It must not know generation.
 """
 
 import asyncio
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
@@ -14,15 +14,13 @@ from starlette.responses import Response
 
 from lory_router import validate
 from lory_router.endpoint import Front
-from lory_router.engine import EngineClient
 from lory_router.errors import Unhealthy, adapter_not_found
 from lory_router.intake_openai import adapter_of, model_of
+from lory_router.listing import Entries, Listing
+from lory_router.registry import State
 from lory_server.messages import AdapterEntry
 
 VERSION = "0.1.0"
-
-LISTING_S = 1.0
-"""How old a list of adapters may be: making one reads the whole adapters folder."""
 
 Json = dict[str, object]
 
@@ -44,37 +42,23 @@ class AdapterCard(Card, frozen=True, kw_only=True):
     revision: str | None
 
 
-class _Listing:
-    """The engine's adapters as cards, asked for once a second however many callers ask."""
+@dataclass(frozen=True, slots=True)
+class _Rendered:
+    """A reply, and what it was made from."""
 
-    def __init__(
-        self, engine: EngineClient, render: Callable[[tuple[AdapterEntry, ...]], bytes]
-    ) -> None:
-        self._engine = engine
-        self._render = render
-        self._asking: asyncio.Future[tuple[tuple[AdapterEntry, ...], bytes]] | None = None
-        self._good_until = 0.0
-
-    async def read(self) -> tuple[tuple[AdapterEntry, ...], bytes]:
-        """The entries, and the reply that shows them."""
-        if self._asking is None or (self._asking.done() and time.monotonic() > self._good_until):
-            self._asking = asyncio.ensure_future(self._ask())
-        return await asyncio.shield(self._asking)
-
-    async def _ask(self) -> tuple[tuple[AdapterEntry, ...], bytes]:
-        entries = await self._engine.list_adapters()
-        body = await asyncio.to_thread(self._render, entries)
-        self._good_until = time.monotonic() + LISTING_S
-        return entries, body
+    entries: Entries
+    state: State | None
+    body: bytes
 
 
 class Pages:
     """Handlers of the GET routes."""
 
-    def __init__(self, front: Front, started_at: int) -> None:
+    def __init__(self, front: Front, listing: Listing, started_at: int) -> None:
         self._front = front
+        self._listing = listing
         self._started_at = started_at
-        self._listing = _Listing(front.engine, self._render_models)
+        self._rendered = _Rendered((), None, b"")
 
     async def health(self, request: Request) -> Response:
         """200 and nothing else while a request sent now would be taken."""
@@ -116,11 +100,14 @@ class Pages:
         return _json(facts)
 
     async def models(self, request: Request) -> Response:
-        """The base under each of its names, then every adapter."""
-        _, body = await self._listing.read()
-        return Response(body, media_type="application/json")
+        """The base under each of its names, then every adapter and what else it is called."""
+        entries, state = await self._listing.read(), self._front.registry.state
+        if self._rendered.entries is not entries or self._rendered.state is not state:
+            body = await asyncio.to_thread(self._render_models, _named(entries, state))
+            self._rendered = _Rendered(entries, state, body)
+        return Response(self._rendered.body, media_type="application/json")
 
-    def _render_models(self, entries: tuple[AdapterEntry, ...]) -> bytes:
+    def _render_models(self, entries: Sequence[AdapterEntry]) -> bytes:
         base = [self._base_card(name) for name in self._front.settings.model_names]
         cards = [*base, *(self._adapter_card(entry) for entry in entries)]
         return msgspec.json.encode({"object": "list", "data": cards}) + b"\n"
@@ -131,7 +118,7 @@ class Pages:
         if model_id in self._front.settings.model_names:
             return _json(self._base_card(model_id))
         adapter_id = adapter_of(model_id, self._front.settings)
-        entries, _ = await self._listing.read()
+        entries = _named(await self._listing.read(), self._front.registry.state)
         for entry in entries:
             if entry.adapter_id == adapter_id:
                 return _json(self._adapter_card(entry))
@@ -167,6 +154,23 @@ class Pages:
     def _max_model_len(self) -> int | None:
         info = self._front.engine.info
         return info.max_model_len if info else None
+
+
+def _named(entries: Entries, state: State) -> list[AdapterEntry]:
+    """The adapters that are served, and each again under its further names."""
+    served = {e.adapter_id: e for e in entries if e.adapter_id not in state.removed}
+    for name, target in state.names.items():
+        entry = served.get(target.adapter_id)
+        if entry is not None and name != target.adapter_id:
+            served[name] = _as_named(name, entry, target.revision)
+    return list(served.values())
+
+
+def _as_named(name: str, entry: AdapterEntry, revision: str) -> AdapterEntry:
+    if not revision or revision == entry.revision:
+        return msgspec.structs.replace(entry, adapter_id=name)
+    tier = next((one.tier for one in entry.revisions if one.revision == revision), "disk")
+    return msgspec.structs.replace(entry, adapter_id=name, revision=revision, tier=tier)
 
 
 def _json(value: object) -> Response:

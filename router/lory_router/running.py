@@ -35,6 +35,10 @@ class LiveSequence:
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
 
+    @property
+    def adapter_revision(self) -> str:
+        return self._stream.adapter_revision
+
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """The tokens as they come, in batches; returns after the terminal event.
 

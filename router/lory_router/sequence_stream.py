@@ -31,6 +31,7 @@ class SequenceStream:
         room: BufferRoom,
         send_cancel: Callable[[int, CancelReason], None],
     ) -> None:
+        self.adapter_revision = ""
         self._request_id = request_id
         self._num_prompt = num_prompt
         self._room = room

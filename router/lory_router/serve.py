@@ -28,8 +28,11 @@ from lory_router.engine_process import ENGINE_COMMAND
 from lory_router.intake_openai import model_of
 from lory_router.listener import listen, room_for_connections, url_of
 from lory_router.metrics import Metrics
+from lory_router.registry import Registry, RegistryError
 from lory_router.supervisor import GaveUp, RestartPolicy, Supervisor
 from lory_router.text import TextModel, load_text_model
+from lory_router.values import comma_list
+from lory_router.warmup import WarmUp
 from lory_server.messages import EngineInfo
 
 log = logging.getLogger("lory")
@@ -51,9 +54,22 @@ class _Parts:
 
     engine: ChildEngine
     supervisor: Supervisor
+    warm_up: WarmUp
     server: HttpServer
     listener: socket.socket
     url: str
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """What there is before anything runs."""
+
+    config: ServeConfig
+    listener: socket.socket
+    text: TextModel
+    registry: Registry
+    engine_command: tuple[str, ...]
+    policy: RestartPolicy | None
 
 
 def run(
@@ -73,26 +89,22 @@ def run(
         log.info("loading %s, device %s", config.model.model, config.model.device)
         if not config.metrics.price_per_hour:
             log.info("no --price-per-hour: /metrics tells no costs")
-        return asyncio.run(_serve(config, listener, text, after_ready, engine_command, policy))
+        with contextlib.closing(_open_registry(config)) as registry:
+            launch = _Launch(config, listener, text, registry, engine_command, policy)
+            return asyncio.run(_serve(launch, after_ready))
 
 
-async def _serve(
-    config: ServeConfig,
-    listener: socket.socket,
-    text: TextModel,
-    after_ready: AfterReady | None,
-    engine_command: tuple[str, ...],
-    policy: RestartPolicy | None,
-) -> int:
-    parts = _build(config, listener, text, engine_command, policy)
+async def _serve(launch: _Launch, after_ready: AfterReady | None) -> int:
+    config, parts = launch.config, _build(launch)
     stopping = _Signals(parts)
-    serving = asyncio.ensure_future(parts.server.serve(sockets=[listener]))
+    serving = asyncio.ensure_future(parts.server.serve(sockets=[parts.listener]))
     keeping = asyncio.ensure_future(parts.supervisor.run())
     visiting = asyncio.ensure_future(_visit(config, parts, after_ready))
     asked = asyncio.ensure_future(stopping.wait())
     with stopping.installed():
         await asyncio.wait({serving, keeping, visiting, asked}, return_when=asyncio.FIRST_COMPLETED)
         visiting.cancel()
+        parts.warm_up.stop()
         code = await _shut_down(config, parts, keeping, serving)
     asked.cancel()
     visited = (await asyncio.gather(visiting, return_exceptions=True))[0]
@@ -101,13 +113,8 @@ async def _serve(
     return code or (visited if isinstance(visited, int) else 0)
 
 
-def _build(
-    config: ServeConfig,
-    listener: socket.socket,
-    text: TextModel,
-    engine_command: tuple[str, ...],
-    policy: RestartPolicy | None,
-) -> _Parts:
+def _build(launch: _Launch) -> _Parts:
+    config = launch.config
     settings = config.router_settings()
     metrics = Metrics(
         model=settings.model_names[0],
@@ -115,11 +122,12 @@ def _build(
         max_adapter_labels=config.metrics.metrics_adapter_labels,
         name_of=partial(model_of, settings=settings),
     )
-    url = url_of(listener)
+    url = url_of(launch.listener)
 
     def on_info(info: EngineInfo) -> None:
         metrics.engine_up(info)
         _announce(info, url)
+        warm_up.begin()
 
     engine = ChildEngine(
         config.engine_options(),
@@ -127,17 +135,22 @@ def _build(
         on_info=on_info,
         on_report=metrics.engine_report,
         step_timeout_s=config.step.step_timeout,
-        command=engine_command,
+        command=launch.engine_command,
     )
-    app = create_app(engine, settings, text, metrics)
+    warm_up = WarmUp(engine, launch.registry, comma_list(config.model.warm_up))
+    app = create_app(
+        engine, settings, launch.text, metrics, launch.registry, is_warm=warm_up.is_done
+    )
     server = http_server(app, room_for_connections(config.http.max_connections))
-    return _Parts(engine, Supervisor(engine, metrics, policy), server, listener, url)
+    supervisor = Supervisor(engine, metrics, launch.policy)
+    return _Parts(engine, supervisor, warm_up, server, launch.listener, url)
 
 
 async def _visit(config: ServeConfig, parts: _Parts, after_ready: AfterReady | None) -> int | None:
     """Wait until requests are answered, then let the caller of `run` have its turn."""
     while not (parts.engine.is_ready() and parts.server.started):
         await asyncio.sleep(0.02)
+    await parts.warm_up.check()
     with contextlib.suppress(Unavailable):
         entries = await parts.engine.list_adapters()
         _announce_adapters(config, [entry.adapter_id for entry in entries])
@@ -232,6 +245,16 @@ def _load_text(config: ServeConfig) -> TextModel:
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())
         raise StartError(f"--model {model}: its tokenizer cannot be read: {line}") from error
+
+
+def _open_registry(config: ServeConfig) -> Registry:
+    path = config.model.registry
+    if config.model.adapters and not path:
+        log.info("no --registry: aliases, pins and removed adapters are forgotten at the end")
+    try:
+        return Registry(path)
+    except RegistryError as error:
+        raise StartError(f"--registry {error}") from error
 
 
 def _announce_adapters(config: ServeConfig, names: Sequence[str]) -> None:

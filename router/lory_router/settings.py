@@ -12,6 +12,8 @@ class RouterSettings:
 
     model_names: tuple[str, ...]
     """Names the base answers to; the first is the one in replies."""
+    adapters_dir: str = ""
+    """The adapters folder, as it was given; only compared with, never opened."""
     api_keys: tuple[str, ...] = ()
     """Accepted bearer keys; empty: no authentication."""
     max_concurrent_requests: int = 256

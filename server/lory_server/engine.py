@@ -7,15 +7,20 @@ A request's life here: accepted -> its adapter resolved (off the step) -> queued
 exactly one Finished. This module must not know sockets, tensors, tokenizers or HTTP.
 """
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import msgspec
+
 from lory_server.accounting import CostModel, Share, charge
 from lory_server.adapters.cache import AdapterCache, Listed, Resolved
+from lory_server.adapters.orders import Orders
 from lory_server.messages import (
+    AdapterEntry,
     AdapterList,
+    AdapterOrder,
     Cancel,
     CancelReason,
     Charge,
@@ -24,7 +29,9 @@ from lory_server.messages import (
     Finished,
     FinishReason,
     ListAdapters,
+    OrderDone,
     PromptLogprobs,
+    Resolution,
     StepEvents,
     StepReport,
     Submit,
@@ -36,6 +43,8 @@ from lory_server.scheduler import Committed, Scheduler
 from lory_server.sequence import Sequence
 
 BASE_WEIGHTS = "base"
+Holders = Counter[tuple[str, str]]
+NO_ADAPTERS = "this server serves the base alone; start it with --adapters"
 
 
 class StepRunner(Protocol):
@@ -80,6 +89,7 @@ class _InFlight:
 class _Outbox:
     """What one turn of the loop has to say."""
 
+    resolved: list[Resolution] = field(default_factory=list)
     prompts: list[PromptLogprobs] = field(default_factory=list)
     tokens: list[Token] = field(default_factory=list)
     finished: list[Finished] = field(default_factory=list)
@@ -108,6 +118,7 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._adapters = adapters
+        self._orders = Orders(adapters)
         self._cost_model = cost_model
         self._limits = limits
         self._clock = clock
@@ -115,7 +126,7 @@ class Engine:
         self._resolving: dict[int, _Request] = {}
         self._in_flight: deque[_InFlight] = deque()
         self._outbox = _Outbox()
-        self._lists: list[AdapterList] = []
+        self._answers: list[AdapterList | OrderDone] = []
         self._steps = 0
         self._progressed = False
         self._last_commit = clock()
@@ -132,7 +143,7 @@ class Engine:
         self._requests[command.request_id] = request
         if command.adapter_id:
             self._resolving[command.request_id] = request
-            self._adapters.resolve(command.request_id, command.adapter_id)
+            self._adapters.resolve(command.request_id, command.adapter_id, command.adapter_revision)
         else:
             self._enqueue(request, revision="", adapter_bytes=0)
 
@@ -152,9 +163,16 @@ class Engine:
 
     def list_adapters(self, command: ListAdapters) -> None:
         if not self._limits.serves_adapters:
-            self._lists.append(AdapterList(call_id=command.call_id, adapters=()))
+            self._answers.append(AdapterList(call_id=command.call_id, adapters=()))
             return
         self._adapters.request_list(command.call_id)
+
+    def obey(self, order: AdapterOrder) -> None:
+        if self._limits.serves_adapters:
+            self._orders.take(order)
+        else:
+            failure = _failure("adapter_not_found", NO_ADAPTERS)
+            self._answers.append(OrderDone(call_id=order.call_id, entry=None, failure=failure))
 
     def close(self) -> None:
         """Stops the loader threads."""
@@ -179,8 +197,10 @@ class Engine:
     def step(self) -> None:
         """One turn of the loop; what it has to say is fetched with `events`."""
         self._take_resolved()
-        plan, demand = self._scheduler.plan(self._adapters.residency())
-        self._adapters.demand(demand)
+        residency = self._adapters.residency()
+        self._orders.settle()
+        plan, demand = self._scheduler.plan(residency)
+        self._adapters.demand(self._orders.added_to(demand))
         if plan.rows:
             self._submit_plan(plan)
         self._progressed = bool(self._in_flight)
@@ -195,14 +215,23 @@ class Engine:
             outbox.idle_seconds += self._elapsed()
         return StepEvents(
             report=self._report(outbox),
+            resolved=tuple(outbox.resolved),
             prompts=tuple(outbox.prompts),
             tokens=tuple(outbox.tokens),
             finished=tuple(outbox.finished),
         )
 
-    def adapter_lists(self) -> list[AdapterList]:
-        lists, self._lists = self._lists, []
-        return lists
+    def adapter_answers(self) -> list[AdapterList | OrderDone]:
+        """To lists and orders since the last call."""
+        answers, self._answers = [*self._answers, *self._orders.drain()], []
+        holders = self._holders() if answers else Holders()
+        return [_with_requests(answer, holders) for answer in answers]
+
+    def _holders(self) -> Holders:
+        """How many requests of each name hold each of its revisions, or none yet."""
+        requests = self._requests.values()
+        named = [(r.command.adapter_id, r.sequence) for r in requests if r.command.adapter_id]
+        return Counter((name, sequence.revision if sequence else "") for name, sequence in named)
 
     @property
     def has_events(self) -> bool:
@@ -265,9 +294,7 @@ class Engine:
         if len(self._requests) >= limits.max_queued:
             return _failure("overloaded", f"the queue of {limits.max_queued} requests is full")
         if command.adapter_id and not limits.serves_adapters:
-            return _failure(
-                "adapter_not_found", "this server serves the base alone; start it with --adapters"
-            )
+            return _failure("adapter_not_found", NO_ADAPTERS)
         if not command.prompt_ids:
             return _failure("bad_request", "the prompt has no tokens")
         if max(command.prompt_ids) >= limits.vocab_size or min(command.prompt_ids) < 0:
@@ -286,11 +313,17 @@ class Engine:
     def _take_resolved(self) -> None:
         for outcome in self._adapters.poll():
             if isinstance(outcome, Listed):
-                self._lists.append(AdapterList(call_id=outcome.call_id, adapters=outcome.adapters))
+                listed = AdapterList(call_id=outcome.call_id, adapters=outcome.adapters)
+                self._answers.append(listed)
+                continue
+            if self._orders.owns(outcome.ticket):
+                self._orders.take_outcome(outcome)
                 continue
             request = self._resolving.pop(outcome.ticket)
             if isinstance(outcome, Resolved):
+                self._orders.follow(outcome)
                 request.resolved = self._clock()
+                self._outbox.resolved.append(Resolution(outcome.ticket, outcome.revision))
                 self._enqueue(request, outcome.revision, outcome.num_bytes)
             else:
                 self._end(request, "error", _failure(outcome.code, outcome.message))
@@ -400,6 +433,8 @@ class Engine:
             adapters_device=counts.device,
             adapter_host_bytes=counts.host_bytes,
             adapter_device_bytes=counts.device_bytes,
+            pins_host=counts.pins_host,
+            pins_device=counts.pins_device,
             charges=tuple(outbox.charges),
             moves=tuple(self._adapters.drain_moves()),
         )
@@ -407,6 +442,29 @@ class Engine:
 
 def _failure(code: FailureCode, message: str) -> Failure:
     return Failure(code=code, message=message)
+
+
+def _with_requests(answer: AdapterList | OrderDone, holders: Holders) -> AdapterList | OrderDone:
+    """Adapters, with how many requests hold them."""
+    if isinstance(answer, OrderDone):
+        entry = answer.entry and _entry_with_requests(answer.entry, holders)
+        return msgspec.structs.replace(answer, entry=entry)
+    names = {name for name, _ in holders}
+    entries = [
+        _entry_with_requests(entry, holders) if entry.adapter_id in names else entry
+        for entry in answer.adapters
+    ]
+    return msgspec.structs.replace(answer, adapters=tuple(entries))
+
+
+def _entry_with_requests(entry: AdapterEntry, holders: Holders) -> AdapterEntry:
+    revisions = tuple(
+        msgspec.structs.replace(one, num_requests=holders[entry.adapter_id, one.revision])
+        for one in entry.revisions
+    )
+    num_resolving = holders[entry.adapter_id, ""]
+    num_requests = num_resolving + sum(one.num_requests for one in revisions)
+    return msgspec.structs.replace(entry, revisions=revisions, num_requests=num_requests)
 
 
 def _numerical_failure(committed: Committed) -> Failure | None:

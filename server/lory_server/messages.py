@@ -10,7 +10,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 
 DeviceName = Literal["auto", "cpu", "cuda"]
@@ -20,12 +20,15 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 FinishReason = Literal["length", "eos", "stop_token", "cancelled", "timeout", "error"]
 CancelReason = Literal["cancelled", "timeout"]
+OrderKind = Literal["find", "load", "unload", "pin", "unpin", "drop"]
 
 # Why a request failed. The router maps each code to an HTTP status (lory_router.errors).
 FailureCode = Literal[
     "adapter_not_found",  # no such adapter, or not readable by the caller
     "adapter_invalid",  # damaged, misshapen, unsupported, or made for another base
-    "adapter_capacity",  # larger than the whole adapter pool
+    "adapter_capacity",  # larger than the whole adapter pool, or than what pins leave of it
+    "adapter_pinned",  # it is pinned, and what was asked would put it out
+    "revision_not_found",  # the adapter is there, but not in that revision
     "context_too_long",  # prompt + max_new_tokens exceed the context or the KV pool
     "bad_request",  # token ids out of range and the like, found by the engine
     "overloaded",  # the engine's queue is full
@@ -121,6 +124,8 @@ class Submit(Message, frozen=True):
     sampling: Sampling
     adapter_id: str = ""
     """Empty: the base."""
+    adapter_revision: str = ""
+    """A revision or its beginning, on disk or still in memory; empty: the one on disk now."""
     tenant: str = "default"
 
 
@@ -137,7 +142,24 @@ class ListAdapters(Message, frozen=True):
     call_id: int
 
 
-Command = EngineOptions | Submit | Cancel | ListAdapters
+class AdapterOrder(Message, frozen=True):
+    """What an operator wants with one adapter. Answered by `OrderDone` with the same `call_id`.
+
+    find    read it, and tell what it is
+    load    bring it to the device
+    unload  let it go from device and host, once the last request that holds it has ended
+    pin     load it, and keep it on device and host until `unpin`
+    drop    unpin and unload all its revisions
+    """
+
+    call_id: int
+    kind: OrderKind
+    adapter_id: str
+    revision: str = ""
+    """As in `Submit`. A pin without one follows the adapter when it is replaced."""
+
+
+Command = EngineOptions | Submit | Cancel | ListAdapters | AdapterOrder
 
 # -- events: engine -> router ---------------------------------------------------------------
 
@@ -192,6 +214,13 @@ class Token(msgspec.Struct, frozen=True, array_like=True):
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """Most likely (token id, log-probability) pairs, best first, if asked for."""
+
+
+class Resolution(msgspec.Struct, frozen=True, array_like=True):
+    """Which revision a request holds; told before its first token."""
+
+    request_id: int
+    adapter_revision: str
 
 
 class PromptLogprobs(msgspec.Struct, frozen=True, kw_only=True):
@@ -263,6 +292,9 @@ class StepReport(msgspec.Struct, frozen=True, kw_only=True):
     adapters_device: int
     adapter_host_bytes: int
     adapter_device_bytes: int
+    pins_host: int = 0
+    """Pinned revisions, all of which are on the host."""
+    pins_device: int = 0
     charges: tuple[Charge, ...] = ()
     moves: tuple[AdapterMove, ...] = ()
 
@@ -271,21 +303,65 @@ class StepEvents(Message, frozen=True):
     """All that one turn of the engine's loop has to say. Also sent, empty, as a heartbeat."""
 
     report: StepReport
+    resolved: tuple[Resolution, ...] = ()
     prompts: tuple[PromptLogprobs, ...] = ()
     tokens: tuple[Token, ...] = ()
     finished: tuple[Finished, ...] = ()
 
 
+class Matched(msgspec.Struct, frozen=True, array_like=True):
+    """The modules of one name, over all layers, that an adapter changes."""
+
+    module: str
+    """The last part of its name, such as `q_proj`."""
+    count: int
+    ranks: tuple[int, ...]
+    """Those that occur, in order."""
+
+
+class RevisionEntry(msgspec.Struct, frozen=True, kw_only=True):
+    """A revision that is in memory."""
+
+    revision: str
+    tier: Literal["host", "device"]
+    matched: tuple[Matched, ...]
+    file_bytes: int
+    """Of the weights file."""
+    host_bytes: int
+    device_bytes: int
+    is_pinned: bool
+    num_requests: int = 0
+    """Waiting or running, under the adapter's name."""
+
+
 class AdapterEntry(msgspec.Struct, frozen=True, kw_only=True):
     adapter_id: str
     tier: Literal["disk", "host", "device"]
+    """Of its latest revision."""
     revision: str = ""
-    """Known once the adapter has been loaded."""
+    """The latest one, known once it has been loaded."""
+    revisions: tuple[RevisionEntry, ...] = ()
+    """All that are in memory, oldest first."""
+    num_requests: int = 0
+    """Those that still look for its bytes included."""
+    idle_seconds: float | None = None
+    """Since it was last asked for; None: never."""
+    refusal: str = ""
+    """Why the last attempt to load it failed; empty after one that did not."""
 
 
 class AdapterList(Message, frozen=True):
     call_id: int
     adapters: tuple[AdapterEntry, ...]
+
+
+class OrderDone(Message, frozen=True):
+    call_id: int
+    entry: AdapterEntry | None
+    """The adapter afterwards; None: it could not be done."""
+    revision: str = ""
+    """Which one it was done to."""
+    failure: Failure | None = None
 
 
 class Fatal(Message, frozen=True):
@@ -294,4 +370,4 @@ class Fatal(Message, frozen=True):
     message: str
 
 
-Event = EngineInfo | StepEvents | AdapterList | Fatal
+Event = EngineInfo | StepEvents | AdapterList | OrderDone | Fatal

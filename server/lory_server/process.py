@@ -20,7 +20,15 @@ from lory_server.build import EngineError, build
 from lory_server.channel import Channel
 from lory_server.engine import Engine
 from lory_server.lifeline import die_with_parent
-from lory_server.messages import Cancel, Command, EngineOptions, Fatal, ListAdapters, Submit
+from lory_server.messages import (
+    AdapterOrder,
+    Cancel,
+    Command,
+    EngineOptions,
+    Fatal,
+    ListAdapters,
+    Submit,
+)
 
 HEARTBEAT_S = 0.5
 GIL_SWITCH_S = 0.0002
@@ -81,8 +89,8 @@ def serve(engine: Engine, channel: Channel, wake: threading.Event) -> None:
         if engine.has_events or now - last_report >= HEARTBEAT_S:
             channel.send(engine.events())
             last_report = now
-        for adapters in engine.adapter_lists():
-            channel.send(adapters)
+        for answer in engine.adapter_answers():
+            channel.send(answer)
         if not engine.can_step:
             wake.wait(HEARTBEAT_S)
 
@@ -95,6 +103,8 @@ def _obey(engine: Engine, command: Command) -> None:
             engine.cancel(command)
         case ListAdapters():
             engine.list_adapters(command)
+        case AdapterOrder():
+            engine.obey(command)
         case EngineOptions():
             raise ValueError("options come first and once")
         case _:

@@ -1,11 +1,13 @@
 """Client of Lory, the multi-adapter LoRA inference server. What users import, and nothing else."""
 
+from .adapters import Adapters, AsyncAdapters
 from .async_client import AsyncChatStream, AsyncClient, AsyncGenerationStream
 from .client import ChatStream, Client, GenerationStream
 from .errors import (
     AdapterNotFoundError,
     AuthenticationError,
     BadRequestError,
+    ConflictError,
     ConnectionFailedError,
     GenerationError,
     IncompleteStreamError,
@@ -23,6 +25,8 @@ from .errors import (
     ValidationError,
 )
 from .types import (
+    Adapter,
+    AdapterRevision,
     Candidate,
     ChatChoice,
     ChatCompletion,
@@ -31,6 +35,7 @@ from .types import (
     ChatParameters,
     GenerateParameters,
     Generation,
+    MatchedModules,
     Model,
     PromptToken,
     ServerInfo,
@@ -41,7 +46,11 @@ from .types import (
 )
 
 __all__ = [
+    "Adapter",
     "AdapterNotFoundError",
+    "AdapterRevision",
+    "Adapters",
+    "AsyncAdapters",
     "AsyncChatStream",
     "AsyncClient",
     "AsyncGenerationStream",
@@ -55,6 +64,7 @@ __all__ = [
     "ChatParameters",
     "ChatStream",
     "Client",
+    "ConflictError",
     "ConnectionFailedError",
     "GenerateParameters",
     "Generation",
@@ -62,6 +72,7 @@ __all__ = [
     "GenerationStream",
     "IncompleteStreamError",
     "LoryError",
+    "MatchedModules",
     "Model",
     "NotFoundError",
     "OverloadedError",

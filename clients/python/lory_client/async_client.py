@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import httpx
 
 from . import replies, wire
+from .adapters import AsyncAdapters
 from .errors import LoryError, UnavailableError
 from .retry import RetryPolicy
 from .streams import StreamReader
@@ -125,6 +126,8 @@ class AsyncClient:
             timeout=endpoint.timeout,
             transport=transport,
         )
+        self.adapters = AsyncAdapters(self._send)
+        """What is served and kept in memory, for operators."""
 
     # -- generation --
 

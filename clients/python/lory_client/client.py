@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import httpx
 
 from . import replies, wire
+from .adapters import Adapters
 from .errors import LoryError, UnavailableError
 from .retry import RetryPolicy
 from .streams import StreamReader
@@ -124,6 +125,8 @@ class Client:
             timeout=endpoint.timeout,
             transport=transport,
         )
+        self.adapters = Adapters(self._send)
+        """What is served and kept in memory, for operators."""
 
     # -- generation --
 

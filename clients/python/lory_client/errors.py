@@ -10,7 +10,8 @@
         |-- AuthenticationError      401  no API key, or a wrong one
         |-- PermissionDeniedError    403
         |-- NotFoundError            404
-        |   `-- AdapterNotFoundError 404  no such adapter, or not for this caller
+        |   `-- AdapterNotFoundError 404  no such adapter or revision, or not for this caller
+        |-- ConflictError            409  not as things are: such as unloading what is pinned
         |-- PayloadTooLargeError     413
         |-- ValidationError          422  a parameter out of its range
         |-- GenerationError          424  accepted, then failed (500 on the chat routes)
@@ -100,6 +101,10 @@ class AdapterNotFoundError(NotFoundError):
     """404: no adapter of that name, or none that this caller may use."""
 
 
+class ConflictError(StatusError):
+    """409: what was asked does not go together with how things are; the message says what does."""
+
+
 class PayloadTooLargeError(StatusError):
     """413: the request's body is over the server's limit."""
 
@@ -133,6 +138,7 @@ _BY_STATUS: dict[int, type[StatusError]] = {
     401: AuthenticationError,
     403: PermissionDeniedError,
     404: NotFoundError,
+    409: ConflictError,
     413: PayloadTooLargeError,
     422: ValidationError,
     424: GenerationError,
@@ -141,7 +147,7 @@ _BY_STATUS: dict[int, type[StatusError]] = {
     504: RequestTimeoutError,
 }
 
-_ADAPTER_CODES = frozenset({"adapter_not_found", "model_not_found"})
+_ADAPTER_CODES = frozenset({"adapter_not_found", "model_not_found", "revision_not_found"})
 
 
 def class_for(status: int, code: str | None) -> type[StatusError]:

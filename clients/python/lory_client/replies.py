@@ -41,12 +41,15 @@ _STATUS_OF_CODE = {
     "adapter_capacity": 400,
     "adapter_not_found": 404,
     "model_not_found": 404,
+    "revision_not_found": 404,
     "reader_too_slow": 408,
+    "conflict": 409,
     "validation": 422,
     "generation": 424,
     "overloaded": 429,
     "incomplete_generation": 500,
     "internal": 500,
+    "registry": 500,
     "healthcheck": 503,
     "unavailable": 503,
     "too_many_connections": 503,
@@ -68,6 +71,10 @@ class Head:
     @property
     def adapter_id(self) -> str | None:
         return self.headers.get("x-adapter-id") or None
+
+    @property
+    def adapter_revision(self) -> str | None:
+        return self.headers.get("x-adapter-revision") or None
 
 
 # -- errors ---------------------------------------------------------------------------------
@@ -139,7 +146,12 @@ def generation(head: Head, body: bytes) -> Generation:
     reply = Fields(parse_json(body, "the reply"), "reply")
     text = reply.text("generated_text")
     if not reply.has("details"):
-        return Generation(text, adapter_id=head.adapter_id, request_id=head.request_id)
+        return Generation(
+            text,
+            adapter_id=head.adapter_id,
+            request_id=head.request_id,
+            adapter_revision=head.adapter_revision,
+        )
     details = reply.object("details")
     return Generation(
         text=text,
@@ -150,6 +162,7 @@ def generation(head: Head, body: bytes) -> Generation:
         seed=details.integer_or_none("seed"),
         adapter_id=head.adapter_id,
         request_id=head.request_id,
+        adapter_revision=head.adapter_revision,
         other_candidates=tuple(_candidate(c) for c in details.objects("best_of_sequences")),
     )
 

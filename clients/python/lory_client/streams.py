@@ -117,6 +117,7 @@ class GenerationAssembler:
             usage=replies.native_usage(details) if details else None,
             seed=details.integer_or_none("seed") if details else None,
             adapter_id=self._head.adapter_id,
+            adapter_revision=self._head.adapter_revision,
             request_id=self._head.request_id,
         )
 

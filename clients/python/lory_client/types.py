@@ -124,6 +124,8 @@ class Generation:
     adapter_id: str | None = None
     request_id: str | None = None
     other_candidates: tuple[Candidate, ...] = ()
+    adapter_revision: str | None = None
+    """A digest of the bytes that gave the answer."""
 
 
 @dataclass(frozen=True)
@@ -183,6 +185,55 @@ class Model:
     id: str
     parent: str | None = None
     root: str | None = None
+
+
+@dataclass(frozen=True)
+class MatchedModules:
+    """The modules of one name, over all layers, that an adapter changes."""
+
+    modules: int
+    ranks: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class AdapterRevision:
+    """A revision that is in the server's memory."""
+
+    revision: str
+    state: str
+    """`host` or `device`."""
+    matched: Mapping[str, MatchedModules]
+    host_bytes: int
+    device_bytes: int
+    requests: int
+    pinned: bool
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter, as the server knows it."""
+
+    id: str
+    state: str
+    """`disk`, `host`, `device`, or `refused`."""
+    revision: str | None
+    """A digest of its bytes, known once it has been read."""
+    matched: Mapping[str, MatchedModules]
+    """What it changes; empty while it is not in memory."""
+    disk_bytes: int | None
+    host_bytes: int
+    device_bytes: int
+    requests: int
+    """Waiting or running now."""
+    last_used: float | None
+    """In seconds since 1970."""
+    pinned: bool
+    names: Mapping[str, str | None]
+    """Aliases and further names, each with its revision; None: it follows the adapter."""
+    revisions: tuple[AdapterRevision, ...]
+    """Those in memory, oldest first: one that was replaced stays while requests use it."""
+    refused: str | None
+    """Why it could not be loaded."""
 
 
 @dataclass(frozen=True)

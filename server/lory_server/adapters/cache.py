@@ -10,7 +10,6 @@ not know requests, plans' rows or HTTP.
 """
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -18,7 +17,11 @@ from queue import Empty, SimpleQueue
 import torch
 
 from lory_server.adapters.device import DeviceTier
-from lory_server.adapters.errors import AdapterError
+from lory_server.adapters.errors import (
+    AdapterCapacityError,
+    AdapterError,
+    RevisionNotFoundError,
+)
 from lory_server.adapters.format import Base
 from lory_server.adapters.host import HostBudget, HostTier
 from lory_server.adapters.jobs import (
@@ -35,6 +38,8 @@ from lory_server.adapters.jobs import (
     SurveyJob,
 )
 from lory_server.adapters.journal import Journal
+from lory_server.adapters.known import KnownNames
+from lory_server.adapters.pins import Pins
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import Reader, ThreadReader
 from lory_server.adapters.store import AdapterStore
@@ -45,8 +50,8 @@ from lory_server.plan import AdapterDemand, Residency
 NUM_LOADERS = 2
 REFUSAL_MEMORY_S = 2.0
 MAX_REFUSALS = 1024
-MAX_NAMES = 65_536
-"""Names whose last revision is remembered, for lists and for the line that tells a replacement."""
+NAMED_HERE = ("adapter_capacity", "revision_not_found")
+"""Failures whose message begins with the adapter's name here, and not where it is passed on."""
 
 COUNT_INTERVAL_S = 10.0
 JOIN_TIMEOUT_S = 5.0
@@ -59,6 +64,8 @@ class Resolved:
     ticket: int
     adapter_id: str
     revision: str
+    is_latest: bool
+    """Whether it is what the name stands for on disk; else it was asked for by its digest."""
     num_bytes: int
     """What it takes in the device's pool."""
     max_rank: int
@@ -91,12 +98,23 @@ class AdapterCounts:
     device: int
     host_bytes: int
     device_bytes: int
+    pins_host: int
+    pins_device: int
 
 
 @dataclass(slots=True, eq=False)
 class _Ticket:
     adapter_id: str
+    revision: str
     asked_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class _InMemory:
+    """A ticket for a revision that was on the host when it was asked for."""
+
+    ticket: int
+    revision: str
 
 
 @dataclass(slots=True, eq=False)
@@ -140,6 +158,8 @@ class AdapterCache:
         self.host = HostTier(self.budget)
         self._journal = Journal()
         self.device = DeviceTier(pool, self.host, self._journal, on_ready)
+        self.pins = Pins(self.host, self.device)
+        self.known = KnownNames(self.host, self.device, self.pins, self._journal)
         self._locators = Workers("lory-adapter-locate", 1, self._outcomes, on_ready)
         self._loaders = Workers("lory-adapter-load", num_loaders, self._outcomes, on_ready)
         self._tickets: dict[int, _Ticket] = {}
@@ -147,7 +167,6 @@ class AdapterCache:
         self._waiting_for_room: list[NeedsRoom] = []
         self._num_loads = 0
         self._refusals: dict[LoadKey, _Refusal] = {}
-        self._latest: OrderedDict[str, str] = OrderedDict()
         self._calls: list[int] = []
         self._is_walking = False
         self._num_on_disk = 0
@@ -156,11 +175,16 @@ class AdapterCache:
 
     # -- requests ---------------------------------------------------------------------------
 
-    def resolve(self, ticket: int, adapter_id: str) -> None:
-        """Ask for an adapter as it is on disk now; `poll` answers."""
+    def resolve(self, ticket: int, adapter_id: str, revision: str = "") -> None:
+        """Ask for an adapter as it is on disk now, or for a revision of it, on disk or still in
+        memory; `poll` answers."""
         assert ticket not in self._tickets, f"ticket {ticket} is in use"
-        self._tickets[ticket] = _Ticket(adapter_id, time.monotonic())
-        self._locators.submit(LocateJob(self._store, ticket, adapter_id))
+        self._tickets[ticket] = _Ticket(adapter_id, revision, time.monotonic())
+        found = self.host.find(adapter_id, revision) if revision else None
+        if found is not None:
+            self._outcomes.put(_InMemory(ticket, found))
+        else:
+            self._locators.submit(LocateJob(self._store, ticket, adapter_id))
 
     def cancel(self, ticket: int) -> None:
         """Forget a ticket that `poll` has not answered; without effect on others."""
@@ -183,15 +207,24 @@ class AdapterCache:
         self.host.release(revision)
 
     def pin(self, revision: str) -> None:
-        """Keep a revision that is on the host there, and on the device once it is resident."""
-        self.host.hold(revision)
-        self.device.pinned[revision] = self.device.pinned.get(revision, 0) + 1
+        """Keep a revision that is on the host there, and on the device once it is resident.
+
+        Raises AdapterCapacityError where nothing would be left for others.
+        """
+        self.pins.add(revision, max((w.num_bytes for w in self._waiting_for_room), default=0))
 
     def unpin(self, revision: str) -> None:
-        self.device.pinned[revision] -= 1
-        if not self.device.pinned[revision]:
-            del self.device.pinned[revision]
-        self.host.release(revision)
+        self.pins.remove(revision)
+
+    def let_go(self, revision: str) -> bool:
+        """Evict a revision from device and host, unless somebody holds it; whether it is gone."""
+        if revision in self.host and not self.host.entry(revision).holds:
+            self.device.drop(revision)
+            entry = self.host.drop(revision)
+            assert entry is not None
+            blob = entry.blob
+            self._journal.evicted("host", entry.adapter_id, revision, blob.num_bytes, 0.0)
+        return revision not in self.host
 
     # -- the device -------------------------------------------------------------------------
 
@@ -212,6 +245,8 @@ class AdapterCache:
             device=len(self.device),
             host_bytes=self.budget.used_bytes,
             device_bytes=self.device.pool.used_bytes,
+            pins_host=len(self.device.pinned),
+            pins_device=sum(revision in self.device for revision in self.device.pinned),
         )
 
     def drain_moves(self) -> list[AdapterMove]:
@@ -242,6 +277,8 @@ class AdapterCache:
     def _handle(self, outcome: object) -> Iterator[Outcome]:
         if isinstance(outcome, Located):
             yield from self._on_located(outcome)
+        elif isinstance(outcome, _InMemory):
+            yield from self._on_found(outcome)
         elif isinstance(outcome, Loaded):
             yield from self._on_loaded(outcome)
         elif isinstance(outcome, NeedsRoom):
@@ -256,12 +293,21 @@ class AdapterCache:
             assert isinstance(outcome, JobFailed)
             yield from self._on_failed(outcome)
 
+    def _on_found(self, found: _InMemory) -> Iterator[Outcome]:
+        ticket = self._tickets.get(found.ticket)
+        if ticket is None:
+            return
+        if found.revision in self.host:
+            yield self._resolved(found.ticket, found.revision)
+        else:
+            self._locators.submit(LocateJob(self._store, found.ticket, ticket.adapter_id))
+
     def _on_located(self, located: Located) -> Iterator[Outcome]:
         if located.ticket not in self._tickets:
             return
         revision = self._store.revision_of(located.signature)
         if revision is not None and revision in self.host:
-            yield self._resolved(located.ticket, revision)
+            yield self._on_disk(located.ticket, revision)
             return
         key = LoadKey(located.adapter_id, located.signature)
         refusal = self._refusals.get(key)
@@ -283,13 +329,13 @@ class AdapterCache:
             "host", loaded.key.adapter_id, revision, loaded.blob.num_bytes, loaded.seconds
         )
         for ticket in self._end_load(loaded.key):
-            yield self._resolved(ticket, revision)
+            yield self._on_disk(ticket, revision)
 
     def _on_walked(self, found: OnDisk) -> Iterator[Outcome]:
         self._num_on_disk = len(found.entries)
         if found.call_ids:
-            loaded = {i: self._entry(i) for i in self._latest if i in found.entries}
-            entries = tuple((found.entries | loaded).values())
+            known = {i: self.known.entry(i) for i in self.known.names() if i in found.entries}
+            entries = tuple((found.entries | known).values())
             yield from (Listed(call_id, entries) for call_id in found.call_ids)
         self._end_walk()
 
@@ -331,37 +377,48 @@ class AdapterCache:
             self._journal.failed(job.adapter_id)
         elif error.code != "adapter_not_found":
             self._journal.refused(job.adapter_id, error)
+            self.known.refused(job.adapter_id, str(error))
 
     def _end_load(self, key: LoadKey) -> list[int]:
         return [ticket for ticket in self._loads.pop(key).tickets if ticket in self._tickets]
 
-    def _resolved(self, ticket: int, revision: str) -> Resolved:
+    def _on_disk(self, ticket: int, revision: str) -> Outcome:
+        """What a name stands for now is on the host; whether it is what was asked for."""
+        asked = self._tickets[ticket]
+        self.host.name(revision, asked.adapter_id)
+        self.known.resolved(asked.adapter_id, revision)
+        if revision.startswith(asked.revision):
+            return self._resolved(ticket, revision, is_latest=True)
+        earlier = self.host.find(asked.adapter_id, asked.revision)
+        if earlier is not None:
+            return self._resolved(ticket, earlier)
+        reason = f"is revision {revision} on disk, and {asked.revision} is not in memory any more"
+        return self._failed(ticket, RevisionNotFoundError(reason))
+
+    def _resolved(self, ticket: int, revision: str, is_latest: bool = False) -> Outcome:
+        manifest = self.host.entry(revision).blob.manifest
+        needed_bytes = self._limits.needed_bytes(manifest)
+        try:
+            self.pins.check_room_beside(revision, needed_bytes)
+        except AdapterCapacityError as error:
+            return self._failed(ticket, error)
         asked = self._tickets.pop(ticket)
         self.host.hold(revision)
-        self._note_latest(asked.adapter_id, revision)
-        manifest = self.host.entry(revision).blob.manifest
+        self.known.asked_for(asked.adapter_id)
         return Resolved(
             ticket=ticket,
             adapter_id=asked.adapter_id,
             revision=revision,
-            num_bytes=self._limits.needed_bytes(manifest),
+            is_latest=is_latest,
+            num_bytes=needed_bytes,
             max_rank=manifest.max_rank,
             load_seconds=time.monotonic() - asked.asked_s,
         )
 
-    def _note_latest(self, adapter_id: str, revision: str) -> None:
-        previous = self._latest.get(adapter_id, revision)
-        if previous != revision:
-            self._journal.replaced(adapter_id, previous, revision)
-        self._latest[adapter_id] = revision
-        self._latest.move_to_end(adapter_id)
-        if len(self._latest) > MAX_NAMES:
-            self._latest.popitem(last=False)
-
     def _failed(self, ticket: int, error: Exception) -> ResolveFailed:
         adapter_id = self._tickets.pop(ticket).adapter_id
         if isinstance(error, AdapterError):
-            about = f"adapter {adapter_id!r} " if error.code == "adapter_capacity" else ""
+            about = f"adapter {adapter_id!r} " if error.code in NAMED_HERE else ""
             return ResolveFailed(ticket, adapter_id, error.code, f"{about}{error}")
         message = f"adapter {adapter_id!r} could not be loaded; the engine's log says why"
         return ResolveFailed(ticket, adapter_id, "internal", message)
@@ -375,12 +432,6 @@ class AdapterCache:
             self._refusals = {k: r for k, r in self._refusals.items() if r.until_s > now_s}
         if len(self._refusals) < MAX_REFUSALS:
             self._refusals[key] = _Refusal(error, now_s + REFUSAL_MEMORY_S)
-
-    def _entry(self, adapter_id: str) -> AdapterEntry:
-        revision = self._latest.get(adapter_id, "")
-        on_device = revision in self.device
-        tier = "device" if on_device else "host" if revision in self.host else "disk"
-        return AdapterEntry(adapter_id=adapter_id, tier=tier, revision=revision)
 
     # -- room on the host -------------------------------------------------------------------
 

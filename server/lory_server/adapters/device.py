@@ -98,6 +98,16 @@ class DeviceTier:
                 break
             kept.add(revision)
 
+    def drop(self, revision: str) -> None:
+        """Evict a revision that no request and no pin needs, if it is here."""
+        if revision in self._resident:
+            self._evict(revision)
+
+    def num_bytes(self, revision: str) -> int:
+        """What a revision takes here now."""
+        tenure = self._resident.get(revision) or self._loading.get(revision)
+        return tenure.allocation.num_bytes if tenure else 0
+
     def stop(self) -> None:
         self._workers.stop()
 

@@ -3,7 +3,8 @@
     AdapterError
       AdapterNotFoundError   adapter_not_found   nothing of that name in the adapters folder
       AdapterInvalidError    adapter_invalid     damaged, misshapen, unsupported, for another base
-      AdapterCapacityError   adapter_capacity    larger than a whole tier
+      AdapterCapacityError   adapter_capacity    larger than a whole tier, or than pins leave of it
+      RevisionNotFoundError  revision_not_found  the adapter is there in other revisions alone
 
 Messages are for the caller: they name the field or tensor and the fix, never a machine's paths.
 What is wrong with an adapter does not name it: whoever passes that on does.
@@ -26,3 +27,7 @@ class AdapterInvalidError(AdapterError, ValueError):
 
 class AdapterCapacityError(AdapterError):
     code: FailureCode = "adapter_capacity"
+
+
+class RevisionNotFoundError(AdapterError, LookupError):
+    code: FailureCode = "revision_not_found"

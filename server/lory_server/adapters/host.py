@@ -8,9 +8,12 @@ thread. It must not know files, slots or requests.
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lory_server.adapters.blob import AdapterBlob
+from lory_server.adapters.matched import matched_by
+from lory_server.messages import Matched
 
 
 class HostBudget:
@@ -18,6 +21,8 @@ class HostBudget:
 
     def __init__(self, total_bytes: int) -> None:
         self.total_bytes = total_bytes
+        self.pinned_bytes = 0
+        """The part that no load can have, however long it waits. Written by the engine's thread."""
         self._used_bytes = 0
         self._reserved_for_waiters = False
         self._lock = threading.Lock()
@@ -29,6 +34,10 @@ class HostBudget:
     @property
     def free_bytes(self) -> int:
         return self.total_bytes - self._used_bytes
+
+    @property
+    def unpinned_bytes(self) -> int:
+        return self.total_bytes - self.pinned_bytes
 
     def hold_back(self, waiters: bool) -> None:
         """While loads wait for room, newcomers get none: first come, first served."""
@@ -54,7 +63,10 @@ class HostEntry:
     adapter_id: str
     """The name it was first loaded under."""
     blob: AdapterBlob
+    matched: tuple[Matched, ...]
     holds: int = field(default=0)
+    names: set[str] = field(default_factory=set)
+    """All that it has been resolved under."""
 
 
 class HostTier:
@@ -62,6 +74,8 @@ class HostTier:
         self.budget = budget
         self._entries: dict[str, HostEntry] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
+        self._revisions: dict[str, dict[str, None]] = {}
+        """By name, in the order in which they came."""
 
     def __contains__(self, revision: str) -> bool:
         return revision in self._entries
@@ -77,7 +91,7 @@ class HostTier:
         if blob.revision in self._entries:
             self.budget.release(blob.num_bytes)
             return
-        self._entries[blob.revision] = HostEntry(adapter_id, blob)
+        self._entries[blob.revision] = HostEntry(adapter_id, blob, matched_by(blob.manifest))
         self._idle[blob.revision] = None
 
     def hold(self, revision: str) -> None:
@@ -91,6 +105,30 @@ class HostTier:
         if not entry.holds:
             self._idle[revision] = None
 
+    def name(self, revision: str, adapter_id: str) -> None:
+        """Note that this is what an adapter is, or was."""
+        self._entries[revision].names.add(adapter_id)
+        self._revisions.setdefault(adapter_id, {})[revision] = None
+
+    def revisions(self, adapter_id: str) -> tuple[str, ...]:
+        """Those of an adapter that are here, oldest first."""
+        return tuple(self._revisions.get(adapter_id, ()))
+
+    def find(self, adapter_id: str, revision: str) -> str | None:
+        """The adapter's latest revision here that begins so."""
+        found = [known for known in self.revisions(adapter_id) if known.startswith(revision)]
+        return found[-1] if found else None
+
+    def held(self) -> Iterator[HostEntry]:
+        return (entry for entry in self._entries.values() if entry.holds)
+
+    def drop(self, revision: str) -> HostEntry | None:
+        """Evict a blob that nobody holds."""
+        if revision not in self._idle:
+            return None
+        del self._idle[revision]
+        return self._forget(revision)
+
     def make_room(self, num_bytes: int) -> list[HostEntry]:
         """Evict idle blobs until `num_bytes` are free, or none if that cannot be."""
         idle_bytes = sum(self._entries[revision].blob.num_bytes for revision in self._idle)
@@ -99,7 +137,14 @@ class HostTier:
         evicted: list[HostEntry] = []
         while self.budget.free_bytes < num_bytes and self._idle:
             revision, _ = self._idle.popitem(last=False)
-            entry = self._entries.pop(revision)
-            self.budget.release(entry.blob.num_bytes)
-            evicted.append(entry)
+            evicted.append(self._forget(revision))
         return evicted
+
+    def _forget(self, revision: str) -> HostEntry:
+        entry = self._entries.pop(revision)
+        self.budget.release(entry.blob.num_bytes)
+        for name in entry.names:
+            del self._revisions[name][revision]
+            if not self._revisions[name]:
+                del self._revisions[name]
+        return entry

@@ -74,7 +74,7 @@ class Limits:
     pool_bytes: int
     needed_bytes: Callable[[AdapterManifest], int]
 
-    def check(self, manifest: AdapterManifest, host_bytes: int) -> None:
+    def check(self, manifest: AdapterManifest, budget: HostBudget) -> None:
         needed_bytes = self.needed_bytes(manifest)
         if needed_bytes > self.pool_bytes:
             raise AdapterCapacityError(
@@ -82,10 +82,15 @@ class Limits:
                 f" {self.pool_bytes}; raise adapter_pool_bytes or train a smaller rank"
             )
         num_bytes = manifest.num_bytes(self.dtype.itemsize)
-        if num_bytes > host_bytes:
+        if num_bytes > budget.total_bytes:
             raise AdapterCapacityError(
                 f"takes {num_bytes} bytes on the host, all adapters together may take"
-                f" {host_bytes}; raise adapter_host_bytes"
+                f" {budget.total_bytes}; raise adapter_host_bytes"
+            )
+        if num_bytes > budget.unpinned_bytes:
+            raise AdapterCapacityError(
+                f"takes {num_bytes} bytes on the host, pinned adapters leave"
+                f" {budget.unpinned_bytes}; unpin one, or raise --adapter-host-memory"
             )
 
 
@@ -123,7 +128,7 @@ class LoadJob:
         started_s = time.monotonic()
         with self.store.locate(self.key.adapter_id) as files:
             manifest = reader.manifest(files)
-            self.limits.check(manifest, self.budget.total_bytes)
+            self.limits.check(manifest, self.budget)
             num_bytes = manifest.num_bytes(self.limits.dtype.itemsize)
             if not reservation.cover(num_bytes):
                 return NeedsRoom(self.key, num_bytes)

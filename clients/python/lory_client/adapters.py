@@ -1,0 +1,106 @@
+"""`client.adapters`: what an operator does with adapters, as blocking or awaitable calls.
+
+It must not know JSON, routes or how a call is sent.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+from . import adapter_calls as calls
+from .transport import Timeout
+from .types import Adapter
+from .wire import Call
+
+Result = TypeVar("Result")
+
+
+class Send(Protocol):
+    def __call__(self, call: Call[Result], timeout: Timeout | None = None) -> Result: ...
+
+
+class AsyncSend(Protocol):
+    async def __call__(self, call: Call[Result], timeout: Timeout | None = None) -> Result: ...
+
+
+class Adapters:
+    """Names may be an adapter's (`team/support`), or end in an alias or a revision's first digits
+    (`support@prod`, `support@1f3a9c`)."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+
+    def list(self) -> tuple[Adapter, ...]:
+        return self._send(calls.list_adapters())
+
+    def get(self, name: str) -> Adapter:
+        return self._send(calls.get(name))
+
+    def register(
+        self, name: str, adapter_id: str | None = None, revision: str | None = None
+    ) -> Adapter:
+        """Let `name` stand for an adapter; an alias (`support@prod`) for its present revision.
+
+        Without `adapter_id` the name is the adapter's own: one that was deleted is served again.
+        """
+        return self._send(calls.register(name, adapter_id, revision))
+
+    def delete(self, name: str) -> None:
+        """Forget a name, or serve an adapter no more. Its files stay; running streams finish."""
+        self._send(calls.delete(name))
+
+    def load(self, name: str, *, timeout: Timeout | None = None) -> Adapter:
+        """Bring it to the device; returns when it is there."""
+        return self._send(calls.do("load", name), timeout)
+
+    def unload(self, name: str) -> Adapter:
+        """Let it go from memory, when the last request that uses it has ended."""
+        return self._send(calls.do("unload", name))
+
+    def pin(self, name: str, *, timeout: Timeout | None = None) -> Adapter:
+        """Load it, and keep it in memory."""
+        return self._send(calls.do("pin", name), timeout)
+
+    def unpin(self, name: str) -> Adapter:
+        return self._send(calls.do("unpin", name))
+
+
+class AsyncAdapters:
+    """The same, to be awaited."""
+
+    def __init__(self, send: AsyncSend) -> None:
+        self._send = send
+
+    async def list(self) -> tuple[Adapter, ...]:
+        return await self._send(calls.list_adapters())
+
+    async def get(self, name: str) -> Adapter:
+        return await self._send(calls.get(name))
+
+    async def register(
+        self, name: str, adapter_id: str | None = None, revision: str | None = None
+    ) -> Adapter:
+        """Let `name` stand for an adapter; an alias (`support@prod`) for its present revision.
+
+        Without `adapter_id` the name is the adapter's own: one that was deleted is served again.
+        """
+        return await self._send(calls.register(name, adapter_id, revision))
+
+    async def delete(self, name: str) -> None:
+        """Forget a name, or serve an adapter no more. Its files stay; running streams finish."""
+        await self._send(calls.delete(name))
+
+    async def load(self, name: str, *, timeout: Timeout | None = None) -> Adapter:
+        """Bring it to the device; returns when it is there."""
+        return await self._send(calls.do("load", name), timeout)
+
+    async def unload(self, name: str) -> Adapter:
+        """Let it go from memory, when the last request that uses it has ended."""
+        return await self._send(calls.do("unload", name))
+
+    async def pin(self, name: str, *, timeout: Timeout | None = None) -> Adapter:
+        """Load it, and keep it in memory."""
+        return await self._send(calls.do("pin", name), timeout)
+
+    async def unpin(self, name: str) -> Adapter:
+        return await self._send(calls.do("unpin", name))

@@ -1,0 +1,94 @@
+"""`lory adapters pin NAME` and its like: one request to a running server, and what came of it.
+
+It must not know the server's inside.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+from urllib.parse import quote
+
+import httpx
+from rich.console import Console
+
+from lory_router.config import ConfigError
+from lory_router.remote import check, connect, one_line_errors
+
+Deed = Literal["list", "show", "load", "unload", "pin", "unpin", "register", "delete"]
+
+MIB = 1 << 20
+
+
+def check_arguments(deed: Deed, name: str, adapter_id: str, revision: str) -> None:
+    if bool(name) != (deed != "list"):
+        wants = "takes no name" if name else "needs the name of an adapter"
+        raise ConfigError(f"lory adapters {deed}: {wants}")
+    if (adapter_id or revision) and deed != "register":
+        raise ConfigError(f"lory adapters {deed}: --adapter and --revision are for register")
+
+
+def do(
+    url: str,
+    api_key: str,
+    deed: Deed,
+    name: str,
+    *,
+    adapter_id: str = "",
+    revision: str = "",
+    as_json: bool = False,
+    console: Console | None = None,
+) -> None:
+    """Do it, and print the adapter as it is afterwards."""
+    assert deed in get_args(Deed)
+    with connect(url, api_key) as client, one_line_errors():
+        reply = _request(client, deed, name, adapter_id, revision)
+    check(reply)
+    console, told = console or Console(), reply.json()
+    if as_json:
+        console.print_json(data=told)
+    else:
+        console.print("\n".join(_lines(told)), highlight=False, soft_wrap=True)
+
+
+def _request(
+    client: httpx.Client, deed: Deed, name: str, adapter_id: str, revision: str
+) -> httpx.Response:
+    path = f"/v1/adapters/{quote(name, safe='/@')}"
+    match deed:
+        case "show":
+            return client.get(path)
+        case "delete":
+            return client.delete(path)
+        case "register":
+            body = {"name": name, "adapter_id": adapter_id, "revision": revision}
+            return client.post("/v1/adapters", json={k: v for k, v in body.items() if v})
+        case _:
+            return client.post(f"{path}/{deed}")
+
+
+def _lines(told: dict[str, Any]) -> list[str]:
+    if told.get("deleted"):
+        return [f"{told['id']} is not served any more; its files are where they were"]
+    facts: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
+        ("state", lambda a: a["state"] + (", pinned" if a["pinned"] else "")),
+        ("revision", lambda a: a["revision"]),
+        ("refused", lambda a: a["refused"]),
+        ("changes", _changes),
+        ("memory", _memory),
+        ("requests", lambda a: a["requests"] or None),
+        ("names", lambda a: ", ".join(a["names"])),
+    ]
+    found = [(label, fact(told)) for label, fact in facts]
+    return [told["id"], *(f"  {label:9} {value}" for label, value in found if value)]
+
+
+def _changes(adapter: dict[str, Any]) -> str:
+    kinds = adapter["matched"] or {}
+    return ", ".join(
+        f"{kind['modules']} x {name} (rank {'/'.join(map(str, kind['ranks']))})"
+        for name, kind in kinds.items()
+    )
+
+
+def _memory(adapter: dict[str, Any]) -> str:
+    sizes = {tier: adapter["bytes"][tier] for tier in ("host", "device")}
+    return ", ".join(f"{tier} {size / MIB:.1f} MiB" for tier, size in sizes.items() if size)

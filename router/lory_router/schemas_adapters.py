@@ -1,0 +1,129 @@
+"""Bodies and replies of the adapters' routes, as types.
+
+It must not know where the facts come from.
+"""
+
+import time
+from collections.abc import Mapping
+from typing import Literal
+
+import msgspec
+
+from lory_server.messages import AdapterEntry, RevisionEntry
+
+State = Literal["disk", "host", "device", "refused"]
+
+
+class RegisterBody(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    adapter_id: str | None = None
+    revision: str | None = None
+
+
+class LoadLoraBody(msgspec.Struct, frozen=True, kw_only=True):
+    """vLLM's."""
+
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadLoraBody(msgspec.Struct, frozen=True, kw_only=True):
+    """vLLM's."""
+
+    lora_name: str
+
+
+class MatchedReply(msgspec.Struct, frozen=True):
+    modules: int
+    """How many of that name, over all layers."""
+    ranks: tuple[int, ...]
+
+
+class BytesReply(msgspec.Struct, frozen=True):
+    disk: int | None
+    """Of its weights file; None until it has been read."""
+    host: int
+    device: int
+
+
+class RevisionReply(msgspec.Struct, frozen=True, kw_only=True):
+    revision: str
+    state: State
+    matched: dict[str, MatchedReply]
+    bytes: BytesReply
+    requests: int
+    pinned: bool
+
+
+class AdapterReply(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["adapter"] = "adapter"
+    state: State
+    revision: str | None
+    """The latest that was read."""
+    matched: dict[str, MatchedReply] | None
+    """What it changes; None while it is not in memory."""
+    bytes: BytesReply
+    """Of all its revisions."""
+    requests: int
+    last_used: int | None
+    """In seconds since 1970."""
+    pinned: bool
+    names: Mapping[str, str | None]
+    """Aliases and further names, each with its revision; None: it follows the adapter."""
+    revisions: tuple[RevisionReply, ...]
+    refused: str | None
+
+
+class AdapterListReply(msgspec.Struct, frozen=True, kw_only=True):
+    object: Literal["list"] = "list"
+    data: tuple[AdapterReply, ...]
+    removed: tuple[str, ...]
+    """Adapters that lie in the folder and are not served, until registered again."""
+
+
+class RemovedReply(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    object: Literal["adapter"] = "adapter"
+    deleted: bool = True
+
+
+def adapter_reply(entry: AdapterEntry, names: Mapping[str, str], age_s: float) -> AdapterReply:
+    """An adapter as it was `age_s` seconds ago."""
+    latest = next((one for one in entry.revisions if one.revision == entry.revision), None)
+    used = None
+    if entry.idle_seconds is not None:
+        used = round(time.time() - age_s - entry.idle_seconds)
+    return AdapterReply(
+        id=entry.adapter_id,
+        state="refused" if entry.refusal else entry.tier,
+        revision=entry.revision or None,
+        matched=_matched(latest) if latest else None,
+        bytes=BytesReply(
+            disk=latest.file_bytes if latest else None,
+            host=sum(one.host_bytes for one in entry.revisions),
+            device=sum(one.device_bytes for one in entry.revisions),
+        ),
+        requests=entry.num_requests,
+        last_used=used,
+        pinned=any(one.is_pinned for one in entry.revisions),
+        names={name: revision or None for name, revision in names.items()},
+        revisions=tuple(map(_revision_reply, entry.revisions)),
+        refused=entry.refusal or None,
+    )
+
+
+def _revision_reply(one: RevisionEntry) -> RevisionReply:
+    return RevisionReply(
+        revision=one.revision,
+        state=one.tier,
+        matched=_matched(one),
+        bytes=BytesReply(one.file_bytes, one.host_bytes, one.device_bytes),
+        requests=one.num_requests,
+        pinned=one.is_pinned,
+    )
+
+
+def _matched(one: RevisionEntry) -> dict[str, MatchedReply]:
+    return {kind.module: MatchedReply(kind.count, kind.ranks) for kind in one.matched}

@@ -1,0 +1,79 @@
+"""What is brought into memory before the server says that it is ready: pins, and who was asked for.
+
+Done again for every engine that is started. It must not know HTTP or how adapters are read.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from lory_router.config import StartError
+from lory_router.engine import EngineClient, Unavailable
+from lory_router.registry import Registry
+from lory_server.messages import OrderKind
+
+AT_ONCE = 8
+
+log = logging.getLogger("lory")
+
+
+class WarmUp:
+    def __init__(self, engine: EngineClient, registry: Registry, names: Sequence[str]) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._names = names
+        self._task: asyncio.Task[list[str]] | None = None
+        self._room = asyncio.Semaphore(AT_ONCE)
+
+    def begin(self) -> None:
+        """An engine has come up."""
+        if self._task is not None:
+            self._task.cancel()
+        self._task = asyncio.ensure_future(self._run())
+
+    def is_done(self) -> bool:
+        return self._task is not None and self._task.done()
+
+    async def check(self) -> None:
+        """Wait until it is done; raises StartError if what was asked for cannot be loaded."""
+        task = None
+        while task is not self._task:
+            task = self._task
+            if task is not None:
+                await asyncio.wait((task,))
+        if task is not None and not task.cancelled() and (failures := task.result()):
+            raise StartError(f"--warm-up: {failures[0]}")
+
+    def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+
+    async def _run(self) -> list[str]:
+        """Why adapters that were asked for are not there; pins that fail are told in the log."""
+        pins = sorted(self._registry.state.pins)
+        failed = await asyncio.gather(
+            *(self._bring("pin", pin.adapter_id, pin.revision) for pin in pins)
+        )
+        for pin, reason in zip(pins, failed, strict=True):
+            if reason:
+                log.warning("pinned adapter %r is not loaded: %s", pin.adapter_id, reason)
+        found = await asyncio.gather(*map(self._load, self._names))
+        return [reason for reason in found if reason]
+
+    async def _load(self, name: str) -> str:
+        target = self._registry.target(name)
+        if target is None:
+            return f"no adapter is called {name!r}"
+        return await self._bring("load", target.adapter_id, target.revision)
+
+    async def _bring(self, kind: OrderKind, adapter_id: str, revision: str) -> str:
+        """Empty, or why not. An engine that ends meanwhile is followed by another one."""
+        async with self._room:
+            try:
+                done = await self._engine.order(kind, adapter_id, revision)
+            except Unavailable as error:
+                return f"adapter {adapter_id!r}: {error}" if error.reason == "loading" else ""
+        if done.failure is None:
+            return ""
+        named = adapter_id in done.failure.message
+        return done.failure.message if named else f"adapter {adapter_id!r}: {done.failure.message}"

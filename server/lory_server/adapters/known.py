@@ -1,0 +1,91 @@
+"""What is known of adapters' names: the latest revision, when last asked for, why last refused.
+
+For lists, and for the line that tells a replacement; bounded, the longest unused forgotten first.
+It belongs to the engine's thread. It must not know files, tickets or requests.
+"""
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from lory_server.adapters.device import DeviceTier
+from lory_server.adapters.host import HostTier
+from lory_server.adapters.journal import Journal
+from lory_server.adapters.pins import Pins
+from lory_server.messages import AdapterEntry, RevisionEntry
+
+MAX_NAMES = 65_536
+
+
+@dataclass(slots=True, eq=False)
+class _Known:
+    revision: str = ""
+    asked_s: float | None = None
+    refusal: str = ""
+
+
+class KnownNames:
+    def __init__(
+        self,
+        host: HostTier,
+        device: DeviceTier,
+        pins: Pins,
+        journal: Journal,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._host = host
+        self._device = device
+        self._pins = pins
+        self._journal = journal
+        self._clock = clock
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+
+    def names(self) -> Iterable[str]:
+        return self._known
+
+    def resolved(self, adapter_id: str, revision: str) -> None:
+        """A name was found to stand for this revision on disk."""
+        known = self._of(adapter_id)
+        if known.revision and known.revision != revision:
+            self._journal.replaced(adapter_id, known.revision, revision)
+        known.revision = revision
+        known.refusal = ""
+
+    def refused(self, adapter_id: str, reason: str) -> None:
+        self._of(adapter_id).refusal = reason
+
+    def asked_for(self, adapter_id: str) -> None:
+        self._of(adapter_id).asked_s = self._clock()
+
+    def entry(self, adapter_id: str) -> AdapterEntry:
+        known = self._known.get(adapter_id) or _Known()
+        revision, asked_s = known.revision, known.asked_s
+        tier = "device" if revision in self._device else "host" if revision in self._host else None
+        return AdapterEntry(
+            adapter_id=adapter_id,
+            tier=tier or "disk",
+            revision=revision,
+            revisions=tuple(map(self._in_memory, self._host.revisions(adapter_id))),
+            idle_seconds=None if asked_s is None else self._clock() - asked_s,
+            refusal=known.refusal,
+        )
+
+    def _in_memory(self, revision: str) -> RevisionEntry:
+        entry = self._host.entry(revision)
+        return RevisionEntry(
+            revision=revision,
+            tier="device" if revision in self._device else "host",
+            matched=entry.matched,
+            file_bytes=entry.blob.manifest.file_bytes,
+            host_bytes=entry.blob.num_bytes,
+            device_bytes=self._device.num_bytes(revision),
+            is_pinned=revision in self._pins,
+        )
+
+    def _of(self, adapter_id: str) -> _Known:
+        known = self._known.setdefault(adapter_id, _Known())
+        self._known.move_to_end(adapter_id)
+        if len(self._known) > MAX_NAMES:
+            self._known.popitem(last=False)
+        return known

@@ -1,0 +1,213 @@
+"""Names, pins and removals outlive the server, and a file that cannot be trusted is refused."""
+
+import asyncio
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Coroutine
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lory_router.errors import RegistryUnwritable
+from lory_router.names import Target
+from lory_router.registry import SCHEMA_VERSION, Registry, RegistryError
+
+REVISION = "0123456789abcdef" * 2
+
+
+def run(*works: Coroutine[Any, Any, None]) -> None:
+    async def main() -> None:
+        for work in works:
+            await work
+
+    asyncio.run(main())
+
+
+def test_everything_outlives_the_server(tmp_path: Path) -> None:
+    path = str(tmp_path / "registry")
+    with closing(Registry(path)) as first:
+        run(
+            first.register("support@prod", Target("support", REVISION)),
+            first.register("helpdesk", Target("support")),
+            first.pin(Target("support")),
+            first.pin(Target("support", REVISION)),
+            first.pin(Target("other")),
+            first.unpin([Target("other")]),
+            first.remove("old"),
+        )
+        kept = first.state
+    with closing(Registry(path)) as second:
+        assert second.state == kept
+        assert second.state.pins == {Target("support"), Target("support", REVISION)}
+        assert second.target("support@prod") == Target("support", REVISION)
+        assert second.target("helpdesk") == Target("support")
+        assert second.target("old") is None
+
+
+def test_without_a_file_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with closing(Registry()) as registry:
+        run(registry.pin(Target("a")))
+        assert registry.state.pins == {Target("a")}
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("a", Target("a")),
+        ("team/a", Target("team/a")),
+        ("a@0123ab", Target("a", "0123ab")),
+        ("a@prod", None),
+        ("a@", None),
+        ("a@0123a", None),
+        ("a@0123AB", None),
+        ("@0123ab", Target("", "0123ab")),
+        ("helpdesk", Target("support")),
+        ("helpdesk@0123ab", Target("support", "0123ab")),
+        ("support@prod", Target("support", REVISION)),
+        ("gone", None),
+        ("gone@0123ab", None),
+        ("to-gone", None),
+    ],
+)
+def test_what_a_name_stands_for(name: str, target: Target | None) -> None:
+    with closing(Registry()) as registry:
+        run(
+            registry.register("helpdesk", Target("support")),
+            registry.register("support@prod", Target("support", REVISION)),
+            registry.remove("gone"),
+            registry.register("to-gone", Target("gone")),
+        )
+        assert registry.target(name) == target
+
+
+def test_a_removed_adapter_takes_its_names_and_pins_along_and_comes_back_without() -> None:
+    with closing(Registry()) as registry:
+        run(
+            registry.register("a@prod", Target("a", REVISION)),
+            registry.register("b@prod", Target("b", REVISION)),
+            registry.pin(Target("a")),
+            registry.remove("a"),
+        )
+        assert list(registry.state.names) == ["b@prod"]
+        assert not registry.state.pins
+        run(registry.register("a", Target("a")))
+        assert registry.target("a") == Target("a")
+        assert registry.target("a@prod") is None
+
+
+def test_an_alias_moves_and_a_name_can_be_forgotten() -> None:
+    with closing(Registry()) as registry:
+        run(
+            registry.register("a@prod", Target("a", "1" * 32)),
+            registry.register("a@prod", Target("a", "2" * 32)),
+        )
+        assert registry.target("a@prod") == Target("a", "2" * 32)
+        run(registry.forget("a@prod"))
+        assert registry.target("a@prod") is None
+
+
+# -- files that are not as they should be ---------------------------------------------------
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(RegistryError) as refused:
+        Registry(str(path))
+    assert str(path) in str(refused.value)
+    return str(refused.value)
+
+
+def test_a_file_of_a_newer_version_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "registry"
+    Registry(str(path)).close()
+    with closing(sqlite3.connect(path)) as newer:
+        newer.execute(f"PRAGMA user_version = {SCHEMA_VERSION + 1}")
+    assert "newer Lory" in refusal(path)
+    with closing(sqlite3.connect(path)) as same:
+        assert same.execute("PRAGMA user_version").fetchone()[0] == SCHEMA_VERSION + 1
+
+
+def test_what_is_no_registry_is_refused_and_left_alone(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("not a database, but quite long enough to be taken for one" * 20)
+    assert "damaged or no registry" in refusal(text)
+    assert text.read_text().startswith("not a database")
+    other = tmp_path / "other"
+    with closing(sqlite3.connect(other)) as database:
+        database.execute("CREATE TABLE names (whose TEXT)")
+    assert "another program" in refusal(other)
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "registry"
+    Registry(str(path)).close()
+    with closing(sqlite3.connect(path)) as database, database:
+        rows = [(f"a{i}@prod", "a", REVISION) for i in range(300)]
+        database.executemany("INSERT INTO names VALUES (?, ?, ?)", rows)
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], whole[:4096] + b"\xff" * (len(whole) - 4096)):
+        path.write_bytes(damaged)
+        assert "damaged" in refusal(path)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    assert "folder is not there" in refusal(tmp_path / "none" / "registry")
+    assert "must be a file" in refusal(tmp_path)
+
+
+def test_two_servers_do_not_share_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "registry"
+    with closing(Registry(str(path))):
+        program = (
+            "import sys; from lory_router.registry import Registry, RegistryError\n"
+            "try: Registry(sys.argv[1])\n"
+            "except RegistryError as error: print(error)\n"
+        )
+        command = [sys.executable, "-c", program, str(path)]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "another server uses it" in said
+    Registry(str(path)).close()
+
+
+def test_a_change_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
+    with closing(Registry(str(tmp_path / "registry"))) as registry:
+        run(registry.pin(Target("a")))
+        kept = registry.state
+        registry._connection.execute("PRAGMA query_only = 1")
+        with pytest.raises(RegistryUnwritable, match="nothing was changed"):
+            run(registry.remove("a"))
+        assert registry.state is kept
+        registry._connection.execute("PRAGMA query_only = 0")
+        run(registry.remove("a"))
+        assert not registry.state.pins
+
+
+def test_the_event_loop_goes_on_while_a_change_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lory_router import registry as module
+
+    write, may_write = module._apply, threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        assert may_write.wait(5)
+        return write(*arguments)
+
+    monkeypatch.setattr(module, "_apply", slow)
+
+    async def main(registry: Registry) -> None:
+        writing = asyncio.ensure_future(registry.pin(Target("a")))
+        await asyncio.sleep(0.01)
+        assert not registry.state.pins
+        writing.cancel()
+        may_write.set()
+        while not registry.state.pins:
+            await asyncio.sleep(0.001)
+
+    with closing(Registry(str(tmp_path / "registry"))) as registry:
+        asyncio.run(main(registry))
