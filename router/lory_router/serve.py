@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from lory_router.app import create_app
 from lory_router.config import ServeConfig, StartError, engine_environment
@@ -28,9 +27,13 @@ from lory_router.engine_process import ENGINE_COMMAND
 from lory_router.intake_openai import model_of
 from lory_router.listener import listen, room_for_connections, url_of
 from lory_router.metrics import Metrics
+from lory_router.sourced_engine import SourcedEngine
+from lory_router.sources.disk import CacheFolderError
+from lory_router.sources.metrics import SourceMetrics
+from lory_router.sources.service import Sources
 from lory_router.supervisor import GaveUp, RestartPolicy, Supervisor
 from lory_router.text import TextModel, load_text_model
-from lory_server.messages import EngineInfo
+from lory_server.messages import FETCHED, EngineInfo
 
 log = logging.getLogger("lory")
 
@@ -51,6 +54,7 @@ class _Parts:
 
     engine: ChildEngine
     supervisor: Supervisor
+    sources: Sources | None
     server: HttpServer
     listener: socket.socket
     url: str
@@ -95,6 +99,8 @@ async def _serve(
         visiting.cancel()
         code = await _shut_down(config, parts, keeping, serving)
     asked.cancel()
+    if parts.sources is not None:
+        await parts.sources.close()
     visited = (await asyncio.gather(visiting, return_exceptions=True))[0]
     if isinstance(visited, Exception):
         raise visited
@@ -108,13 +114,15 @@ def _build(
     engine_command: tuple[str, ...],
     policy: RestartPolicy | None,
 ) -> _Parts:
-    settings = config.router_settings()
+    settings, sources = config.router_settings(), _open_sources(config)
     metrics = Metrics(
         model=settings.model_names[0],
         price_per_hour=config.metrics.price_per_hour,
         max_adapter_labels=config.metrics.metrics_adapter_labels,
-        name_of=partial(model_of, settings=settings),
+        name_of=lambda name: model_of(sources.name_of(name) if sources else name, settings),
     )
+    if sources is not None:
+        metrics.add(SourceMetrics(sources))
     url = url_of(listener)
 
     def on_info(info: EngineInfo) -> None:
@@ -129,9 +137,18 @@ def _build(
         step_timeout_s=config.step.step_timeout,
         command=engine_command,
     )
-    app = create_app(engine, settings, text, metrics)
+    asked = SourcedEngine(engine, sources) if sources else engine
+    app = create_app(asked, settings, text, metrics)
     server = http_server(app, room_for_connections(config.http.max_connections))
-    return _Parts(engine, Supervisor(engine, metrics, policy), server, listener, url)
+    return _Parts(engine, Supervisor(engine, metrics, policy), sources, server, listener, url)
+
+
+def _open_sources(config: ServeConfig) -> Sources | None:
+    settings = config.source_settings
+    try:
+        return Sources(settings) if settings else None
+    except CacheFolderError as error:
+        raise StartError(f"--adapter-cache: {error}") from error
 
 
 async def _visit(config: ServeConfig, parts: _Parts, after_ready: AfterReady | None) -> int | None:
@@ -140,7 +157,8 @@ async def _visit(config: ServeConfig, parts: _Parts, after_ready: AfterReady | N
         await asyncio.sleep(0.02)
     with contextlib.suppress(Unavailable):
         entries = await parts.engine.list_adapters()
-        _announce_adapters(config, [entry.adapter_id for entry in entries])
+        names = [entry.adapter_id for entry in entries]
+        _announce_adapters(config, [name for name in names if not name.startswith(FETCHED)])
     if after_ready is not None:
         code = await after_ready(parts.url)
         if code is not None:
