@@ -23,6 +23,7 @@ from lory_server.messages import FETCHED, EngineInfo, Sampling
 MAX_SEED = 2**64 - 1
 MAX_ADAPTER_ID_CHARS = 256
 BASE_MODEL = "__base_model__"
+TOKEN = re.compile(r"[\x21-\x7e]{1,4096}")
 UNSAFE_CHARS = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
@@ -155,6 +156,8 @@ def check_adapter(
         return Named(check_adapter_id(adapter_id))
     if reference.kind not in settings.adapter_sources:
         raise Invalid(f"adapters are not {SOURCES_OFF[reference.kind]}", param="adapter_source")
+    if token and not TOKEN.fullmatch(token):
+        raise Invalid("`api_token` holds what no token holds", param="api_token")
     if token and reference.kind not in ("hub", "web"):
         raise Invalid("`api_token` is for the sources hub and https", param="api_token")
     return Named(reference.name, reference, token or "")

@@ -4,6 +4,7 @@ What breaks on the way is `Interrupted` and may be tried again; what a source sa
 error for the caller. It must not know adapters, files or which kind of source this is.
 """
 
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
@@ -65,8 +66,9 @@ class Ask:
 class SourceClient:
     """One per kind of source, so that none waits for another's connections."""
 
-    def __init__(self, stall_s: float) -> None:
+    def __init__(self, stall_s: float, context: ssl.SSLContext) -> None:
         self._http = httpx.AsyncClient(
+            verify=context,
             timeout=httpx.Timeout(stall_s, connect=min(CONNECT_S, stall_s)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=16),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),

@@ -9,7 +9,7 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, replace
 
@@ -135,7 +135,7 @@ def _check_same(response: httpx.Response, file: RemoteFile) -> None:
         raise Changed
 
 
-async def _pieces(response: httpx.Response, pace: Pace) -> AsyncIterator[bytes]:
+async def _pieces(response: httpx.Response, pace: Pace) -> AsyncGenerator[bytes, None]:
     """The body as it comes, as long as it does not come too slowly."""
     began, num_bytes = time.monotonic(), 0
     async for data in response.aiter_raw():

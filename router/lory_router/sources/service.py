@@ -14,6 +14,8 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+import httpx
+
 from lory_router.errors import (
     AdapterNotFound,
     ApiError,
@@ -22,7 +24,7 @@ from lory_router.errors import (
     adapter_not_found,
 )
 from lory_router.sources.access import Access, again
-from lory_router.sources.client import Changed, SourceClient
+from lory_router.sources.client import Changed, Refused, SourceClient
 from lory_router.sources.disk import DiskCache
 from lory_router.sources.fetching import Fetcher, OpenWriter, Progress
 from lory_router.sources.flight import Flights
@@ -140,7 +142,9 @@ class Sources:
             except BaseException:
                 self.disk.release(folder)
                 raise
-        raise SourceUnavailable(f"{reference.name} changes while it is fetched; ask again later")
+        raise SourceUnavailable(
+            f"{reference.name} changes while it is fetched, or is refused after all; try later"
+        )
 
     # -- which revision ---------------------------------------------------------------------
 
@@ -223,6 +227,8 @@ class Sources:
         try:
             async with lane.downloads, asyncio.timeout(self.settings.download_timeout_s):
                 await self._fetcher.fetch(source, progress, folder, revision, token)
+        except (Refused, AdapterNotFound) as error:
+            raise Changed from error  # the rights of who began it may not be those of who waits
         except TimeoutError as error:
             raise self._failed(folder, progress, _too_long(progress)) from error
         except ApiError as error:
@@ -282,8 +288,10 @@ def _too_long(progress: Progress) -> SourceUnavailable:
 
 
 def _sources(settings: SourceSettings) -> Mapping[SourceKind, Source]:
+    context = httpx.create_ssl_context()
+
     def client() -> SourceClient:
-        return SourceClient(settings.stall_s)
+        return SourceClient(settings.stall_s, context)
 
     return {
         "hub": HubSource(settings.hub, client()),
