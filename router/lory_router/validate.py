@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from lory_router.engine import SequenceRequest, Unavailable
-from lory_router.errors import ContextTooLong, Invalid, adapter_not_found
+from lory_router.errors import ContextTooLong, Invalid, adapter_not_found, shown
 from lory_router.settings import RouterSettings
 from lory_router.sources.reference import (
     BadReferenceError,
@@ -165,6 +165,11 @@ def check_adapter(
 
 def _reference(adapter_id: str, source: str | None) -> Reference | None:
     if adapter_id in ("", BASE_MODEL):
+        if source not in (None, "", "local"):
+            raise Invalid(
+                f"`adapter_source` is {shown(source)}, but no adapter is named",
+                param="adapter_source",
+            )
         return None
     try:
         return read_reference(adapter_id, source)
