@@ -1,7 +1,6 @@
 """Adapters of sources through the routes: how they are named, refused, listed and counted."""
 
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,78 +8,10 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from lory_router.app import create_app
-from lory_router.metrics import Metrics
-from lory_router.settings import RouterSettings
-from lory_router.sourced_engine import SourcedEngine
-from lory_router.sources.metrics import SourceMetrics
-from lory_router.sources.service import Sources
-from lory_server.messages import AdapterEntry
-from scripted_engine import BASE, TEXT, Answer, Front, ScriptedEngine
-from source_files import adapter_bytes, kept, settings
-from source_servers import Hub, Reply, Repo
-
-ONE, TWO = adapter_bytes(500, fill=1), adapter_bytes(500, fill=2)
-
-
-class FolderEngine(ScriptedEngine):
-    """Knows what lies in the fetched folder, as an engine does."""
-
-    folder: Path
-    held: list[bool]
-    sources: Sources
-
-    async def list_adapters(self) -> tuple[AdapterEntry, ...]:
-        names = sorted(f"@{path.name}" for path in (self.folder / "held").iterdir())
-        fetched = (AdapterEntry(adapter_id=name, tier="host", revision="r") for name in names)
-        return (*await super().list_adapters(), *fetched)
-
-    async def submit(self, request):
-        self.adapters = (*ScriptedEngine().adapters, *(f"@{name}" for name in kept(self.folder)))
-        self.held.append(self.sources.disk.is_held(request.adapter_id[1:]))
-        return await super().submit(request)
-
-
-class World:
-    def __init__(self, tmp_path: Path) -> None:
-        self.hub = Hub()
-        self.hub.repos["org/open"] = Repo(ONE)
-        self.hub.repos["org/secret"] = Repo(TWO, readers={"good"})
-        self.folder = tmp_path / "cache"
-        self.engine = FolderEngine([Answer(b"hi")])
-        self.engine.folder, self.engine.held = self.folder, []
-
-    def front(self, **changes: Any) -> "SourcedFront":
-        hosts = (self.hub.cdn.url,)
-        chosen = settings(self.folder, hub=self.hub.url, hosts=hosts)
-        return SourcedFront(self, replace(chosen, **changes))
-
-
-class SourcedFront(Front):
-    """A front over sources; each `run` has an event loop, and so sources, of its own."""
-
-    def __init__(self, world: World, chosen: Any) -> None:
-        self.engine = world.engine
-        self.settings = RouterSettings(
-            model_names=(BASE,), adapter_sources=frozenset({"hub", "web"})
-        )
-        self._chosen = chosen
-
-    def run(self, work: Any) -> Any:
-        async def main(client: httpx.AsyncClient) -> Any:
-            try:
-                return await work(client)
-            finally:
-                assert not self.sources.disk._holds, "a hold was not given back"
-                await self.sources.close()
-
-        self.sources = Sources(self._chosen)
-        self.engine.sources = self.sources
-        self.metrics = Metrics(model=BASE, name_of=self.sources.name_of)
-        self.metrics.add(SourceMetrics(self.sources))
-        sourced = SourcedEngine(self.engine, self.sources)
-        self.app = create_app(sourced, self.settings, TEXT, self.metrics)
-        return super().run(main)
+from scripted_engine import BASE, Front
+from source_files import kept
+from source_servers import Reply, Repo
+from sourced_front import ONE, TWO, World, lorax
 
 
 @pytest.fixture
@@ -88,10 +19,6 @@ def world(tmp_path: Path) -> Iterator[World]:
     world = World(tmp_path)
     with world.hub.running():
         yield world
-
-
-def lorax(**parameters: Any) -> dict[str, Any]:
-    return {"inputs": "ab", "parameters": parameters}
 
 
 def test_lorax_names_a_source_beside_the_adapter(world: World):

@@ -31,8 +31,10 @@ from lory_router.gate import Gate, authorise
 from lory_router.observe import MetricsSink
 from lory_router.pages import Pages
 from lory_router.settings import RouterSettings
+from lory_router.sources.service import Sources
 from lory_router.sse import shown_error
 from lory_router.text import TextModel
+from lory_router.upload_routes import UploadRoutes
 
 GENERATION: tuple[tuple[str, Dialect, Handler], ...] = (
     ("/", "lorax", lorax.compat_generate),
@@ -46,12 +48,21 @@ GENERATION: tuple[tuple[str, Dialect, Handler], ...] = (
 
 
 def create_app(
-    engine: EngineClient, settings: RouterSettings, text: TextModel, metrics: MetricsSink
+    engine: EngineClient,
+    settings: RouterSettings,
+    text: TextModel,
+    metrics: MetricsSink,
+    sources: Sources | None = None,
 ) -> ASGIApp:
     """The front of `engine`, to be served by an ASGI server."""
+    uploads = sources if "upload" in settings.adapter_sources else None
     front = Front(engine, settings, text, metrics, Gate(settings))
     app = Starlette(
-        routes=[*_generation_routes(front), *_page_routes(Pages(front, int(time.time())))],
+        routes=[
+            *_generation_routes(front),
+            *(UploadRoutes(uploads).routes() if uploads else ()),
+            *_page_routes(Pages(front, int(time.time()))),
+        ],
         exception_handlers={
             HTTPException: _on_http_exception,
             Exception: _on_exception,

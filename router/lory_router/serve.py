@@ -138,7 +138,7 @@ def _build(
         command=engine_command,
     )
     asked = SourcedEngine(engine, sources) if sources else engine
-    app = create_app(asked, settings, text, metrics)
+    app = create_app(asked, settings, text, metrics, sources)
     server = http_server(app, room_for_connections(config.http.max_connections))
     return _Parts(engine, Supervisor(engine, metrics, policy), sources, server, listener, url)
 

@@ -28,12 +28,13 @@ class SourceConfig:
     adapter_cache_size: int = size_flag(
         20 * 2**30, "Most bytes in it; the adapters used least recently go."
     )
-    max_adapter_size: int = size_flag(4 * 2**30, "Largest adapter that is fetched.")
+    max_adapter_size: int = size_flag(4 * 2**30, "Largest adapter that is fetched or uploaded.")
     adapter_hosts: str = flag(
         "",
         "Hosts that adapters may be fetched from by URL, comma-separated: HOST, *.HOST, HOST:PORT"
         " or http://HOST:PORT.",
     )
+    adapter_uploads: bool = flag(False, "Take adapters that callers send.")
     adapter_offline: bool = flag(
         False, "Ask no source; serve what was fetched before and is public."
     )
@@ -82,6 +83,7 @@ class SourceConfig:
                 buckets=comma_list(self.s3_buckets),
             ),
             web_hosts=_hosts("adapter_hosts", self.adapter_hosts),
+            allows_upload=self.adapter_uploads,
             is_offline=self.adapter_offline,
             recheck_s=self.adapter_recheck,
             stall_s=self.source_timeout,

@@ -129,7 +129,7 @@ SOURCES_OFF: dict[SourceKind, str] = {
     "hub": "fetched from a hub here; start the server with --adapter-cache FOLDER",
     "s3": "fetched from S3 here; start the server with --adapter-cache FOLDER and --s3-buckets",
     "web": "fetched by URL here; start the server with --adapter-cache FOLDER and --adapter-hosts",
-    "upload": "uploaded here",
+    "upload": "uploaded here; start the server with --adapter-cache FOLDER and --adapter-uploads",
 }
 
 

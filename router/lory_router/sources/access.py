@@ -40,18 +40,18 @@ class Access:
         self._lanes: dict[str, asyncio.Semaphore] = {}
 
     def known(self, reference: Reference, token: str) -> str | None:
-        """The revision, where nothing has to be asked; raises what was refused just now."""
+        """The revision, where it was told lately."""
         answer = self._answers.get(self._key(reference, token))
-        if isinstance(answer, ApiError):
-            raise again(answer)
-        return answer
+        return answer if isinstance(answer, str) else None
 
     async def revision(self, source: Source, reference: Reference, token: str) -> str:
         """What `reference` stands for, to who has `token`. Raises an ApiError."""
-        known = self.known(reference, token)
+        key = self._key(reference, token)
+        known = self._answers.get(key)
+        if isinstance(known, ApiError):
+            raise again(known)
         if known is not None:
             return known
-        key = self._key(reference, token)
         return await self._flights.join(key, lambda: self._ask(source, key, token))
 
     def forget(self, reference: Reference, token: str) -> None:

@@ -49,6 +49,8 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     """The reference's name."""
     revision: str
+    is_removed: bool = False
+    """Taken away while somebody held it; gone with the last of them, or at the next start."""
     is_public: bool
     """Whether who brings no token may read it, when this was last asked."""
     fetched_at: float
@@ -117,6 +119,16 @@ class DiskCache:
         """What was fetched last under that name."""
         return self._entries.get(self._latest.get((scope, name), ""))
 
+    def older(self, scope: str, name: str) -> tuple[Entry, ...]:
+        """What else is here under that name, and not taken away."""
+        latest = self._latest.get((scope, name))
+        return tuple(
+            entry
+            for entry in self._entries.values()
+            if (entry.origin.scope, entry.origin.name) == (scope, name)
+            and not (entry.folder == latest or entry.origin.is_removed)
+        )
+
     def entries(self) -> tuple[Entry, ...]:
         return tuple(self._entries.values())
 
@@ -138,6 +150,19 @@ class DiskCache:
         if not self._holds[folder]:
             del self._holds[folder]
 
+    async def withdraw(self, folder: str) -> None:
+        """Nobody new gets it; its bytes go when nobody holds it any more."""
+        entry = self._entries.get(folder)
+        if entry is None:
+            return
+        self._forget_latest(entry)
+        if folder not in self._holds:
+            await self.remove(folder)
+            return
+        origin = msgspec.structs.replace(entry.origin, is_removed=True)
+        self._entries[folder] = replace(entry, origin=origin)
+        await self._note(folder, origin)
+
     def is_held(self, folder: str) -> bool:
         return folder in self._holds
 
@@ -154,11 +179,14 @@ class DiskCache:
             return
         origin = msgspec.structs.replace(entry.origin, is_public=is_public)
         self._entries[entry.folder] = replace(entry, origin=origin)
-        self.hold(entry.folder)
+        await self._note(entry.folder, origin)
+
+    async def _note(self, folder: str, origin: Origin) -> None:
+        self.hold(folder)
         try:
-            await in_thread(_rewrite, self._root / HELD / entry.folder, origin)
+            await in_thread(_rewrite, self._root / HELD / folder, origin)
         finally:
-            self.release(entry.folder)
+            self.release(folder)
 
     # -- filling ----------------------------------------------------------------------------
 
@@ -203,18 +231,21 @@ class DiskCache:
             await self.remove(oldest.folder)
 
     def _removable(self) -> Iterator[Entry]:
-        kept = (e for e in self._entries.values() if e.origin.kind != "upload")
-        return (entry for entry in kept if entry.folder not in self._holds)
+        """An upload cannot be fetched again, so it stays until it is taken away."""
+        entries = (e for e in self._entries.values() if e.folder not in self._holds)
+        return (e for e in entries if e.origin.kind != "upload" or e.origin.is_removed)
 
     async def remove(self, folder: str) -> None:
         """Take an entry away at once; its bytes go in a thread."""
-        entry = self._entries.pop(folder)
-        key = (entry.origin.scope, entry.origin.name)
-        if self._latest.get(key) == folder:
-            del self._latest[key]
+        self._forget_latest(self._entries.pop(folder))
         gone = self._root / ARRIVING / f"gone-{next(self._numbers)}"
         os.rename(self._root / HELD / folder, gone)
         await in_thread(shutil.rmtree, gone, ignore_errors=True)
+
+    def _forget_latest(self, entry: Entry) -> None:
+        key = (entry.origin.scope, entry.origin.name)
+        if self._latest.get(key) == entry.folder:
+            del self._latest[key]
 
 
 # -- on the disk ----------------------------------------------------------------------------
@@ -260,7 +291,8 @@ def _read_entry(path: Path) -> Entry | None:
     except (OSError, msgspec.DecodeError):
         return None
     known = {name: size for name, (size, _) in origin.files.items()}
-    return Entry(path.name, origin, used) if sizes == known and origin.version == 1 else None
+    is_good = sizes == known and origin.version == 1 and not origin.is_removed
+    return Entry(path.name, origin, used) if is_good else None
 
 
 def _settle(arrived: Path, target: Path, origin: Origin) -> None:

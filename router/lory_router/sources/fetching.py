@@ -70,7 +70,7 @@ class Fetcher:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            raise DiskFull("The disk that adapters are fetched to is full") from error
+            raise disk_full() from error
         log.info("fetched %s in %.1f s: %s", reference.name, progress.seconds, _amount(progress))
 
     async def _write(
@@ -117,6 +117,10 @@ class Fetcher:
         with self._open_writer(arrival.path / file.name, CHECKS[file.name]) as writer:
             digest = await download(file, writer, source.client, pace, told)
             return writer.num_bytes, digest
+
+
+def disk_full() -> DiskFull:
+    return DiskFull("The disk that adapters are kept on is full")
 
 
 def _tell(progress: Progress) -> None:

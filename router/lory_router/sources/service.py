@@ -36,6 +36,7 @@ from lory_router.sources.reference import Reference, SourceKind
 from lory_router.sources.s3 import S3Place
 from lory_router.sources.settings import SourceSettings
 from lory_router.sources.source import Source
+from lory_router.sources.upload import SCOPE, Uploads
 from lory_router.sources.web import WebPlace
 from lory_router.sources.writer import FileWriter
 from lory_server.messages import FETCHED
@@ -86,6 +87,7 @@ class Sources:
         self._access = Access(settings.recheck_s, settings.stall_s)
         self._lanes = Lanes(settings.max_downloads, settings.max_waiting)
         self._fetcher = Fetcher(self.disk, settings, open_writer)
+        self.uploads = Uploads(self.disk, settings, open_writer)
         self._flights: Flights[str, None] = Flights()
         self._failures: Memory[str, ApiError] = Memory(MAX_FAILURES)
         self._progress: dict[str, Progress] = {}
@@ -127,7 +129,15 @@ class Sources:
     def release(self, engine_name: str) -> None:
         self.disk.release(engine_name.removeprefix(FETCHED))
 
+    async def remove_uploaded(self, reference: Reference) -> None:
+        """The next request does not find it; those that hold it finish."""
+        await self.disk.withdraw(self._uploaded(reference))
+
     async def _hold(self, reference: Reference, token: str) -> str:
+        if reference.kind == "upload":
+            folder = self._uploaded(reference)
+            self.disk.hold(folder)
+            return folder
         for _ in range(MAX_CHANGES):
             revision, scope = await self._revision(reference, token)
             folder = reference.folder(scope, revision)
@@ -150,8 +160,6 @@ class Sources:
 
     async def _revision(self, reference: Reference, token: str) -> tuple[str, str]:
         """The revision, and the scope that it is one of."""
-        if reference.kind == "upload":
-            return self._uploaded(reference), ""
         source = self._sources[reference.kind]
         lane = self._lane(source, reference)
         if self.settings.is_offline:
@@ -188,10 +196,10 @@ class Sources:
         return kept.origin.revision
 
     def _uploaded(self, reference: Reference) -> str:
-        entry = self.disk.latest("", reference.name)
+        entry = self.disk.latest(SCOPE, reference.name)
         if entry is None:
             raise adapter_not_found(reference.name)
-        return entry.origin.revision
+        return entry.folder
 
     # -- fetching ---------------------------------------------------------------------------
 
@@ -202,9 +210,7 @@ class Sources:
         failure = self._failures.get(folder)
         if failure is not None:
             raise again(failure)
-        source = self._sources.get(reference.kind)
-        if source is None or self.settings.is_offline:
-            raise adapter_not_found(reference.name)
+        source = self._sources[reference.kind]
         lane = self._lane(source, reference)
         with lane.waiting():
             await self._flights.join(
@@ -275,9 +281,11 @@ class Sources:
 
     def name_of(self, engine_name: str) -> str:
         """What callers call it, removed or not; a local adapter's name is its own."""
-        if not engine_name.startswith(FETCHED):
+        folder = engine_name.removeprefix(FETCHED)
+        if folder == engine_name:
             return engine_name
-        return self._names.get(engine_name.removeprefix(FETCHED)) or engine_name
+        entry = self.disk.entry(folder)
+        return entry.origin.name if entry else self._names.get(folder) or engine_name
 
 
 def _too_long(progress: Progress) -> SourceUnavailable:

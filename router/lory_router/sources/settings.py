@@ -66,5 +66,6 @@ class SourceSettings:
             "hub": True,
             "s3": self.s3.buckets,
             "web": self.web_hosts,
+            "upload": self.allows_upload,
         }
         return frozenset(kind for kind, is_on in named.items() if is_on)
