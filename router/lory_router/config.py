@@ -19,7 +19,7 @@ import typer
 
 from lory_router.flags import flag, size_flag
 from lory_router.settings import RouterSettings
-from lory_router.source_config import SourceConfig, held_folder
+from lory_router.source_config import SourceConfig
 from lory_router.sources.settings import SourceSettings
 from lory_router.values import (
     comma_list,
@@ -210,7 +210,7 @@ class ServeConfig:
         return EngineOptions(
             model=self.model.model,
             adapters_dir=self.model.adapters,
-            fetched_dir=str(held_folder(self.source_settings)) if self.source_settings else "",
+            fetched_dir=str(self.source_settings.held) if self.source_settings else "",
             device=self.model.device,
             dtype=self.model.dtype,
             quantize=self.model.quantize,

@@ -12,8 +12,6 @@ from lory_router.sources.hosts import HostList
 from lory_router.sources.settings import HubSettings, S3Settings, SourceSettings
 from lory_router.values import comma_list
 
-HELD = "held"
-"""The folder within the cache that the engine reads."""
 WAITING_SHARE = 4
 """Of all requests that may be inside, one in so many may wait for one source."""
 
@@ -120,11 +118,6 @@ class SourceConfig:
         ):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{_flag(name)}: must be more than 0")
-
-
-def held_folder(settings: SourceSettings) -> Path:
-    """Where the engine finds what was fetched."""
-    return settings.folder / HELD
 
 
 def _hosts(name: str, text: str) -> HostList:

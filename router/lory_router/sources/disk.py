@@ -23,12 +23,12 @@ from pathlib import Path
 import msgspec
 
 from lory_router.errors import AdapterFileTooLarge, DiskFull
+from lory_router.sources.settings import HELD
 from lory_router.sources.source import FILE_NAMES
 from lory_router.sources.threads import in_thread
 
 MARKER = "lory-adapters"
 ARRIVING = "arriving"
-HELD = "held"
 ORIGIN = "origin.json"
 
 TOUCH_S = 60.0

@@ -3,17 +3,19 @@
 It must not know flags, or how a setting is used.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lory_router.sources.hosts import HostList
 from lory_router.sources.reference import SourceKind
 
+HELD = "held"
+
 
 @dataclass(frozen=True, slots=True)
 class HubSettings:
     endpoint: str = "https://huggingface.co"
-    token: str = ""
+    token: str = field(default="", repr=False)
     """For callers who bring none; empty: those read what is public."""
     hosts: HostList = HostList(("*.huggingface.co", "*.hf.co"))  # noqa: RUF009 - never changes
     """Where the hub may send a download, beside its own."""
@@ -26,8 +28,8 @@ class S3Settings:
     region: str = "us-east-1"
     access_key_id: str = ""
     """Empty: requests are not signed."""
-    secret_access_key: str = ""
-    session_token: str = ""
+    secret_access_key: str = field(default="", repr=False)
+    session_token: str = field(default="", repr=False)
     buckets: tuple[str, ...] = ()
     """BUCKET or BUCKET/PREFIX: what callers may name."""
 
@@ -58,6 +60,11 @@ class SourceSettings:
     """Requests that wait for one source; one more is refused."""
     retry_pause_s: float = 0.25
     """Before the second try of a download that broke; later ones pause longer."""
+
+    @property
+    def held(self) -> Path:
+        """Where whole adapters lie, each in a folder of its own."""
+        return self.folder / HELD
 
     @property
     def kinds(self) -> frozenset[SourceKind]:
