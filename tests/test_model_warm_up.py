@@ -77,7 +77,7 @@ def test_steps_cover_every_class_that_kernels_know() -> None:
 
 def _compiled(element_bytes: int, rows: int, rank: int) -> tuple[object, ...]:
     """What SGMV's kernels are compiled for."""
-    cut = sgmv_choice.cut_up(element_bytes, rows, 1, rank, 4096, 3)
+    cut = sgmv_choice.cut_up(element_bytes, True, rows, 1, rank, 4096, 3)
     return cut.rule, cut.shrink_rank, cut.expand_rank, cut.max_splits
 
 
