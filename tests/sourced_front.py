@@ -62,9 +62,7 @@ class SourcedFront(Front):
 
     def __init__(self, world: World, chosen: SourceSettings) -> None:
         self.engine = world.engine
-        self.settings = RouterSettings(
-            model_names=(BASE,), adapter_sources=frozenset({"hub", "web"}) | chosen.kinds
-        )
+        self.settings = RouterSettings(model_names=(BASE,), adapter_sources=chosen.kinds | {"web"})
         self._chosen = chosen
 
     def run(self, work: Any) -> Any:

@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import logging
+import shutil
 import time
 from collections.abc import Awaitable
 from dataclasses import replace
@@ -284,6 +285,17 @@ def test_a_restarted_server_fetches_nothing_again(world: World):
     for _ in range(2):
         assert with_sources(world.settings(), lambda s: files(s, "hub:org/open")) == ONE
     assert world.hub.cdn.count("GET") == 1
+
+
+def test_what_somebody_deleted_by_hand_is_fetched_again(world: World):
+    async def work(sources: Sources) -> None:
+        await files(sources, "hub:org/open")
+        (folder,) = (world.folder / "held").iterdir()
+        shutil.rmtree(folder)
+        assert await files(sources, "hub:org/open") == ONE
+        assert sources.disk.num_bytes == sum(map(len, ONE.values()))
+
+    with_sources(world.settings(), work)
 
 
 # -- many at once ---------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
 from urllib.parse import urljoin
 
@@ -63,12 +64,18 @@ class Ask:
     """Whether a redirect to another origin is followed, or is the answer."""
 
 
+@cache
+def _authorities() -> ssl.SSLContext:
+    """Those of certifi, or of SSL_CERT_FILE; reading them takes as long as ten requests."""
+    return httpx.create_ssl_context()
+
+
 class SourceClient:
     """One per kind of source, so that none waits for another's connections."""
 
-    def __init__(self, stall_s: float, context: ssl.SSLContext) -> None:
+    def __init__(self, stall_s: float) -> None:
         self._http = httpx.AsyncClient(
-            verify=context,
+            verify=_authorities(),
             timeout=httpx.Timeout(stall_s, connect=min(CONNECT_S, stall_s)),
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=16),
             cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),

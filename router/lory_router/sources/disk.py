@@ -25,7 +25,7 @@ import msgspec
 from lory_router.errors import AdapterFileTooLarge, DiskFull
 from lory_router.sources.settings import HELD
 from lory_router.sources.source import FILE_NAMES
-from lory_router.sources.threads import in_thread
+from lory_router.sources.threads import DiskThreads
 
 MARKER = "lory-adapters"
 ARRIVING = "arriving"
@@ -92,6 +92,7 @@ class DiskCache:
     def __init__(self, folder: Path, budget_bytes: int) -> None:
         """Opens `folder`, removing what was left half. Raises CacheFolderError."""
         self._root = folder
+        self.threads = DiskThreads()
         self._budget_bytes = budget_bytes
         self._holds: Counter[str] = Counter()
         self._numbers = itertools.count()
@@ -100,17 +101,24 @@ class DiskCache:
         for stale in (folder / ARRIVING).iterdir():
             shutil.rmtree(stale)
         self._entries = {entry.folder: entry for entry in _whole_entries(folder / HELD)}
+        self._held_bytes = sum(entry.num_bytes for entry in self._entries.values())
         self._latest: dict[tuple[str, str], str] = {}
         for entry in sorted(self._entries.values(), key=lambda e: e.origin.fetched_at):
             self._latest[entry.origin.scope, entry.origin.name] = entry.folder
 
     def close(self) -> None:
+        self.threads.close()
         os.close(self._lock_fd)
 
     # -- looking ----------------------------------------------------------------------------
 
-    def __contains__(self, folder: str) -> bool:
-        return folder in self._entries
+    def has(self, folder: str) -> bool:
+        """Whether it is here; one that somebody has deleted by hand is not."""
+        entry = self._entries.get(folder)
+        if entry is not None and not (self._root / HELD / folder / ORIGIN).is_file():
+            self._drop(entry)
+            return False
+        return entry is not None
 
     def entry(self, folder: str) -> Entry | None:
         return self._entries.get(folder)
@@ -134,7 +142,7 @@ class DiskCache:
 
     @property
     def num_bytes(self) -> int:
-        return self.arriving_bytes + sum(e.num_bytes for e in self._entries.values())
+        return self.arriving_bytes + self._held_bytes
 
     # -- using ------------------------------------------------------------------------------
 
@@ -184,7 +192,7 @@ class DiskCache:
     async def _note(self, folder: str, origin: Origin) -> None:
         self.hold(folder)
         try:
-            await in_thread(_rewrite, self._root / HELD / folder, origin)
+            await self.threads.run(_rewrite, self._root / HELD / folder, origin)
         finally:
             self.release(folder)
 
@@ -200,16 +208,17 @@ class DiskCache:
             yield arrival
         finally:
             self.arriving_bytes -= arrival.num_bytes
-            await in_thread(shutil.rmtree, path, ignore_errors=True)
+            await self.threads.run(shutil.rmtree, path, ignore_errors=True)
 
     async def publish(self, arrival: Arrival, folder: str, origin: Origin) -> None:
         """Put what arrived in its place; its files must be synced."""
         target = self._root / HELD / folder
         try:
-            await in_thread(_settle, arrival.path, target, origin)
+            await self.threads.run(_settle, arrival.path, target, origin)
         finally:
             if target.is_dir():
                 self._entries[folder] = Entry(folder, origin, time.time())
+                self._held_bytes += self._entries[folder].num_bytes
                 self._latest[origin.scope, origin.name] = folder
 
     async def make_room(self, num_bytes: int) -> None:
@@ -237,10 +246,15 @@ class DiskCache:
 
     async def remove(self, folder: str) -> None:
         """Take an entry away at once; its bytes go in a thread."""
-        self._forget_latest(self._entries.pop(folder))
+        self._drop(self._entries[folder])
         gone = self._root / ARRIVING / f"gone-{next(self._numbers)}"
         os.rename(self._root / HELD / folder, gone)
-        await in_thread(shutil.rmtree, gone, ignore_errors=True)
+        await self.threads.run(shutil.rmtree, gone, ignore_errors=True)
+
+    def _drop(self, entry: Entry) -> None:
+        del self._entries[entry.folder]
+        self._held_bytes -= entry.num_bytes
+        self._forget_latest(entry)
 
     def _forget_latest(self, entry: Entry) -> None:
         key = (entry.origin.scope, entry.origin.name)

@@ -17,8 +17,8 @@ import httpx
 
 from lory_router.errors import AdapterFileTooLarge, AdapterInvalid, SourceUnavailable
 from lory_router.sources.client import Changed, Interrupted, SourceClient
-from lory_router.sources.source import RemoteFile
-from lory_router.sources.threads import in_thread
+from lory_router.sources.source import RemoteFile, size_of
+from lory_router.sources.threads import DiskThreads
 from lory_router.sources.writer import FileWriter
 from lory_server.adapters.errors import AdapterInvalidError
 
@@ -44,72 +44,85 @@ Told = Callable[[int, int | None], Awaitable[None]]
 """Told of a file's bytes so far, and in the end if known, before more are written."""
 
 
-async def download(
-    file: RemoteFile, writer: FileWriter, client: SourceClient, pace: Pace, told: Told
-) -> str:
-    """All of `file`; its sha256. Raises an ApiError, or Changed."""
-    started, num_idle = time.monotonic(), 0
-    for _ in range(MAX_TRIES):
-        before = writer.num_bytes
+@dataclass(frozen=True, slots=True)
+class Download:
+    """One file to be fetched, and all that is needed for it."""
+
+    file: RemoteFile
+    writer: FileWriter
+    client: SourceClient
+    threads: DiskThreads
+    pace: Pace
+    told: Told
+
+    async def run(self) -> str:
+        """All of the file; its sha256. Raises an ApiError, or Changed."""
         try:
-            await _receive(file, writer, client, pace, told)
-            break
-        except Interrupted as error:
-            num_idle = 1 if writer.num_bytes > before else num_idle + 1
-            if num_idle >= MAX_IDLE_TRIES:
-                raise _gave_up(file, writer, started, error) from error
+            await self._receive_all()
+            return await self._finish()
         except AdapterInvalidError as error:
             raise AdapterInvalid(str(error), param="model") from error
-        pause_s = pace.retry_pause_s * 2 ** (num_idle - 1) * random.uniform(0.5, 1.5)
-        await asyncio.sleep(min(pause_s, LONGEST_PAUSE_S))
-    else:
-        raise _gave_up(file, writer, started, Interrupted(f"cut {MAX_TRIES} times"))
-    return await _finish(file, writer)
 
+    async def _receive_all(self) -> None:
+        started, num_idle = time.monotonic(), 0
+        for num_tries in range(1, MAX_TRIES + 1):
+            before = self.writer.num_bytes
+            try:
+                await self._receive()
+                return
+            except Interrupted as error:
+                num_idle = 1 if self.writer.num_bytes > before else num_idle + 1
+                if num_tries == MAX_TRIES or num_idle >= MAX_IDLE_TRIES:
+                    raise self._gave_up(started, error) from error
+            pause_s = self.pace.retry_pause_s * 2 ** (num_idle - 1) * random.uniform(0.5, 1.5)
+            await asyncio.sleep(min(pause_s, LONGEST_PAUSE_S))
 
-def _gave_up(
-    file: RemoteFile, writer: FileWriter, started: float, error: Exception
-) -> SourceUnavailable:
-    seconds = time.monotonic() - started
-    text = f"{file.name} could not be fetched: {error}; {writer.num_bytes} bytes in {seconds:.1f} s"
-    return SourceUnavailable(text, retry_after_s=5)
-
-
-async def _finish(file: RemoteFile, writer: FileWriter) -> str:
-    if file.num_bytes is not None and writer.num_bytes != file.num_bytes:
-        raise SourceUnavailable(
-            f"{file.name}: its source told of {file.num_bytes} bytes and sent {writer.num_bytes}"
+    def _gave_up(self, started: float, error: Exception) -> SourceUnavailable:
+        seconds, num_bytes = time.monotonic() - started, self.writer.num_bytes
+        text = (
+            f"{self.file.name} could not be fetched: {error}; {num_bytes} bytes in {seconds:.1f} s"
         )
-    try:
-        digest = await in_thread(writer.finish)
-    except AdapterInvalidError as error:
-        raise AdapterInvalid(str(error), param="model") from error
-    if file.sha256 and digest != file.sha256:
-        raise SourceUnavailable(
-            f"{file.name}: its source tells the sha256 {file.sha256}, what it sent has {digest}"
-        )
-    return digest
+        return SourceUnavailable(text, retry_after_s=5)
 
+    async def _receive(self) -> None:
+        """What is left of the file, in one request."""
+        file, writer = self.file, self.writer
+        if not file.is_resumable:
+            writer.restart()
+        ask = replace(file.ask, headers=file.conditions(writer.num_bytes))
+        async with self.client.get(ask) as response:
+            total = _begin(response, file, writer)
+            self._check_size(total or 0)
+            async with aclosing(_pieces(response, self.pace)) as pieces:
+                async for data in pieces:
+                    num_bytes = writer.num_bytes + len(data)
+                    self._check_size(num_bytes)
+                    await self.told(num_bytes, total)
+                    await self.threads.run(writer.append, data, total)
+        if total is not None and writer.num_bytes < total:
+            raise Interrupted(f"it ended {total - writer.num_bytes} bytes before its end")
 
-async def _receive(
-    file: RemoteFile, writer: FileWriter, client: SourceClient, pace: Pace, told: Told
-) -> None:
-    """What is left of the file, in one request."""
-    if not file.is_resumable:
-        writer.restart()
-    ask = replace(file.ask, headers=file.conditions(writer.num_bytes))
-    async with client.get(ask) as response:
-        total = _begin(response, file, writer)
-        if total is not None and total > pace.most_bytes:
-            raise _too_large(file, pace)
-        async with aclosing(_pieces(response, pace)) as pieces:
-            async for data in pieces:
-                if writer.num_bytes + len(data) > pace.most_bytes:
-                    raise _too_large(file, pace)
-                await told(writer.num_bytes + len(data), total)
-                await in_thread(writer.append, data, total)
-    if total is not None and writer.num_bytes < total:
-        raise Interrupted(f"it ended {total - writer.num_bytes} bytes before its end")
+    def _check_size(self, num_bytes: int) -> None:
+        most = self.pace.most_bytes
+        if num_bytes > most:
+            raise AdapterFileTooLarge(
+                f"{self.file.name} is larger than {most} bytes; --max-adapter-size is the most that"
+                " is fetched",
+                param="model",
+            )
+
+    async def _finish(self) -> str:
+        file, num_bytes = self.file, self.writer.num_bytes
+        if file.num_bytes is not None and num_bytes != file.num_bytes:
+            raise SourceUnavailable(
+                f"{file.name}: its source told of {file.num_bytes} bytes and sent {num_bytes}"
+            )
+        digest = await self.threads.run(self.writer.finish)
+        if file.sha256 and digest != file.sha256:
+            raise SourceUnavailable(
+                f"{file.name}: its source tells the sha256 {file.sha256}, what it sent has {digest}"
+            )
+        return digest
 
 
 def _begin(response: httpx.Response, file: RemoteFile, writer: FileWriter) -> int | None:
@@ -124,8 +137,7 @@ def _begin(response: httpx.Response, file: RemoteFile, writer: FileWriter) -> in
     writer.restart()
     if response.status_code == 416:
         raise Interrupted("it has no such range")
-    length = response.headers.get("content-length", "")
-    return int(length) if length.isdigit() and len(length) < 19 else None
+    return size_of(response.headers.get("content-length", ""))
 
 
 def _check_same(response: httpx.Response, file: RemoteFile) -> None:
@@ -146,11 +158,3 @@ async def _pieces(response: httpx.Response, pace: Pace) -> AsyncGenerator[bytes,
             if num_bytes < pace.min_bytes_per_s * seconds:
                 raise Interrupted(f"it sent {num_bytes} bytes in {seconds:.1f} s, and has stalled")
             began, num_bytes = time.monotonic(), 0
-
-
-def _too_large(file: RemoteFile, pace: Pace) -> AdapterFileTooLarge:
-    return AdapterFileTooLarge(
-        f"{file.name} is larger than {pace.most_bytes} bytes; --max-adapter-size is the most that"
-        " is fetched",
-        param="model",
-    )

@@ -14,7 +14,7 @@ from lory_router.errors import DiskFull
 from lory_router.sources.access import patiently
 from lory_router.sources.check import CHECKS, FileCheck, most_bytes
 from lory_router.sources.disk import Arrival, DiskCache, Origin
-from lory_router.sources.download import Pace, download
+from lory_router.sources.download import Download, Pace
 from lory_router.sources.reference import Reference
 from lory_router.sources.settings import SourceSettings
 from lory_router.sources.source import RemoteFile, Source
@@ -115,7 +115,8 @@ class Fetcher:
             _tell(progress)
 
         with self._open_writer(arrival.path / file.name, CHECKS[file.name]) as writer:
-            digest = await download(file, writer, source.client, pace, told)
+            download = Download(file, writer, source.client, self._disk.threads, pace, told)
+            digest = await download.run()
             return writer.num_bytes, digest
 
 

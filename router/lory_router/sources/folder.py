@@ -15,7 +15,7 @@ import httpx
 from lory_router.errors import AdapterInvalid
 from lory_router.sources.client import Ask, Changed, SourceClient
 from lory_router.sources.reference import Reference
-from lory_router.sources.source import FILE_NAMES, RemoteFile
+from lory_router.sources.source import FILE_NAMES, RemoteFile, size_of
 
 _DIGEST = re.compile(r"sha-256=:(?P<value>[A-Za-z0-9+/]{43}=):")
 
@@ -74,12 +74,11 @@ class FolderSource:
                 " Last-Modified, without which a change goes unnoticed",
                 param="model",
             )
-        size = headers.get("content-length", "")
         return RemoteFile(
             name=name,
             ask=ask,
             validator=validator,
-            num_bytes=int(size) if size.isdigit() and len(size) < 19 else None,
+            num_bytes=size_of(headers.get("content-length", "")),
             sha256=_sha256(headers),
         )
 

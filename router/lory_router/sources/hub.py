@@ -14,7 +14,7 @@ from lory_router.errors import AdapterInvalid, SourceUnavailable
 from lory_router.sources.client import Ask, Refused, SourceClient
 from lory_router.sources.reference import Reference
 from lory_router.sources.settings import HubSettings
-from lory_router.sources.source import CONFIG_NAME, WEIGHTS_NAME, RemoteFile
+from lory_router.sources.source import CONFIG_NAME, WEIGHTS_NAME, RemoteFile, size_of
 
 _COMMIT = re.compile(r"[0-9a-f]{7,64}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -59,7 +59,7 @@ class HubSource:
             name=name,
             ask=self._ask(reference, revision, name, token),
             is_pinned=True,
-            num_bytes=int(size) if size.isdigit() and len(size) < 19 else None,
+            num_bytes=size_of(size),
             sha256=digest if _SHA256.fullmatch(digest) else "",
         )
 

@@ -14,8 +14,6 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-import httpx
-
 from lory_router.errors import (
     AdapterNotFound,
     ApiError,
@@ -143,7 +141,7 @@ class Sources:
             folder = reference.folder(scope, revision)
             self.disk.hold(folder)
             try:
-                if folder not in self.disk:
+                if not self.disk.has(folder):
                     await self._fetch(reference, folder, revision, token)
                 return folder
             except Changed:
@@ -296,13 +294,9 @@ def _too_long(progress: Progress) -> SourceUnavailable:
 
 
 def _sources(settings: SourceSettings) -> Mapping[SourceKind, Source]:
-    context = httpx.create_ssl_context()
-
-    def client() -> SourceClient:
-        return SourceClient(settings.stall_s, context)
-
+    hub, s3, web = (SourceClient(settings.stall_s) for _ in range(3))
     return {
-        "hub": HubSource(settings.hub, client()),
-        "s3": FolderSource(S3Place(settings.s3), client()),
-        "web": FolderSource(WebPlace(settings.web_hosts), client()),
+        "hub": HubSource(settings.hub, hub),
+        "s3": FolderSource(S3Place(settings.s3), s3),
+        "web": FolderSource(WebPlace(settings.web_hosts), web),
     }

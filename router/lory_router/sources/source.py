@@ -12,6 +12,8 @@ from lory_router.sources.reference import Reference
 from lory_server.adapters.config import CONFIG_NAME
 from lory_server.adapters.header import WEIGHTS_NAME
 
+_MAX_DIGITS = 18
+
 FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
 
 
@@ -39,6 +41,11 @@ class RemoteFile:
             return {}
         unchanged = {} if self.is_pinned else {"if-range": self.validator}
         return {"range": f"bytes={first_byte}-", **unchanged}
+
+
+def size_of(text: str) -> int | None:
+    """What a Content-Length or the like tells; None if it tells nothing sensible."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS else None
 
 
 class Source(Protocol):

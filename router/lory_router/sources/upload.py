@@ -19,7 +19,6 @@ from lory_router.sources.multipart import MultipartError, MultipartReader, Part
 from lory_router.sources.reference import Reference
 from lory_router.sources.settings import SourceSettings
 from lory_router.sources.source import FILE_NAMES
-from lory_router.sources.threads import in_thread
 from lory_router.sources.writer import FileWriter
 from lory_server.adapters.errors import AdapterInvalidError
 
@@ -104,7 +103,7 @@ class Uploads:
             if not reader.is_whole or set(writers) != set(FILE_NAMES):
                 raise Invalid(f"the body must have the parts {_FILES}, whole", param="file")
             return {
-                name: (writer.num_bytes, await in_thread(writer.finish))
+                name: (writer.num_bytes, await self._disk.threads.run(writer.finish))
                 for name, writer in writers.items()
             }
 
@@ -117,7 +116,7 @@ class Uploads:
                 param="file",
             )
         await arrival.cover(sum(w.num_bytes for w in writers.values()) + len(data))
-        await in_thread(writer.append, data, None)
+        await self._disk.threads.run(writer.append, data, None)
 
     async def _lively(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The body, as long as something comes."""
