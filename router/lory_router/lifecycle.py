@@ -4,6 +4,7 @@ In: names and wishes. Out: adapters as they are afterwards, or the refusal. What
 memory is ordered from it, what outlives it is written to the registry. It must not know HTTP.
 """
 
+import asyncio
 import time
 from typing import Literal
 
@@ -15,10 +16,10 @@ from lory_router.errors import (
     from_failure,
     shown,
 )
-from lory_router.listing import Listing
+from lory_router.listing import Entries, Listing
 from lory_router.named_engine import find_target
 from lory_router.names import Target, check_new_name, check_revision, split
-from lory_router.registry import Registry
+from lory_router.registry import Registry, State
 from lory_router.schemas_adapters import AdapterListReply, AdapterReply, adapter_reply
 from lory_router.settings import RouterSettings
 from lory_server.messages import AdapterEntry, OrderDone, OrderKind
@@ -37,13 +38,8 @@ class Lifecycle:
 
     async def list(self) -> AdapterListReply:
         entries = await self._listing.read()
-        state, age_s = self._registry.state, time.monotonic() - self._listing.listed_at
-        names = state.names_by_adapter()
-        served = [entry for entry in entries if entry.adapter_id not in state.removed]
-        return AdapterListReply(
-            data=tuple(adapter_reply(e, names.get(e.adapter_id, {}), age_s) for e in served),
-            removed=tuple(sorted(state.removed)),
-        )
+        age_s = time.monotonic() - self._listing.listed_at
+        return await asyncio.to_thread(_list_reply, entries, self._registry.state, age_s)
 
     async def get(self, name: str) -> AdapterReply:
         target = find_target(self._registry, name)
@@ -193,3 +189,12 @@ class Lifecycle:
     def _reply(self, entry: AdapterEntry, age_s: float) -> AdapterReply:
         names = self._registry.state.names_by_adapter().get(entry.adapter_id, {})
         return adapter_reply(entry, names, age_s)
+
+
+def _list_reply(entries: Entries, state: State, age_s: float) -> AdapterListReply:
+    names = state.names_by_adapter()
+    served = [entry for entry in entries if entry.adapter_id not in state.removed]
+    return AdapterListReply(
+        data=tuple(adapter_reply(e, names.get(e.adapter_id, {}), age_s) for e in served),
+        removed=tuple(sorted(state.removed)),
+    )
