@@ -78,7 +78,7 @@ class SourcedFront(Front):
         self.metrics = Metrics(model=BASE, name_of=self.sources.name_of)
         self.metrics.add(SourceMetrics(self.sources))
         sourced = SourcedEngine(self.engine, self.sources)
-        self.app = create_app(sourced, self.settings, TEXT, self.metrics, self.sources)
+        self.app = create_app(sourced, self.settings, TEXT, self.metrics, sources=self.sources)
         return super().run(main)
 
 
