@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.format import Base
+from lory_server.model.linear import DenseLinear
 from lory_server.model.sites import Site, Slice
 
 HIDDEN = 16
@@ -53,6 +55,18 @@ def _site(layer: int, name: str, in_features: int, modules: Mapping[str, int]) -
 
 SITES = make_sites()
 BASE = Base(SITES, ("org/Tiny-Base",))
+
+
+def make_folder(sites: tuple[Site, ...] = SITES) -> BaseFolder:
+    """Over a random base."""
+    generator = torch.Generator().manual_seed(99)
+
+    def linear(site: Site) -> DenseLinear:
+        shape = (site.out_features, site.in_features)
+        bias_N = torch.randn(shape[0], generator=generator) if site.has_bias else None
+        return DenseLinear(torch.randn(shape, generator=generator), bias_N)
+
+    return BaseFolder(sites, [linear(site) for site in sites], torch.device("cpu"))
 
 
 def make_tensors(

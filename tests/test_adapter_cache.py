@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from adapter_files import BASE, SITES, write_adapter
+from adapter_files import BASE, SITES, make_folder, write_adapter
 from lory_server.adapters import cache as cache_module
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.cache import AdapterCache, Listed, Outcome, Resolved, ResolveFailed
@@ -42,7 +42,7 @@ class World:
         )
         self.store = AdapterStore(root)
         host_bytes = options.pop("host_bytes", 10_000_000)
-        self.cache = AdapterCache(self.store, self.pool, BASE, host_bytes, **options)
+        self.cache = AdapterCache(self.store, self.pool, BASE, host_bytes, make_folder(), **options)
         self.answers: dict[int, Outcome] = {}
         self.num_tickets = 0
 
@@ -101,12 +101,11 @@ class World:
         """What SGMV would read through the slot's tables, laid out as in the blob."""
         slot = self.cache.residency().resident[revision].slot
         found = torch.zeros_like(like.data)
-        for index, part in enumerate(like.manifest.slices):
+        for part, starts in like.manifest.placed(like.chunk_starts):
             table = self.pool.tables[part.site]
             assert int(table.rank_SK[slot, part.slice]) == part.rank
-            for chunk, offsets in ((0, table.a_offset_SK), (1, table.b_offset_SK)):
-                source = like.chunk_starts[2 * index + chunk]
-                length = like.manifest.chunk_numels()[2 * index + chunk]
+            for (kind, length), source in zip(part.chunks(), starts.values(), strict=True):
+                offsets = {"a": table.a_offset_SK, "b": table.b_offset_SK}[kind]
                 place = int(offsets[slot, part.slice])
                 found[source : source + length] = self.pool.data[place : place + length]
         return found

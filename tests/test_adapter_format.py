@@ -18,7 +18,7 @@ from lory_server.adapters.blob import AdapterBlob, read_blob
 from lory_server.adapters.config import MAX_CONFIG_BYTES, read_config
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.format import AdapterManifest, Base, read_manifest
-from lory_server.adapters.header import read_header, read_header_bytes
+from lory_server.adapters.header import TensorSpec, read_header, read_header_bytes
 from lory_server.model.sites import Site, Slice
 from tiny_models import random_model, save_adapter
 
@@ -141,8 +141,15 @@ def test_what_peft_saves_is_read_as_peft_reads_it(name: str, model: Any, tmp_pat
         assert torch.equal(b, layer.lora_B["default"].weight.float().t())
 
 
+def name_of(spec: TensorSpec | None) -> str:
+    assert spec is not None
+    return spec.name
+
+
 def chunk_of(blob: AdapterBlob, index: int) -> torch.Tensor:
     part = blob.manifest.slices[index // 2]
+    assert part.a is not None
+    assert part.b is not None
     rows, columns = part.a.shape if index % 2 == 0 else part.b.shape[::-1]
     start = blob.chunk_starts[index]
     return blob.data[start : start + rows * columns].view(rows, columns)
@@ -179,7 +186,7 @@ def test_numbers_are_cast_to_the_engines_dtype(
     blob = blob_of(tmp_path, dtype=engine_dtype)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as saved:
         for index, part in enumerate(blob.manifest.slices):
-            a, b = saved.get_tensor(part.a.name), saved.get_tensor(part.b.name)
+            a, b = saved.get_tensor(name_of(part.a)), saved.get_tensor(name_of(part.b))
             assert torch.equal(chunk_of(blob, 2 * index), a.to(engine_dtype))
             assert torch.equal(chunk_of(blob, 2 * index + 1), b.t().to(engine_dtype))
     assert blob.num_bytes == blob.manifest.num_bytes(engine_dtype.itemsize)
@@ -206,7 +213,7 @@ def test_dtypes_may_change_from_tensor_to_tensor_at_any_offset(
     blob = blob_of(tmp_path, Base(sites), engine_dtype)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as saved:
         for index, part in enumerate(blob.manifest.slices):
-            a, b = saved.get_tensor(part.a.name), saved.get_tensor(part.b.name)
+            a, b = saved.get_tensor(name_of(part.a)), saved.get_tensor(name_of(part.b))
             assert torch.equal(chunk_of(blob, 2 * index), a.to(engine_dtype))
             assert torch.equal(chunk_of(blob, 2 * index + 1), b.t().to(engine_dtype))
 
@@ -217,8 +224,8 @@ def test_tensors_larger_than_one_piece_are_read_whole(tmp_path: Path) -> None:
     blob = blob_of(tmp_path, Base(sites))
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as saved:
         part = blob.manifest.slices[0]
-        assert torch.equal(chunk_of(blob, 0), saved.get_tensor(part.a.name))
-        assert torch.equal(chunk_of(blob, 1), saved.get_tensor(part.b.name).t())
+        assert torch.equal(chunk_of(blob, 0), saved.get_tensor(name_of(part.a)))
+        assert torch.equal(chunk_of(blob, 1), saved.get_tensor(name_of(part.b)).t())
 
 
 def test_names_with_the_adapters_name_are_accepted(tmp_path: Path) -> None:
@@ -262,17 +269,18 @@ REFUSED_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "LOHA"}, "peft_type"),
     ({"peft_type": None}, "peft_type"),
     ({"task_type": "SEQ_CLS"}, "task_type"),
-    ({"use_dora": True}, "use_dora"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"bias": "all"}, "bias"),
-    ({"bias": "lora_only"}, "bias"),
-    ({"lora_bias": True}, "lora_bias"),
+    ({"use_dora": 1}, "use_dora"),
+    ({"use_dora": True, "lora_bias": True}, "lora_bias and use_dora"),
+    ({"lora_bias": "yes"}, "lora_bias"),
+    ({"bias": "boft_only"}, "bias"),
+    ({"bias": True}, "bias"),
+    ({"bias": ["all"]}, "bias"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ({"target_parameters": ["experts.w"]}, "target_parameters"),
     ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     ({"megatron_config": {"a": 1}}, "megatron_config"),
-    ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     ({"use_qalora": True}, "use_qalora"),
     ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
     ({"auto_map": {"AutoModel": "evil.py"}}, "auto_map"),
@@ -381,8 +389,10 @@ WRONG_TENSORS: list[tuple[Callable[[Tensors], object], str, str]] = [
     (_put(f"{Q0}.lora_B.weight", 16, 4, 1), f"{Q0}.lora_B.weight", "[16, 4, 1]"),
     (_put(f"{Q0}.lora_B.weight", 0, 4), f"{Q0}.lora_B.weight", "[0, 4]"),
     (_put(f"{Q0}.lora_A.default.weight", 4, 16), f"{Q0}.lora_A", "stands twice"),
-    (_put(f"{Q0}.lora_magnitude_vector", 16), "lora_magnitude_vector", "not served"),
-    (_put(f"{Q0}.lora_B.bias", 16), "lora_B.bias", "not served"),
+    (_put(f"{Q0}.lora_magnitude_vector", 16), "lora_magnitude_vector", "use_dora"),
+    (_put(f"{Q0}.lora_B.bias", 16), "lora_B.bias", "lora_bias"),
+    (_put(f"{Q0}.base_layer.bias", 16), "base_layer.bias", "bias is 'none'"),
+    (_put(f"{Q0}.bias", 16), "q_proj.bias", "bias is 'none'"),
     (_put("base_model.model.lm_head.lora_A.weight", 4, 16), "lm_head", "does not have"),
     (_put("base_model.model.model.embed_tokens.lora_embedding_A", 4, 9), "embedding_A", "served"),
     (_put("base_model.model.lm_head.weight", 9, 16), "lm_head.weight", "not served"),
@@ -558,7 +568,8 @@ def test_numbers_are_read_in_bounded_pieces(
     """A large one's memory would be taken twice over while it is decoded."""
     write_adapter(tmp_path)
     whole = blob_of(tmp_path)
-    largest = max(4 * numel for numel in whole.manifest.chunk_numels())
+    tensor_bytes = [4 * numel for part in whole.manifest.slices for _, numel in part.chunks()]
+    largest = max(tensor_bytes)
     sizes: list[int] = []
     preadv = os.preadv
 
@@ -574,7 +585,7 @@ def test_numbers_are_read_in_bounded_pieces(
         assert piecemeal.revision == whole.revision
         assert torch.equal(piecemeal.data, whole.data)
         assert largest // 8 < max(sizes) <= max(most_bytes, largest)
-        assert sum(sizes) == sum(4 * numel for numel in whole.manifest.chunk_numels())
+        assert sum(sizes) == sum(tensor_bytes)
     assert len(sizes) > len(whole.manifest.slices)
 
 

@@ -171,6 +171,7 @@ def test_the_tables_lead_to_the_adapters_factors(scattered: bool, tmp_path: Path
             if index is None:
                 continue
             assert float(table.scale_SK[1, k]) == manifest.slices[index].scale
+            assert int(table.gain_offset_SK[1, k]) == int(table.bias_offset_SK[1, k]) == -1
             for chunk, start, width in (
                 (2 * index, int(table.a_offset_SK[1, k]), site.in_features),
                 (2 * index + 1, int(table.b_offset_SK[1, k]), part.out_features),

@@ -9,7 +9,7 @@ GFLOP/s, as many as with 512 rows), and 0.75 ms with one row (65 GB/s).
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -132,6 +132,49 @@ def _call_pack(
     function.argtypes = (_POINTER, _POINTER, _LONG, _LONG)
     call: Callable[[int, int, int, int], None] = function
     call(source.data_ptr(), target.data_ptr(), n, k)
+
+
+def row_blocks(weight: PanelWeight, rows: range, max_weights: int) -> Iterator[Tensor]:
+    """Those rows of W, in float32: blocks [n, K] in order, each of new memory. Of at most
+    `max_weights` numbers where a panel has no more."""
+    panels = range(rows.start // PANEL, _num_panels(rows.stop))
+    at_once = max(1, max_weights // (PANEL * weight.in_features))
+    for first in panels[::at_once]:
+        end = min(first + at_once, panels.stop)
+        block_NK = _unpacked(weight, range(first, end))
+        yield block_NK[max(0, rows.start - first * PANEL) : rows.stop - first * PANEL]
+
+
+def _unpacked(weight: PanelWeight, panels: range) -> Tensor:
+    width, pair = weight.in_features, _pair(weight.dtype)
+    if weight.absmax is None:
+        size = PANEL * width
+        dense = weight.panels[panels.start * size : panels.stop * size]
+    else:
+        dense = torch.cat([_decoded(weight, weight.absmax, panel) for panel in panels])
+    rows_NK = torch.empty((len(panels), PANEL, width // pair, pair))
+    rows_NK.copy_(dense.view(len(panels), width // pair, PANEL, pair).transpose(1, 2))
+    return rows_NK.view(-1, width)
+
+
+def _decoded(weight: PanelWeight, absmax: Tensor, panel: int) -> Tensor:
+    library = _library()
+    assert library is not None, "a PanelWeight exists"
+    function: Any = getattr(library, f"decode_panel_{_SUFFIXES[weight.dtype]}")
+    function.argtypes = (_POINTER, _POINTER, _LONG, _LONG, _POINTER)
+    width, scales = weight.in_features, absmax[panel]
+    codes = weight.panels.view(-1, PANEL * width // 2)[panel]
+    dense = torch.empty(PANEL * width, dtype=weight.dtype)
+    block = width // scales.shape[0]
+    function(codes.data_ptr(), scales.data_ptr(), width, block, dense.data_ptr())
+    return dense
+
+
+@cache
+def _pair(dtype: torch.dtype) -> int:
+    function: Any = getattr(_library(), f"panel_pair_{_SUFFIXES[dtype]}")
+    function.restype = _LONG
+    return function()
 
 
 class PanelMultiply:

@@ -319,3 +319,19 @@ EXPORT void FN(pack_nf4)(const uint8_t *codes, uint8_t *panels, long n, long k) 
       }
     }
 }
+
+/* Inputs that lie side by side for each column. */
+EXPORT long FN(panel_pair)(void) { return PAIR; }
+
+/* A panel of NF4 as the dense one that rows are multiplied by. */
+EXPORT void FN(decode_panel)(const uint8_t *codes, const float *absmax, long k, long block, ELEM *kept) {
+  vf scale[SCALES];
+  OPERAND w[VECS];
+  for (long from = 0; from < k; from += block) {
+    FN(scales)(absmax + from / block * PANEL, scale);
+    for (long at = from; at < from + block; at += PAIR) {
+      FN(decode)(codes + at * PANEL / 2, scale, w);
+      FN(keep_weights)(kept + at * PANEL, w);
+    }
+  }
+}
