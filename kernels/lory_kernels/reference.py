@@ -4,6 +4,8 @@ Runs on any device in any float dtype, accumulates in float32, favours plainness
 must not know the other backends. The contract and the legend of shapes are in contract.py.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -140,8 +142,10 @@ class TorchOps:
     def sgmv(
         self, y_TN: Tensor, x_TH: Tensor, site: SiteTable, pool: Tensor, segments: Segments
     ) -> None:
-        if segments.adapted_rows == 0:
+        if not segments.changes_rows:
             return
+        if not segments.has_gain_or_bias:
+            site = replace(site, gain_offset_SK=None, bias_offset_SK=None)
         starts, slots = segments.starts_G1.tolist(), segments.slots_G.tolist()
         for segment in range(segments.num_segments):
             begin, end, slot = starts[segment], starts[segment + 1], slots[segment]
