@@ -1,7 +1,7 @@
 """Small adapters on disk without PEFT, for tests of the format, the store and the cache."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,17 +77,40 @@ def make_tensors(
     dtype: torch.dtype = torch.float32,
     sites: tuple[Site, ...] = SITES,
 ) -> Tensors:
+    """The factors of `modules`."""
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
+    for prefix, site, part in _modules(sites):
+        if part.module.rpartition(".")[2] in modules:
+            a = torch.randn(rank, site.in_features, generator=generator)
+            b = torch.randn(part.out_features, rank, generator=generator)
+            tensors[f"{prefix}.lora_A.weight"] = a.to(dtype)
+            tensors[f"{prefix}.lora_B.weight"] = b.to(dtype)
+    return tensors
+
+
+def _modules(sites: tuple[Site, ...]) -> Iterator[tuple[str, Site, Slice]]:
     for site in sites:
         for part in site.slices:
-            if part.module.rpartition(".")[2] in modules:
-                prefix = f"base_model.model.{part.module}"
-                a = torch.randn(rank, site.in_features, generator=generator)
-                b = torch.randn(part.out_features, rank, generator=generator)
-                tensors[f"{prefix}.lora_A.weight"] = a.to(dtype)
-                tensors[f"{prefix}.lora_B.weight"] = b.to(dtype)
-    return tensors
+            yield f"base_model.model.{part.module}", site, part
+
+
+def add_vectors(tensors: Tensors, fields: dict[str, Any], sites: tuple[Site, ...]) -> None:
+    """What PEFT saves beside the factors for `fields` of a configuration."""
+    generator = torch.Generator().manual_seed(7)
+    bias = fields.get("bias", "none")
+    for prefix, site, part in _modules(sites):
+        has_factors = f"{prefix}.lora_A.weight" in tensors
+        trains_bias = site.has_bias and bias in (("all", "lora_only") if has_factors else ("all",))
+        wanted = {
+            "lora_magnitude_vector": has_factors and fields.get("use_dora"),
+            "lora_B.bias": has_factors and fields.get("lora_bias"),
+            "base_layer.bias" if has_factors else "bias": trains_bias,
+        }
+        for name, is_wanted in wanted.items():
+            if is_wanted:
+                vector = torch.randn(part.out_features, generator=generator)
+                tensors[f"{prefix}.{name}"] = vector
 
 
 def make_config(rank: int, modules: tuple[str, ...] = ALL_MODULES, **fields: Any) -> dict[str, Any]:
@@ -111,9 +134,10 @@ def write_adapter(
     sites: tuple[Site, ...] = SITES,
     **fields: Any,
 ) -> Path:
-    """A folder that is valid for BASE, unless `change` or `fields` make it otherwise."""
+    """A folder that is valid for `sites`, unless `change` or `fields` make it otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = make_tensors(rank, modules, seed=seed, dtype=dtype, sites=sites)
+    add_vectors(tensors, fields, sites)
     if change is not None:
         change(tensors)
     save_file(tensors, folder / "adapter_model.safetensors")

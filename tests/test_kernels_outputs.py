@@ -1,18 +1,22 @@
 """SGMV where adapters have gains and biases: every backend against plain sums in float64."""
 
-from collections.abc import Sequence
 from dataclasses import replace
-from itertools import cycle
 
 import pytest
 import torch
 from torch import Tensor
 
-from kernel_cases import TOLERANCE, SgmvCase, assert_close, error_of, sgmv_case
+from kernel_cases import (
+    TOLERANCE,
+    SgmvCase,
+    assert_close,
+    error_of,
+    sgmv_case,
+    with_outputs,
+)
 from lory_kernels import BASE_SLOT, Ops, best_cpu_backend, select
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-KINDS = ("both", "gain", "none", "bias")
 BACKENDS = ("torch", "cpu-1", "cpu-2")
 WORKLOADS = ("distinct", "identical", "zipf", "half_base")
 
@@ -24,30 +28,6 @@ def ops(request: pytest.FixtureRequest) -> Ops:
     if best_cpu_backend() == "torch":
         pytest.skip("no C compiler here: the CPU kernels are not built")
     return select("cpu", threads=int(request.param[-1]))
-
-
-def with_outputs(case: SgmvCase, kinds: Sequence[str] = KINDS, seed: int = 1) -> SgmvCase:
-    """Gains and biases of `kinds`, dealt to slots and slices in turn, NaN between them."""
-    generator = torch.Generator().manual_seed(seed)
-    dtype = case.pool.dtype
-    gap = torch.full((4,), float("nan")).view(dtype)
-    pieces, place = [case.pool, case.pool.new_full((case.pool.numel() % 2,), 0), gap], 0
-    place = sum(len(piece) for piece in pieces)
-    shape = case.site.rank_SK.shape
-    offsets = {name: torch.full(shape, -1, dtype=torch.int64) for name in ("gain", "bias")}
-    dealt = cycle(kinds)
-    for slot in range(shape[0]):
-        for k, width in enumerate(case.site.out_features):
-            kind = next(dealt)
-            for name in ("gain", "bias"):
-                if kind in (name, "both"):
-                    vector = torch.randn(width, generator=generator).view(dtype)
-                    offsets[name][slot, k] = place
-                    pieces += [vector, gap]
-                    place += len(vector) + len(gap)
-        next(dealt)
-    site = replace(case.site, gain_offset_SK=offsets["gain"], bias_offset_SK=offsets["bias"])
-    return replace(case, site=site, pool=torch.cat(pieces))
 
 
 def vector_of(case: SgmvCase, offset_SK: Tensor | None, slot: int, k: int) -> Tensor | None:
