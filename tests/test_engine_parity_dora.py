@@ -6,8 +6,9 @@ from typing import Any
 import pytest
 import torch
 
-from parity_world import SPLIT, ParityWorld, Reference, compare, save_adapters
-from test_engine_parity import nf4_reference, run
+from lory_server.adapters.pool import AdapterPool, SlotRow
+from parity_world import SPLIT, ParityWorld, Reference, Session, compare, save_adapters
+from test_engine_parity import nf4_reference, run, submit_all
 
 
 def make_adapters(family: str, base: Path, folder: Path) -> dict[str, Path]:
@@ -67,3 +68,64 @@ def test_float32(world: ParityWorld) -> None:
 def test_nf4(world: ParityWorld) -> None:
     session = run(world, quantize="nf4")
     compare(session, Reference(world.base, nf4_reference), world.adapters).check()
+
+
+def test_bfloat16_is_within_its_rounding_of_peft(world: ParityWorld) -> None:
+    """And a wrong adapter, or one without its gains and biases, is far from it."""
+    session = Session(world.options(dtype="bfloat16"))
+    prompt = list(range(3, 60))
+    for request_id, name in enumerate(world.adapters):
+        session.submit(request_id, prompt, name, prompt_logprobs=True, max_new_tokens=0)
+    session.run()
+    session.close()
+    reference = Reference(world.base)
+
+    def logprobs(adapter: Path | None) -> torch.Tensor:
+        every = torch.log_softmax(reference.logits(prompt, adapter), -1)
+        return every[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+
+    names = list(world.adapters)
+    for request_id, name in enumerate(names):
+        actual = torch.tensor(session.answers[request_id].prompt_logprobs)
+        error = (actual - logprobs(world.adapters[name])).abs().mean()
+        others = [world.adapters[other] for other in names if other != name]
+        nearest = min((actual - logprobs(other)).abs().mean() for other in (None, *others))
+        assert error < 0.15 < 3 * 0.15 < nearest, name
+
+
+def test_answers_stay_after_eviction_from_the_device_and_the_host(world: ParityWorld) -> None:
+    """Gains are computed anew for what is read anew."""
+    session = Session(world.options(max_resident_adapters=2, adapter_host_bytes=128 << 10))
+    for seed in range(2):
+        submit_all(session, world, seed)
+        session.run()
+    session.close()
+    assert session.moves("evict", "device") > 0
+    assert session.moves("evict", "host") > 0
+    compare(session, Reference(world.base), world.adapters).check()
+
+
+def test_preempted_and_in_pieces(world: ParityWorld) -> None:
+    session = run(world, warm=True, kv_bytes=11 * 4096, max_step_tokens=16)
+    assert session.preemptions > 0
+    compare(session, Reference(world.base), world.adapters).check()
+
+
+@pytest.mark.parametrize("left_out", ["gain", "bias"])
+def test_the_comparison_catches_a_gain_or_a_bias_that_is_left_out(
+    left_out: str, world: ParityWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = AdapterPool.row
+
+    def without(pool: AdapterPool, *args: Any) -> SlotRow:
+        columns = list(row(pool, *args).columns)
+        columns[{"gain": 2, "bias": 3}[left_out]].fill_(-1)
+        return SlotRow(tuple(columns))
+
+    monkeypatch.setattr(AdapterPool, "row", without)
+    wrong = compare(run(world), Reference(world.base), world.adapters).wrong
+    has_bias = world.family == "qwen2"
+    expected = {name for name in world.adapters if "dora" in name}
+    if left_out == "bias":
+        expected = {"lora-bias"} | ({*expected, "bias-all"} if has_bias else set())
+    assert {text.split(":")[0] for text in wrong} == expected

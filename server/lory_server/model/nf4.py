@@ -280,9 +280,9 @@ class PackedNF4Linear:
         both = self._codes.view(-1, pairs, _CPU_TILE_N)[number]
         codes = torch.cat([both & 15, both >> 4], dim=1).view(pairs, _CPU_TILE_N, 2)
         first = number * _CPU_TILE_N
-        scales_NK = state.absmax[:, first : first + _CPU_TILE_N].T.float()
-        values_NK = self._code[codes.transpose(0, 1).reshape(_CPU_TILE_N, -1).int()]
-        return values_NK * scales_NK.repeat_interleave(state.blocksize, dim=1)
+        scales_NK = state.absmax[:, first : first + _CPU_TILE_N].T
+        values_NK = self._code.bfloat16()[codes.transpose(0, 1).reshape(_CPU_TILE_N, -1).int()]
+        return (values_NK * scales_NK.repeat_interleave(state.blocksize, dim=1)).float()
 
     def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor:
         state = self._state
