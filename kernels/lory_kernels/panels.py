@@ -146,35 +146,27 @@ def row_blocks(weight: PanelWeight, rows: range, max_weights: int) -> Iterator[T
 
 
 def _unpacked(weight: PanelWeight, panels: range) -> Tensor:
-    width, pair = weight.in_features, _pair(weight.dtype)
+    width = weight.in_features
+    unpack: Any = getattr(_library(), f"unpack_panel_{_SUFFIXES[weight.dtype]}")
+    unpack.argtypes = (_POINTER, _LONG, _POINTER)
+    rows_NK = torch.empty((len(panels) * PANEL, width))
+    for place, panel in enumerate(panels):
+        dense = _dense_panel(weight, panel)
+        unpack(dense.data_ptr(), width, rows_NK[place * PANEL].data_ptr())
+    return rows_NK
+
+
+def _dense_panel(weight: PanelWeight, panel: int) -> Tensor:
+    own = weight.panels.view(_num_panels(weight.out_features), -1)[panel]
     if weight.absmax is None:
-        size = PANEL * width
-        dense = weight.panels[panels.start * size : panels.stop * size]
-    else:
-        dense = torch.cat([_decoded(weight, weight.absmax, panel) for panel in panels])
-    rows_NK = torch.empty((len(panels), PANEL, width // pair, pair))
-    rows_NK.copy_(dense.view(len(panels), width // pair, PANEL, pair).transpose(1, 2))
-    return rows_NK.view(-1, width)
-
-
-def _decoded(weight: PanelWeight, absmax: Tensor, panel: int) -> Tensor:
-    library = _library()
-    assert library is not None, "a PanelWeight exists"
-    function: Any = getattr(library, f"decode_panel_{_SUFFIXES[weight.dtype]}")
-    function.argtypes = (_POINTER, _POINTER, _LONG, _LONG, _POINTER)
-    width, scales = weight.in_features, absmax[panel]
-    codes = weight.panels.view(-1, PANEL * width // 2)[panel]
+        return own
+    decode: Any = getattr(_library(), f"decode_panel_{_SUFFIXES[weight.dtype]}")
+    decode.argtypes = (_POINTER, _POINTER, _LONG, _LONG, _POINTER)
+    scales, width = weight.absmax[panel], weight.in_features
     dense = torch.empty(PANEL * width, dtype=weight.dtype)
     block = width // scales.shape[0]
-    function(codes.data_ptr(), scales.data_ptr(), width, block, dense.data_ptr())
+    decode(own.data_ptr(), scales.data_ptr(), width, block, dense.data_ptr())
     return dense
-
-
-@cache
-def _pair(dtype: torch.dtype) -> int:
-    function: Any = getattr(_library(), f"panel_pair_{_SUFFIXES[dtype]}")
-    function.restype = _LONG
-    return function()
 
 
 class PanelMultiply:
