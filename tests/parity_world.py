@@ -110,7 +110,8 @@ class ParityWorld:
     ) -> "ParityWorld":
         """`fields` are of the base's configuration."""
         # A random tied head repeats its input, whatever the adapter: nothing would be compared.
-        base = tiny_models.build(family, folder / "base", **{"tie_word_embeddings": False} | fields)
+        fields = {"tie_word_embeddings": False} | fields
+        base = tiny_models.build(family, folder / "base", **fields)
         adapters = folder / "adapters"
         return cls(family, base, adapters, make_adapters(family, base, adapters))
 

@@ -193,7 +193,7 @@ def test_vectors_that_peft_saves_are_read_as_peft_reads_them(name: str, tmp_path
     sites = sites_of(model)
     save_adapter(tmp_path, model, rank=4, alpha=6, seed=1, **OUTPUT_CONFIGS[name])
     blob = blob_of(tmp_path, Base(sites))
-    tuned = PeftModel.from_pretrained(model, tmp_path).base_model.model
+    tuned: Any = PeftModel.from_pretrained(model, tmp_path).base_model.model
     seen = 0
     for part, starts in blob.manifest.placed(blob.chunk_starts):
         layer: Any = tuned.get_submodule(sites[part.site].name)

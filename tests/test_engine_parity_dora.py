@@ -6,7 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from lory_kernels import Segments
 from lory_server.adapters.pool import AdapterPool, SlotRow
+from lory_server.model import runner as runner_module
 from parity_world import SPLIT, ParityWorld, Reference, Session, compare, save_adapters
 from test_engine_parity import nf4_reference, run, submit_all
 
@@ -129,3 +131,23 @@ def test_the_comparison_catches_a_gain_or_a_bias_that_is_left_out(
     if left_out == "bias":
         expected = {"lora-bias"} | ({*expected, "bias-all"} if has_bias else set())
     assert {text.split(":")[0] for text in wrong} == expected
+
+
+def test_only_steps_with_a_gain_or_a_bias_look_for_any(
+    world: ParityWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bool] = []
+    made = runner_module._segments
+
+    def segments(*args: Any) -> Segments:
+        seen.append(made(*args).has_gain_or_bias)
+        return made(*args)
+
+    monkeypatch.setattr(runner_module, "_segments", segments)
+    session = Session(world.options())
+    for request_id, (name, looks) in enumerate((("plain-8", False), ("lora-bias", True))):
+        seen.clear()
+        session.submit(request_id, [5, 6], name)
+        session.run()
+        assert set(seen) == {looks}
+    session.close()

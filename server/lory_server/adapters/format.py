@@ -158,7 +158,7 @@ class AdapterManifest:
         """Each slice with where its chunks start, given where all chunks do."""
         starts = iter(chunk_starts)
         for part in self.slices:
-            kinds = [kind for kind, _ in part.chunks()]
+            kinds: list[ChunkKind] = [kind for kind, _ in part.chunks()]
             yield part, dict(zip(kinds, islice(starts, len(kinds)), strict=True))
 
     def num_bytes(self, dtype_size: int) -> int:
