@@ -2,6 +2,7 @@
 
     python -m benchmarks.gpu_check parity      every GPU path against the CPU reference
     python -m benchmarks.gpu_check step        time of a decode step of an 8B-shaped NF4 base
+    python -m benchmarks.gpu_check kernels     every kernel alone: right, then against its limit
 
 Needs no network. Findings go to benchmarks/results/gpu.json, a section beside the others. Without
 a device nothing is run and nothing claimed; `--device cpu --tiny` runs the script itself on small
@@ -18,16 +19,16 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_parity, gpu_step, record
+from benchmarks import gpu_kernels, gpu_parity, gpu_step, record
 
-Section = Callable[[torch.device, bool], dict[str, Any]]
+Section = Callable[[torch.device, argparse.Namespace], dict[str, Any]]
 RESULT = record.RESULTS / "gpu.json"
 
 
-def parity(device: torch.device, is_tiny: bool) -> dict[str, Any]:
+def parity(device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every check; `passed` only if all did."""
     checks: list[dict[str, Any]] = []
-    for check in gpu_parity.every_check(gpu_parity.Scope(device, is_tiny)):
+    for check in gpu_parity.every_check(gpu_parity.Scope(device, arguments.tiny)):
         checks.append(asdict(check) | {"passed": check.passed})
         mark = "ok  " if check.passed else "FAIL"
         limits = f"error {check.error:.2e}, at most {check.tolerance:.0e}"
@@ -39,8 +40,8 @@ def parity(device: torch.device, is_tiny: bool) -> dict[str, Any]:
     return {"passed": not num_failed, "num_checks": len(checks), "checks": _finite(checks)}
 
 
-def step(device: torch.device, is_tiny: bool) -> dict[str, Any]:
-    found = gpu_step.measure(gpu_step.TINY if is_tiny else gpu_step.FULL, device)
+def step(device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
+    found = gpu_step.measure(gpu_step.TINY if arguments.tiny else gpu_step.FULL, device)
     for point in found["points"]:
         print(
             f"batch {point['batch']:3d}, {point['distinct_adapters']:3d} adapters: "
@@ -50,7 +51,12 @@ def step(device: torch.device, is_tiny: bool) -> dict[str, Any]:
     return {"passed": True, **found}
 
 
-SECTIONS: dict[str, Section] = {"parity": parity, "step": step}
+def kernels(device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
+    scale = gpu_kernels.TINY if arguments.tiny else gpu_kernels.FULL
+    return gpu_kernels.measure(scale, device, arguments.peers)
+
+
+SECTIONS: dict[str, Section] = {"parity": parity, "step": step, "kernels": kernels}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,16 +65,19 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("section", choices=sorted(SECTIONS))
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes: a dry run")
+    parser.add_argument("--peers", type=Path, help="kernels: folder of others' unpacked wheels")
     parser.add_argument("--out", type=Path, default=None, help="JSON file")
     arguments = parser.parse_args(argv)
     if arguments.device == "cpu" and not arguments.tiny:
         parser.error("--device cpu is for dry runs: add --tiny")
+    if arguments.peers is not None and arguments.section != "kernels":
+        parser.error("--peers is for the section kernels")
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device is visible: nothing was checked, nothing is claimed")
         return 0
     began_s = time.monotonic()
     head = record.facts("benchmarks.gpu_check", argv) | _device_facts(arguments.device)
-    found = SECTIONS[arguments.section](torch.device(arguments.device), arguments.tiny)
+    found = SECTIONS[arguments.section](torch.device(arguments.device), arguments)
     seconds = round(time.monotonic() - began_s, 1)
     is_claim = arguments.device == "cuda" and not arguments.tiny
     path = arguments.out or (RESULT if is_claim else None)

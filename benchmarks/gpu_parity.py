@@ -225,7 +225,10 @@ def _random_site(
     offsets = tuple(sum(out_features[:k]) for k in range(slices))
     scale_SK = torch.rand(num_slots, slices, generator=generator) + 0.5
     rank_SK = torch.tensor(ranks, dtype=torch.int32)
-    site = SiteTable(in_features, offsets, out_features, a_offset, b_offset, rank_SK, scale_SK)
+    alignment = math.gcd(in_features, *out_features)
+    site = SiteTable(
+        in_features, offsets, out_features, a_offset, b_offset, rank_SK, scale_SK, alignment
+    )
     return site, pool
 
 

@@ -77,6 +77,7 @@ class World:
             "adapter_pool_bytes": 64 << 20,
             "adapter_host_bytes": 64 << 20,
             "prefix_caching": False,
+            "reader_processes": 0,
         }
         return EngineOptions(**(fields | changes))
 

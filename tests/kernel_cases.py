@@ -6,6 +6,7 @@ Everything is drawn from a seed. What no kernel may read is NaN, so that a stray
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +43,22 @@ class SgmvCase:
         y_TN = self.y_TN.clone()
         ops.sgmv(y_TN, self.x_TH, self.site, self.pool, self.segments)
         return y_TN
+
+    def run_apart(self, ops: Ops) -> Tensor:
+        """As `run`; rows of x and y lie apart, and the NaN between those of y stays."""
+        x_TH, (y_TN, wide) = _apart(self.x_TH)[0], _apart(self.y_TN)
+        ops.sgmv(y_TN, x_TH, self.site, self.pool, self.segments)
+        assert int(wide.isnan().sum()) == wide.numel() - y_TN.numel()
+        return y_TN
+
+
+def _apart(rows_TN: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of the rows within NaN, and all of it."""
+    rows, width = rows_TN.shape
+    wide = torch.full((rows + 2, width + 16), float("nan"), dtype=rows_TN.dtype)
+    inside = wide[1:-1, :width]
+    inside.copy_(rows_TN)
+    return inside, wide
 
 
 def row_counts(workload: str, rows: int) -> tuple[list[int], list[int]]:
@@ -106,20 +123,10 @@ def sgmv_case(
     """`ranks` are dealt to the slots in turn, shifted by one per slice; empty segments are mixed in
     and the slots stand in a shuffled order."""
     generator = torch.Generator().manual_seed(seed)
-    counts, slots = row_counts(workload, rows)
-    num_slots = max(max(slots) + 1, 2)
-    order = torch.randperm(num_slots, generator=generator).tolist()
-    slots = [slot if slot == BASE_SLOT else order[slot] for slot in slots]
-    counts, slots = [0, *counts, 0], [0, *slots, BASE_SLOT]
-    ranks_SK = [
-        [ranks[(slot + k) % len(ranks)] for k in range(len(out_features))]
-        for slot in range(num_slots)
-    ]
-    site, pool = site_table(generator, dtype, in_features, out_features, ranks_SK)
-    starts_G1 = torch.tensor([0, *counts]).cumsum(0).int()
-    adapted = sum(c for c, slot in zip(counts, slots, strict=True) if slot != BASE_SLOT)
-    segments = Segments(
-        starts_G1, torch.tensor(slots).int(), rows, len(counts), max(ranks), adapted
+    num_slots = max(max(row_counts(workload, rows)[1]) + 1, 2)
+    segments = segments_of(workload, rows, num_slots, max(ranks), generator)
+    site, pool = site_table(
+        generator, dtype, in_features, out_features, dealt(ranks, num_slots, len(out_features))
     )
     x_TH = torch.randn(rows, in_features, generator=generator).to(dtype)
     y_TN = torch.randn(rows, sum(out_features), generator=generator).to(dtype)
@@ -147,6 +154,51 @@ def with_outputs(case: SgmvCase, kinds: Sequence[str] = OUTPUTS, seed: int = 1) 
                 place += len(vector) + len(gap)
     outputs = {f"{name}_offset_SK": offset_SK for name, offset_SK in offsets_SK.items()}
     return replace(case, site=replace(site, **outputs), pool=torch.cat(pieces))
+
+
+def dealt(ranks: Sequence[int], num_slots: int, num_slices: int) -> list[list[int]]:
+    return [
+        [ranks[(slot + k) % len(ranks)] for k in range(num_slices)] for slot in range(num_slots)
+    ]
+
+
+def segments_of(
+    workload: str, rows: int, num_slots: int, max_rank: int, generator: torch.Generator
+) -> Segments:
+    """An empty segment first and last; the slots stand in a shuffled order."""
+    counts, slots = row_counts(workload, rows)
+    order = torch.randperm(num_slots, generator=generator).tolist()
+    slots = [slot if slot == BASE_SLOT else order[slot] for slot in slots]
+    counts, slots = [0, *counts, 0], [0, *slots, BASE_SLOT]
+    return Segments(
+        torch.tensor([0, *counts]).cumsum(0).int(),
+        torch.tensor(slots).int(),
+        rows,
+        len(counts),
+        max_rank,
+        adapted_rows=sum(n for n, slot in zip(counts, slots, strict=True) if slot != BASE_SLOT),
+    )
+
+
+def every_pair(factors: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Few choices, one of each factor, in which any two values of two factors meet."""
+    places = [range(len(values)) for values in factors]
+    left = {
+        (i, a, j, b)
+        for i, j in itertools.combinations(range(len(factors)), 2)
+        for a, b in itertools.product(places[i], places[j])
+    }
+
+    def new_pairs(choice: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
+        pairs = itertools.combinations(enumerate(choice), 2)
+        return left & {(i, a, j, b) for (i, a), (j, b) in pairs}
+
+    chosen = []
+    while left:
+        best = max(itertools.product(*places), key=lambda choice: len(new_pairs(choice)))
+        left -= new_pairs(best)
+        chosen.append(tuple(values[at] for values, at in zip(factors, best, strict=True)))
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -50,6 +50,8 @@ class SiteTable:
     """int32, at most MAX_RANK; 0 means that the adapter leaves this slice alone."""
     scale_SK: Tensor
     """float32."""
+    alignment: int = 1
+    """Every offset of A and B, in use or not, is a multiple of so many elements."""
     gain_offset_SK: Tensor | None = None
     """int64, in elements of the pool, where out_features[k] float32 numbers begin, whatever the
     pool's dtype: a gain of 1.003 would be 1 in bfloat16. -1: no gain; None: nowhere any."""

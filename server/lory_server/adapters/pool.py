@@ -144,6 +144,7 @@ class AdapterPool:
             b_offset_SK=b,
             rank_SK=rank,
             scale_SK=scale,
+            alignment=CHUNK_ALIGN_BYTES // self.dtype.itemsize,
             gain_offset_SK=gain,
             bias_offset_SK=bias,
         )
