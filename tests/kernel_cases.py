@@ -6,7 +6,7 @@ Everything is drawn from a seed. What no kernel may read is NaN, so that a stray
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -139,6 +139,29 @@ def sgmv_case(
     x_TH = torch.randn(rows, in_features, generator=generator).to(dtype)
     y_TN = torch.randn(rows, sum(out_features), generator=generator).to(dtype)
     return SgmvCase(y_TN, x_TH, site, pool, segments)
+
+
+OUTPUTS = ("both", "gain", "none", "bias")
+
+
+def with_outputs(case: SgmvCase, kinds: Sequence[str] = OUTPUTS, seed: int = 1) -> SgmvCase:
+    """Gains and biases of `kinds`, dealt to the slices of each slot in turn, NaN between them."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype, site = case.pool.dtype, case.site
+    gap = torch.full((4,), float("nan")).view(dtype)
+    pieces = [case.pool, case.pool.new_full((case.pool.numel() % 2,), 0), gap]
+    place = sum(len(piece) for piece in pieces)
+    offsets_SK = {name: torch.full_like(site.a_offset_SK, -1) for name in ("gain", "bias")}
+    for slot, k in itertools.product(range(len(site.rank_SK)), range(len(site.out_features))):
+        kind = kinds[(slot + k) % len(kinds)]
+        for name, offset_SK in offsets_SK.items():
+            if kind in (name, "both"):
+                vector = torch.randn(site.out_features[k], generator=generator).view(dtype)
+                offset_SK[slot, k] = place
+                pieces += [vector, gap]
+                place += len(vector) + len(gap)
+    outputs = {f"{name}_offset_SK": offset_SK for name, offset_SK in offsets_SK.items()}
+    return replace(case, site=replace(site, **outputs), pool=torch.cat(pieces))
 
 
 def dealt(ranks: Sequence[int], num_slots: int, num_slices: int) -> list[list[int]]:

@@ -266,6 +266,7 @@ def launch(
     *,
     misaligned: int = 0,
     alignment: int = 32,
+    has_outputs: bool = False,
 ) -> Callable[[], None]:
     """A call of the kernels by sizes alone; its tables begin `misaligned` elements later."""
     from lory_kernels.triton_sgmv import sgmv
@@ -277,6 +278,8 @@ def launch(
         256, tuple(256 * k for k in range(slices)), (256,) * slices, table(torch.int64, 4, slices),
         table(torch.int64, 4, slices), table(torch.int32, 4, slices),
         table(torch.float32, 4, slices), alignment,
+        gain_offset_SK=table(torch.int64, 4, slices) if has_outputs else None,
+        bias_offset_SK=table(torch.int64, 4, slices) if has_outputs else None,
     )  # fmt: skip
     segments = Segments(
         table(torch.int32, num_segments + 1), table(torch.int32, num_segments), rows, num_segments,

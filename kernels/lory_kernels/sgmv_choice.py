@@ -192,7 +192,7 @@ def cut_up(
         min(most, max(MIN_BLOCK_RANK, _power_of_two(max_rank)))
         for most in (rule.max_shrink_rank, rule.max_expand_rank)
     )
-    rank_blocks = _ceil(max_rank, shrink_rank)
+    rank_blocks = max(1, _ceil(max_rank, shrink_rank))
     summed = SUMMED_VALUES * rule.expand_warps // 4
     max_splits = max(1, min(MAX_SPLITS, summed // (rule.tile_rows * expand_rank)))
     splits = min(

@@ -165,6 +165,9 @@ class TritonOps:
             rank_SK=site.rank_SK,
         )  # fmt: skip
         _require_dtype(torch.int64, a_offset_SK=site.a_offset_SK, b_offset_SK=site.b_offset_SK)
+        for offset_SK in (site.gain_offset_SK, site.bias_offset_SK):
+            if offset_SK is not None:
+                _require_dtype(torch.int64, offset_SK=offset_SK)
         columns_2K = self._columns_of(site, pool.device)
         triton_sgmv.sgmv(y_TN, x_TH, site, pool, segments, columns_2K)
 

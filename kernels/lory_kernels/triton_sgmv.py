@@ -1,7 +1,8 @@
 """SGMV in Triton: a shrink and an expand kernel over tiles of rows.
 
-    h[t, k] = x[t] @ A[slot, k].T                               shrink, in splits of the in features
-    y[t, columns of k] += scale[slot, k] * h[t, k] @ B[slot, k]  expand, adds the splits first
+    h[t, k] = x[t] @ A[slot, k].T        shrink, in splits of the in features
+    y[t, columns of k] = gain[slot, k] * y + scale[slot, k] * h[t, k] @ B[slot, k] + bias[slot, k]
+                                         expand, adds the splits first
 
 Grids come from what the host knows of a step (sgmv_choice.py), never from how many slots exist or
 what the segment table holds. Which segment owns a tile is found on the device, so one captured
@@ -82,6 +83,13 @@ def _add_product(h, b, sums):
     return tl.dot(near, b, tl.dot(rest, b, sums))
 
 
+@triton.jit
+def _numbers_at(pool_ptr, offset, column, kept, otherwise):
+    """float32 numbers of a pool of any dtype by column; `otherwise` where there are none."""
+    numbers = (pool_ptr + offset).to(tl.pointer_type(tl.float32), bitcast=True)
+    return tl.load(numbers + column, mask=kept & (offset >= 0), other=otherwise)
+
+
 @triton.jit(
     do_not_specialize=("rows", "rank_blocks", "num_segments"),
     do_not_specialize_on_alignment=(
@@ -128,18 +136,20 @@ def shrink_kernel(
 @triton.jit(
     do_not_specialize=("rows", "rank_blocks", "num_splits", "num_segments"),
     do_not_specialize_on_alignment=(
-        "b_offset_ptr", "rank_ptr", "scale_ptr", "out_offset_ptr", "out_features_ptr",
-        "starts_ptr", "slots_ptr",
+        "b_offset_ptr", "rank_ptr", "scale_ptr", "gain_offset_ptr", "bias_offset_ptr",
+        "out_offset_ptr", "out_features_ptr", "starts_ptr", "slots_ptr",
     ),
 )  # fmt: skip
 def expand_kernel(
-    y_ptr, y_stride, h_ptr, pool_ptr, b_offset_ptr, rank_ptr, scale_ptr, out_offset_ptr,
-    out_features_ptr, starts_ptr, slots_ptr, rows, rank_blocks, num_splits, num_segments,
+    y_ptr, y_stride, h_ptr, pool_ptr, b_offset_ptr, rank_ptr, scale_ptr, gain_offset_ptr,
+    bias_offset_ptr, out_offset_ptr, out_features_ptr, starts_ptr, slots_ptr, rows, rank_blocks,
+    num_splits, num_segments,
     SLICES: tl.constexpr, TILE: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_O: tl.constexpr, SHRINK_RANK: tl.constexpr, MAX_SPLITS: tl.constexpr,
-    VECTOR: tl.constexpr,
+    VECTOR: tl.constexpr, HAS_GAINS: tl.constexpr, HAS_BIASES: tl.constexpr,
 ):  # fmt: skip
-    """y[t, columns of k] += scale * h[t, k, :rank] @ B; grid (blocks of columns, tiles)."""
+    """y[t, columns of k] = gain * y + scale * h[t, k, :rank] @ B + bias; grid (blocks of columns,
+    tiles). Without HAS_GAINS and HAS_BIASES there is nobody who has any, and no table of them."""
     tile = tl.program_id(1)
     slot, first, end = _rows_of(starts_ptr, slots_ptr, num_segments, tile, TILE, BLOCK_G)
     if slot < 0:
@@ -147,7 +157,14 @@ def expand_kernel(
     k, first_column = _slice_of(out_features_ptr, tl.program_id(0), SLICES, BLOCK_O)
     entry = slot * SLICES + k
     rank = tl.load(rank_ptr + entry)
-    if rank == 0:
+    is_changed = rank > 0
+    if HAS_GAINS:
+        gain_offset = tl.load(gain_offset_ptr + entry)
+        is_changed = is_changed | (gain_offset >= 0)
+    if HAS_BIASES:
+        bias_offset = tl.load(bias_offset_ptr + entry)
+        is_changed = is_changed | (bias_offset >= 0)
+    if is_changed == 0:
         return
     width = tl.multiple_of(tl.load(out_features_ptr + k), VECTOR)
     t = (first + tl.arange(0, TILE)).to(tl.int64)
@@ -169,6 +186,10 @@ def expand_kernel(
     y_block = y_ptr + t[:, None] * y_stride + out_offset + column[None, :]
     owned = (t < end)[:, None] & (column < width)[None, :]
     y = tl.load(y_block, mask=owned, other=0.0).to(tl.float32)
+    if HAS_GAINS:
+        y *= _numbers_at(pool_ptr, gain_offset, column, column < width, 1.0)[None, :]
+    if HAS_BIASES:
+        y += _numbers_at(pool_ptr, bias_offset, column, column < width, 0.0)[None, :]
     y += tl.load(scale_ptr + entry) * sums
     tl.store(y_block, y.to(y_ptr.dtype.element_ty), mask=owned)
 
@@ -182,7 +203,8 @@ def sgmv(
     columns_2K: Tensor,
 ) -> None:
     """Ops.sgmv; columns_2K holds the site's out_offsets and out_features as int64 on the device."""
-    if segments.adapted_rows == 0 or segments.max_rank == 0:
+    outputs = _outputs(site, segments)
+    if segments.adapted_rows == 0 or (segments.max_rank == 0 and outputs == (None, None)):
         return
     if segments.max_rank > MAX_RANK:
         raise ValueError(f"segments.max_rank: {segments.max_rank} is above {MAX_RANK}")
@@ -191,7 +213,14 @@ def sgmv(
         segments.max_rank, site.in_features, len(site.out_offsets),
     )  # fmt: skip
     h = _shrink(x_TH, site, pool, segments, cut)
-    _expand(y_TN, h, site, pool, segments, columns_2K, cut)
+    _expand(y_TN, h, site, pool, segments, columns_2K, cut, outputs)
+
+
+def _outputs(site: SiteTable, segments: Segments) -> tuple[Tensor | None, Tensor | None]:
+    """Where gains and biases are found, if anybody may have any."""
+    if not segments.has_gain_or_bias:
+        return None, None
+    return site.gain_offset_SK, site.bias_offset_SK
 
 
 def _shrink(x_TH: Tensor, site: SiteTable, pool: Tensor, segments: Segments, cut: Cut) -> Tensor:
@@ -217,17 +246,20 @@ def _expand(
     segments: Segments,
     columns_2K: Tensor,
     cut: Cut,
+    outputs: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    rule = cut.rule
+    rule, (gain_SK, bias_SK) = cut.rule, outputs
     blocks = sum(triton.cdiv(width, rule.expand_block) for width in site.out_features)
     expand_kernel[(blocks, cut.tiles)](
-        y_TN, y_TN.stride(0), h, pool, site.b_offset_SK, site.rank_SK, site.scale_SK, columns_2K[0],
-        columns_2K[1], segments.starts_G1, segments.slots_G, segments.num_rows, cut.rank_blocks,
-        cut.splits, segments.num_segments,
+        y_TN, y_TN.stride(0), h, pool, site.b_offset_SK, site.rank_SK, site.scale_SK,
+        site.b_offset_SK if gain_SK is None else gain_SK,
+        site.b_offset_SK if bias_SK is None else bias_SK,
+        columns_2K[0], columns_2K[1], segments.starts_G1, segments.slots_G, segments.num_rows,
+        cut.rank_blocks, cut.splits, segments.num_segments,
         SLICES=len(site.out_offsets), TILE=rule.tile_rows, BLOCK_G=BLOCK_RANGES,
         BLOCK_R=cut.expand_rank, BLOCK_O=rule.expand_block, SHRINK_RANK=cut.shrink_rank,
-        MAX_SPLITS=cut.max_splits, VECTOR=_vector(y_TN, site), num_warps=rule.expand_warps,
-        num_stages=EXPAND_STAGES,
+        MAX_SPLITS=cut.max_splits, VECTOR=_vector(y_TN, site), HAS_GAINS=gain_SK is not None,
+        HAS_BIASES=bias_SK is not None, num_warps=rule.expand_warps, num_stages=EXPAND_STAGES,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ import torch
 from lory_kernels import Backend, KernelUnavailableError, best_cpu_backend, select
 from lory_server.accounting import CostModel
 from lory_server.adapters.cache import NUM_LOADERS, AdapterCache
+from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.format import Base
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import ThreadReader
@@ -199,6 +200,7 @@ def assemble(
         pool,
         Base(decoder.sites, base_names(options), options.allow_base_mismatch),
         host_bytes(options, plan),
+        BaseFolder(decoder.sites, decoder.linears, device),
         on_ready=wake,
         num_loaders=options.reader_processes if reads_apart(options) else NUM_LOADERS,
         make_reader=ProcessReader if reads_apart(options) else ThreadReader,

@@ -3,7 +3,7 @@
 In: a manifest. Out: plain data for lists. It must not know tiers, files or the base.
 """
 
-from lory_server.adapters.format import AdapterManifest
+from lory_server.adapters.format import AdapterManifest, AdapterSlice
 from lory_server.messages import Matched
 
 
@@ -12,12 +12,15 @@ def matched_by(manifest: AdapterManifest) -> tuple[Matched, ...]:
     counts: dict[str, int] = {}
     ranks: dict[str, set[int]] = {}
     for part in manifest.slices:
-        name = _last_part(part.a.name)
+        name = _last_part(part)
         counts[name] = counts.get(name, 0) + 1
         ranks.setdefault(name, set()).add(part.rank)
     return tuple(Matched(name, count, tuple(sorted(ranks[name]))) for name, count in counts.items())
 
 
-def _last_part(tensor_name: str) -> str:
-    """`q_proj` of `...self_attn.q_proj.lora_A.weight`."""
-    return tensor_name.partition(".lora_")[0].rpartition(".")[2]
+def _last_part(part: AdapterSlice) -> str:
+    """`q_proj` of `...self_attn.q_proj.lora_A.weight` or, of a bias alone, `...q_proj.bias`."""
+    spec = part.a or part.bias
+    assert spec is not None, "a slice has factors or a bias"
+    module = spec.name.partition(".lora_")[0].removesuffix(".bias").removesuffix(".base_layer")
+    return module.rpartition(".")[2]
