@@ -107,6 +107,7 @@ def test_a_fetched_adapter_says_what_the_local_one_says(tmp_path: Path):
     with hub.running(), web.running():
         flags = ("--adapter-cache", str(tmp_path / "cache"), "--hub-endpoint", hub.url)
         flags += ("--hub-hosts", hub.cdn.url, "--adapter-hosts", web.url)
+        flags += ("--adapter-uploads", "--max-adapter-size", "10MB")
         with (
             server_process.serving(tmp_path / "log", *flags) as url,
             httpx.Client(base_url=url, timeout=60) as client,
@@ -118,11 +119,20 @@ def test_a_fetched_adapter_says_what_the_local_one_says(tmp_path: Path):
                 hubs = tokens_of(client, adapter_id=f"demo/{name}", adapter_source="hub")
                 assert hubs == local
                 assert tokens_of(client, adapter_id=f"{web.url}/demo/{name}") == local
+                assert _upload(client, name, read_files(DEMO / name)) == 201
+                assert tokens_of(client, adapter_id=f"upload:{name}") == local
+            weights = read_files(DEMO / "shout")[WEIGHTS].ljust(30_000_000)
+            assert _upload(client, "large", read_files(DEMO / "shout") | {WEIGHTS: weights}) == 413
             _check_lists(url, names, web)
             _check_metrics(client.get("/metrics").text)
     log = (tmp_path / "log").read_text()
     assert len(re.findall(r"fetched hub:demo/shout in", log)) == 1
-    assert re.search("8 adapters in .*demo/adapters", log)
+    assert re.search(r"8 adapters in \S*demo/adapters", log)
+
+
+def _upload(client: httpx.Client, name: str, files: dict[str, bytes]) -> int:
+    sent = [(file, (file, body)) for file, body in files.items()]
+    return client.put(f"/v1/adapters/{name}/files", files=sent).status_code
 
 
 def _check_lists(url: str, names: tuple[str, ...], web: Server) -> None:

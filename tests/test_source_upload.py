@@ -169,7 +169,7 @@ def test_json_is_not_taken(world: World):
 
 
 def test_without_the_flag_there_is_no_such_route(world: World):
-    assert send(world.front(), "a", ONE).status_code == 405
+    assert send(world.front(), "a", ONE).status_code in (404, 405)
     refused = world.front().post("/generate", lorax(adapter_id="upload:a"))
     assert (refused.status_code, "--adapter-uploads" in refused.text) == (422, True)
 

@@ -220,6 +220,32 @@ def test_the_hub_may_send_a_download_to_listed_hosts_only(world: World):
     assert not world.hub.cdn.seen
 
 
+def test_a_repo_that_was_renamed_is_followed(world: World):
+    def moved(seen: Seen) -> Reply | None:
+        old, new = "/old/name/", "/org/secret/"
+        there = seen.path.replace(old, new)
+        return Reply(307, {"location": there}) if seen.path.startswith(old) else None
+
+    async def work(sources: Sources) -> None:
+        assert await files(sources, "hub:old/name", "good") == TWO
+        assert isinstance(await refusal(files(sources, "hub:old/name")), AdapterNotFound)
+
+    world.hub.front.rules.insert(0, moved)
+    with_sources(world.settings(), work)
+
+
+def test_a_redirects_own_length_is_not_the_files(world: World):
+    def plain(seen: Seen) -> Reply | None:
+        if not seen.path.endswith(WEIGHTS):
+            return None
+        url = f"{world.hub.cdn.url}/plain"
+        return Reply(302, {"location": url, "x-repo-commit": "1" * 40}, b"Found. Redirecting")
+
+    world.hub.cdn.files["/plain"] = ONE[WEIGHTS]
+    world.hub.front.rules.insert(0, plain)
+    assert with_sources(world.settings(), lambda s: files(s, "hub:org/open")) == ONE
+
+
 def test_what_is_no_hub_is_told_of(world: World):
     async def work(sources: Sources) -> None:
         error = await refusal(files(sources, "hub:org/open"))

@@ -51,15 +51,15 @@ class HubSource:
         return config, await self._file(reference, revision, WEIGHTS_NAME, token)
 
     async def _file(self, reference: Reference, revision: str, name: str, token: str) -> RemoteFile:
-        headers = (await self._head(reference, revision, name, token)).headers
-        etag = headers.get("x-linked-etag") or headers.get("etag", "")
-        size = headers.get("x-linked-size") or headers.get("content-length", "")
-        digest = etag.strip('"')
+        """A redirect tells of the file in its own headers, and has a length of its own."""
+        reply = await self._head(reference, revision, name, token)
+        size = "" if reply.is_redirect else reply.headers.get("content-length", "")
+        digest = reply.headers.get("x-linked-etag", "").strip('"')
         return RemoteFile(
             name=name,
             ask=self._ask(reference, revision, name, token),
             is_pinned=True,
-            num_bytes=size_of(size),
+            num_bytes=size_of(reply.headers.get("x-linked-size", size)),
             sha256=digest if _SHA256.fullmatch(digest) else "",
         )
 
