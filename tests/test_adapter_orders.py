@@ -185,13 +185,13 @@ def test_replacing_changes_new_streams_and_none_of_ten_that_run(world, operator)
 
 
 def test_dropping_a_deleted_adapter_ends_none_of_ten_that_run(world, operator) -> None:
+    operator.done("pin", "v1")
     ids = operator.start_streams("a")
     shutil.rmtree(world.adapters_dir / "a")
-    operator.done("pin", "v1")
-    operator.done("drop", "a")
+    assert operator.done("drop", "a").num_requests == STREAMS
+    assert operator.in_memory() == 4
     operator.submit(100, [5], "a")
     assert operator.failure(100).startswith("adapter_not_found")
-    assert operator.in_memory() == 4
     operator.run()
     operator.step()
     assert operator.in_memory() == 2, "the pinned one alone is left"
@@ -258,10 +258,11 @@ def test_a_pinned_adapter_is_resident_at_once_and_stays(world, operator) -> None
 
 def test_a_pin_that_leaves_no_room_is_refused_by_name(world) -> None:
     operator = Operator(world, max_resident_adapters=2)
+    operator.done("pin", "a")
+    at_hand = operator.order("find", "v2").revision
     operator.submit(0, [5], "v1", max_new_tokens=60, ignore_eos=True)
     operator.run(until=lambda: bool(operator.answers[0].tokens))
-    operator.done("pin", "a")
-    said = operator.refused("pin", "v2")
+    said = operator.refused("pin", "v2", at_hand)
     assert said.startswith("adapter_capacity: adapter 'v2' cannot be pinned")
     assert "--max-resident-adapters" in said
     operator.run()
