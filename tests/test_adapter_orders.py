@@ -26,8 +26,8 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 class Operator(Session):
     """A session whose engine is given orders, too."""
 
-    def __init__(self, world: ParityWorld, **changes: Any) -> None:
-        super().__init__(world.options(**changes))
+    def __init__(self, world: ParityWorld, pipeline_depth: int = 0, **changes: Any) -> None:
+        super().__init__(world.options(**changes), pipeline_depth)
         self.world = world
         self.calls = 1_000_000
 
@@ -197,6 +197,27 @@ def test_dropping_a_deleted_adapter_ends_none_of_ten_that_run(world, operator) -
     assert operator.in_memory() == 2, "the pinned one alone is left"
     operator.check_streams(ids, world.adapters["v0"])
     operator.done("unpin", "v1")
+
+
+def test_what_a_step_in_flight_reads_is_not_let_go_of(world, monkeypatch) -> None:
+    """The cancelled stream's last row is still being computed when nobody holds its adapter."""
+    operator = Operator(world, pipeline_depth=1)
+    operator.submit(0, [5, 6], "a", max_new_tokens=60, ignore_eos=True)
+    operator.run(until=lambda: len(operator.answers[0].tokens) > 3)
+    device, runner = operator.engine._adapters.device, operator.engine._runner
+    collect, there = runner.collect, []
+
+    def collecting(ticket: Any) -> Any:
+        there.append(len(device))
+        return collect(ticket)
+
+    monkeypatch.setattr(runner, "collect", collecting)
+    assert operator.engine._in_flight, "a step is on its way"
+    operator.cancel(0)
+    operator.done("unload", "a")
+    operator.run(until=lambda: operator.in_memory() == 0)
+    assert there == [1]
+    operator.close()
 
 
 # -- revisions ------------------------------------------------------------------------------

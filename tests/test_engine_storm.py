@@ -356,8 +356,8 @@ def test_a_storm_ends_every_request_once_and_leaves_nothing(storm: Storm) -> Non
 
 
 def test_a_storm_of_orders_among_requests_is_answered_and_leaves_nothing(storm: Storm) -> None:
-    storm.order_rate = 0.08
-    for _ in range(2500):
+    storm.order_rate = 0.16
+    for _ in range(1200):
         storm.step()
     storm.finish()
     storm.check_end()
