@@ -586,6 +586,24 @@ def test_a_small_load_does_not_take_the_room_that_a_large_one_waits_for(make: Ma
     world.until(lambda: small in world.answers)
 
 
+def test_a_load_does_not_wait_for_room_that_a_pin_has_taken_meanwhile(make: MakeCache) -> None:
+    """It was found to fit before the pin came, and would have waited for ever."""
+    world = make(host_bytes=2 * RANK_4_BYTES)
+    held = [world.hold(name).revision for name in ("a0", "a2")]
+    ticket = world.ask("a4")
+    world.until(lambda: world.cache._loads)
+    end_s = time.monotonic() + DEADLINE_S
+    while world.cache._outcomes.empty():
+        assert time.monotonic() < end_s
+    for revision in held:
+        world.cache.pin(revision)
+    world.until(lambda: ticket in world.answers)
+    answer = world.answers[ticket]
+    assert isinstance(answer, ResolveFailed)
+    assert (answer.code, "pinned adapters leave 0" in answer.message) == ("adapter_capacity", True)
+    assert not world.cache._loads
+
+
 def test_newcomers_do_not_overtake_those_who_wait_for_room() -> None:
     budget = HostBudget(100)
     assert budget.try_reserve(60)

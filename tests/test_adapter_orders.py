@@ -26,8 +26,8 @@ TARGETS = ["q_proj", "v_proj", "down_proj"]
 class Operator(Session):
     """A session whose engine is given orders, too."""
 
-    def __init__(self, world: ParityWorld, **changes: Any) -> None:
-        super().__init__(world.options(**changes))
+    def __init__(self, world: ParityWorld, pipeline_depth: int = 0, **changes: Any) -> None:
+        super().__init__(world.options(**changes), pipeline_depth)
         self.world = world
         self.calls = 1_000_000
 
@@ -185,18 +185,39 @@ def test_replacing_changes_new_streams_and_none_of_ten_that_run(world, operator)
 
 
 def test_dropping_a_deleted_adapter_ends_none_of_ten_that_run(world, operator) -> None:
+    operator.done("pin", "v1")
     ids = operator.start_streams("a")
     shutil.rmtree(world.adapters_dir / "a")
-    operator.done("pin", "v1")
-    operator.done("drop", "a")
+    assert operator.done("drop", "a").num_requests == STREAMS
+    assert operator.in_memory() == 4
     operator.submit(100, [5], "a")
     assert operator.failure(100).startswith("adapter_not_found")
-    assert operator.in_memory() == 4
     operator.run()
     operator.step()
     assert operator.in_memory() == 2, "the pinned one alone is left"
     operator.check_streams(ids, world.adapters["v0"])
     operator.done("unpin", "v1")
+
+
+def test_what_a_step_in_flight_reads_is_not_let_go_of(world, monkeypatch) -> None:
+    """The cancelled stream's last row is still being computed when nobody holds its adapter."""
+    operator = Operator(world, pipeline_depth=1)
+    operator.submit(0, [5, 6], "a", max_new_tokens=60, ignore_eos=True)
+    operator.run(until=lambda: len(operator.answers[0].tokens) > 3)
+    device, runner = operator.engine._adapters.device, operator.engine._runner
+    collect, there = runner.collect, []
+
+    def collecting(ticket: Any) -> Any:
+        there.append(len(device))
+        return collect(ticket)
+
+    monkeypatch.setattr(runner, "collect", collecting)
+    assert operator.engine._in_flight, "a step is on its way"
+    operator.cancel(0)
+    operator.done("unload", "a")
+    operator.run(until=lambda: operator.in_memory() == 0)
+    assert there == [1]
+    operator.close()
 
 
 # -- revisions ------------------------------------------------------------------------------
@@ -258,10 +279,11 @@ def test_a_pinned_adapter_is_resident_at_once_and_stays(world, operator) -> None
 
 def test_a_pin_that_leaves_no_room_is_refused_by_name(world) -> None:
     operator = Operator(world, max_resident_adapters=2)
+    operator.done("pin", "a")
+    at_hand = operator.order("find", "v2").revision
     operator.submit(0, [5], "v1", max_new_tokens=60, ignore_eos=True)
     operator.run(until=lambda: bool(operator.answers[0].tokens))
-    operator.done("pin", "a")
-    said = operator.refused("pin", "v2")
+    said = operator.refused("pin", "v2", at_hand)
     assert said.startswith("adapter_capacity: adapter 'v2' cannot be pinned")
     assert "--max-resident-adapters" in said
     operator.run()

@@ -10,7 +10,7 @@ import os
 import random
 import shutil
 import time
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +26,17 @@ from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.store import AdapterStore
 from lory_server.blocks import BlockPool
 from lory_server.engine import Engine, EngineLimits
-from lory_server.messages import Cancel, Finished, ListAdapters, Sampling, StepEvents, Submit
+from lory_server.messages import (
+    AdapterOrder,
+    Cancel,
+    Finished,
+    ListAdapters,
+    OrderDone,
+    OrderKind,
+    Sampling,
+    StepEvents,
+    Submit,
+)
 from lory_server.plan import INVALID_TOKEN, SampledToken, StepPlan, StepResult
 from lory_server.scheduler import Scheduler, SchedulerLimits
 from simulated import EOS, VOCAB, SimulatedRunner, alone
@@ -120,6 +130,10 @@ class Storm:
         self.evictions = 0
         self.calls = 0
         self.lists = 0
+        self.order_rate = 0.0
+        self.num_orders = 0
+        self.orders: dict[int, AdapterOrder] = {}
+        self.done: Counter[tuple[OrderKind, str]] = Counter()
         self.versions: dict[str, list[str]] = {}
         self.since: dict[int, int] = {}
         for name in NAMES:
@@ -142,13 +156,32 @@ class Storm:
             self.engine.list_adapters(ListAdapters(call_id=self.calls))
         if rng.random() < 0.002:
             self.engine.cancel_all("timeout")
+        if rng.random() < self.order_rate:
+            kind = rng.choice(ORDERS)
+            name = rng.choice([*NAMES, "broken", "absent"])
+            self.order(kind, name, rng.choice([*self.versions.get(name, ()), "", "", ""])[:8])
         self.turn()
+
+    def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> None:
+        self.num_orders += 1
+        order = AdapterOrder(
+            call_id=FIRST_ORDER + self.num_orders,
+            kind=kind,
+            adapter_id=adapter_id,
+            revision=revision,
+        )
+        self.orders[order.call_id] = order
+        self.engine.obey(order)
 
     def turn(self) -> None:
         self.engine.step()
         if self.engine.has_events or self.rng.random() < 0.1:
             self.take(self.engine.events())
-        self.lists += len(self.engine.adapter_answers())
+        for answer in self.engine.adapter_answers():
+            if isinstance(answer, OrderDone):
+                self.take_done(answer)
+            else:
+                self.lists += 1
         self.engine.check()
         if not self.engine.can_step:
             time.sleep(0.0003)
@@ -215,6 +248,18 @@ class Storm:
             assert finished.request_id not in self.finished, "two terminal events"
             self.finished[finished.request_id] = finished
 
+    def take_done(self, done: OrderDone) -> None:
+        """Each order is answered once; what it was refused for can be so."""
+        order = self.orders.pop(done.call_id)
+        self.done[order.kind, done.failure.code if done.failure else "done"] += 1
+        if done.failure is None:
+            assert done.entry is not None
+            if order.kind in ("find", "load", "pin"):
+                assert done.revision.startswith(order.revision)
+                assert done.revision in self.versions[order.adapter_id]
+        if order.kind in ("unpin", "drop"):
+            assert done.failure is None
+
     def check_end(self) -> None:
         assert self.finished.keys() == self.commands.keys()
         assert self.lists == self.calls
@@ -258,17 +303,23 @@ class Storm:
             assert name
         elif code == "adapter_invalid":
             assert name == "broken" or name in NAMES
+        elif code == "adapter_capacity":
+            assert self.order_rate, "nothing but a pin makes them too large"
         else:
             assert code == "overloaded"
 
     def finish(self) -> None:
         end_s = time.monotonic() + 20
-        while self.engine.num_requests or self.calls > self.lists:
+        while self.engine.num_requests or self.calls > self.lists or self.orders:
             assert time.monotonic() < end_s, "the storm does not end"
             self.turn()
         while self.engine.can_step or self.cache.residency().loading or self.cache._loads:
             self.turn()
         self.take(self.engine.events())
+
+
+ORDERS: tuple[OrderKind, ...] = ("find", "load", "load", "unload", "pin", "pin", "unpin", "drop")
+FIRST_ORDER = 1_000_000
 
 
 @pytest.fixture
@@ -302,3 +353,25 @@ def test_a_storm_ends_every_request_once_and_leaves_nothing(storm: Storm) -> Non
     assert not scheduler._in_flight
     assert not scheduler._sequences
     assert not cache._tickets
+
+
+def test_a_storm_of_orders_among_requests_is_answered_and_leaves_nothing(storm: Storm) -> None:
+    storm.order_rate = 0.16
+    for _ in range(1200):
+        storm.step()
+    storm.finish()
+    storm.check_end()
+    assert {kind for kind, code in storm.done if code == "done"} == {*ORDERS}
+    told = {code for _, code in storm.done}
+    assert {"adapter_capacity", "adapter_pinned", "revision_not_found"} <= told
+    for name in NAMES:
+        storm.order("drop", name)
+    storm.finish()
+    cache, orders = storm.cache, storm.engine._orders
+    assert not any(entry.holds for entry in cache.host._entries.values())
+    assert not cache.device.pinned
+    assert (cache.pins.device_bytes, cache.budget.pinned_bytes) == (0, 0)
+    for left in (orders._arriving, orders._resolving, orders._leaving, orders._pins):
+        assert not left
+    assert (len(cache.host), len(cache.device)) == (0, 0)
+    assert cache.device.pool.used_bytes == cache.budget.used_bytes == 0

@@ -201,6 +201,7 @@ class Engine:
         self._orders.settle()
         plan, demand = self._scheduler.plan(residency)
         self._adapters.demand(self._orders.added_to(demand))
+        self._orders.let_go(demand.in_use)
         if plan.rows:
             self._submit_plan(plan)
         self._progressed = bool(self._in_flight)

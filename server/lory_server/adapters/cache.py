@@ -225,13 +225,13 @@ class AdapterCache:
 
     def let_go(self, revision: str) -> bool:
         """Evict a revision from device and host, unless somebody holds it; whether it is gone."""
-        if revision in self.host and not self.host.entry(revision).holds:
-            self.device.drop(revision)
-            entry = self.host.drop(revision)
-            assert entry is not None
+        if revision in self.host and self.host.entry(revision).holds:
+            return False
+        self.device.drop(revision)
+        if entry := self.host.drop(revision):
             blob = entry.blob
             self._journal.evicted("host", entry.adapter_id, revision, blob.num_bytes, 0.0)
-        return revision not in self.host
+        return True
 
     # -- the device -------------------------------------------------------------------------
 
@@ -291,9 +291,7 @@ class AdapterCache:
         elif isinstance(outcome, Folded):
             yield from self._on_ready_for_the_device(outcome.loaded)
         elif isinstance(outcome, NeedsRoom):
-            self._waiting_for_room.append(outcome)
-            self._waiting_for_room.sort(key=lambda waiting: self._loads[waiting.key].order)
-            self.budget.hold_back(True)
+            yield from self._on_full(outcome)
         elif isinstance(outcome, OnDisk):
             yield from self._on_walked(outcome)
         elif isinstance(outcome, Nameless):
@@ -347,6 +345,18 @@ class AdapterCache:
         )
         for ticket in self._end_load(loaded.key):
             yield self._on_disk(ticket, revision)
+
+    def _on_full(self, full: NeedsRoom) -> Iterator[Outcome]:
+        """A load waits for room, unless a pin that came beside it has taken that for good."""
+        try:
+            self._limits.check_host(full.num_bytes, self.budget)
+        except AdapterCapacityError as error:
+            for ticket in self._end_load(full.key):
+                yield self._failed(ticket, error)
+            return
+        self._waiting_for_room.append(full)
+        self._waiting_for_room.sort(key=lambda waiting: self._loads[waiting.key].order)
+        self.budget.hold_back(True)
 
     def _on_walked(self, found: OnDisk) -> Iterator[Outcome]:
         self._num_on_disk = len(found.entries)

@@ -15,8 +15,9 @@ from types import MappingProxyType
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.copier import Copier, make_copier
 from lory_server.adapters.extents import Allocation
-from lory_server.adapters.host import HostTier
+from lory_server.adapters.host import HostEntry, HostTier
 from lory_server.adapters.journal import Journal
+from lory_server.adapters.matched import Facts
 from lory_server.adapters.pool import AdapterPool, SlotRow
 from lory_server.adapters.workers import JobFailed, Workers
 from lory_server.plan import AdapterDemand, Residency, ResidentAdapter
@@ -31,6 +32,7 @@ class _Tenure:
     allocation: Allocation
     max_rank: int
     has_gain_or_bias: bool
+    facts: Facts
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -104,6 +106,14 @@ class DeviceTier:
         if revision in self._resident:
             self._evict(revision)
 
+    def revisions(self, adapter_id: str) -> tuple[str, ...]:
+        """Those that were brought here under a name; the host need not have them any more."""
+        resident = self._resident.items()
+        return tuple(known for known, tenure in resident if tenure.adapter_id == adapter_id)
+
+    def facts(self, revision: str) -> Facts:
+        return self._resident[revision].facts
+
     def num_bytes(self, revision: str) -> int:
         """What a revision takes here now."""
         tenure = self._resident.get(revision) or self._loading.get(revision)
@@ -145,7 +155,7 @@ class DeviceTier:
             allocation = self.pool.allocate(manifest)
         if allocation is None:
             return False
-        self._start(entry.adapter_id, entry.blob, allocation)
+        self._start(entry, allocation)
         return True
 
     def _victims(self, kept: set[str], less_urgent: tuple[str, ...]) -> list[str]:
@@ -158,15 +168,17 @@ class DeviceTier:
             key=lambda r: (urgency.get(r, nobody_waits), self._last_use[r]),
         )
 
-    def _start(self, adapter_id: str, blob: AdapterBlob, allocation: Allocation) -> None:
+    def _start(self, entry: HostEntry, allocation: Allocation) -> None:
+        blob = entry.blob
         self._host.hold(blob.revision)
         manifest = blob.manifest
         self._loading[blob.revision] = _Tenure(
-            adapter_id,
+            entry.adapter_id,
             self._free_slots.pop(),
             allocation,
             manifest.max_rank,
             manifest.has_gain_or_bias,
+            entry.facts,
         )
         self._last_use[blob.revision] = self._clock
         self._largest_chunk = max(

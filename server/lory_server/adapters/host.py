@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from lory_server.adapters.blob import AdapterBlob
-from lory_server.adapters.matched import matched_by
-from lory_server.messages import Matched
+from lory_server.adapters.matched import Facts
 
 
 class HostBudget:
@@ -63,7 +62,7 @@ class HostEntry:
     adapter_id: str
     """The name it was first loaded under."""
     blob: AdapterBlob
-    matched: tuple[Matched, ...]
+    facts: Facts
     holds: int = field(default=0)
     names: set[str] = field(default_factory=set)
     """All that it has been resolved under."""
@@ -91,7 +90,7 @@ class HostTier:
         if blob.revision in self._entries:
             self.budget.release(blob.num_bytes)
             return
-        self._entries[blob.revision] = HostEntry(adapter_id, blob, matched_by(blob.manifest))
+        self._entries[blob.revision] = HostEntry(adapter_id, blob, Facts.of(blob.manifest))
         self._idle[blob.revision] = None
 
     def hold(self, revision: str) -> None:

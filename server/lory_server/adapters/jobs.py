@@ -82,7 +82,9 @@ class Limits:
                 f"takes {needed_bytes} bytes on the device, the whole pool holds"
                 f" {self.pool_bytes}; raise adapter_pool_bytes or train a smaller rank"
             )
-        num_bytes = manifest.num_bytes(self.dtype.itemsize)
+        self.check_host(manifest.num_bytes(self.dtype.itemsize), budget)
+
+    def check_host(self, num_bytes: int, budget: HostBudget) -> None:
         if num_bytes > budget.total_bytes:
             raise AdapterCapacityError(
                 f"takes {num_bytes} bytes on the host, all adapters together may take"

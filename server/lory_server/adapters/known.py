@@ -66,19 +66,28 @@ class KnownNames:
             adapter_id=adapter_id,
             tier=tier or "disk",
             revision=revision,
-            revisions=tuple(map(self._in_memory, self._host.revisions(adapter_id))),
+            revisions=tuple(map(self._in_memory, self.revisions(adapter_id))),
             idle_seconds=None if asked_s is None else self._clock() - asked_s,
             refusal=known.refusal,
         )
 
+    def revisions(self, adapter_id: str) -> tuple[str, ...]:
+        """All of an adapter that are in memory: the latest may be on the device alone."""
+        found = self._host.revisions(adapter_id)
+        known = self._known.get(adapter_id)
+        if known is None or known.revision in found or known.revision not in self._device:
+            return found
+        return (*found, known.revision)
+
     def _in_memory(self, revision: str) -> RevisionEntry:
-        entry = self._host.entry(revision)
+        entry = self._host.entry(revision) if revision in self._host else None
+        facts = entry.facts if entry else self._device.facts(revision)
         return RevisionEntry(
             revision=revision,
             tier="device" if revision in self._device else "host",
-            matched=entry.matched,
-            file_bytes=entry.blob.manifest.file_bytes,
-            host_bytes=entry.blob.num_bytes,
+            matched=facts.matched,
+            file_bytes=facts.file_bytes,
+            host_bytes=entry.blob.num_bytes if entry else 0,
             device_bytes=self._device.num_bytes(revision),
             is_pinned=revision in self._pins,
         )

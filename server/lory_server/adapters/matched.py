@@ -1,10 +1,25 @@
-"""What an adapter changes, in few words: modules by the last part of their names, and the ranks.
+"""What is told of an adapter: modules by the last part of their names, ranks, the file's size.
 
 In: a manifest. Out: plain data for lists. It must not know tiers, files or the base.
 """
 
+from dataclasses import dataclass
+
 from lory_server.adapters.format import AdapterManifest, AdapterSlice
 from lory_server.messages import Matched
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """Of one revision; kept as long as it is in memory."""
+
+    matched: tuple[Matched, ...]
+    file_bytes: int
+    """Of the weights file."""
+
+    @classmethod
+    def of(cls, manifest: AdapterManifest) -> "Facts":
+        return cls(matched_by(manifest), manifest.file_bytes)
 
 
 def matched_by(manifest: AdapterManifest) -> tuple[Matched, ...]:

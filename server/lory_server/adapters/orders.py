@@ -1,12 +1,13 @@
 """Operators' orders: adapters to find, load, unload, pin and unpin, beside all requests.
 
     take -> [resolved] -> take_outcome -> ... settle: it has arrived on the device -> drain
-    unload, drop: let go of now, or by the `settle` after the last request that holds it
+    unload, drop: let_go in the next step, or in the one after the last request that holds it
 
 It belongs to the engine's thread and waits for nothing. It must not know requests or sequences.
 """
 
 import logging
+from collections.abc import Set
 from dataclasses import dataclass, replace
 
 from lory_server.adapters.cache import AdapterCache, Resolved, ResolveFailed
@@ -34,6 +35,7 @@ class Orders:
         self._resolving: dict[int, AdapterOrder] = {}
         self._arriving: list[_Arrival] = []
         self._leaving: set[str] = set()
+        self._sent_away: list[AdapterOrder] = []
         self._pins: dict[PinKey, str] = {}
         self._done: list[OrderDone] = []
 
@@ -48,9 +50,9 @@ class Orders:
                 for key in self._keys(order):
                     self._cache.unpin(self._pins.pop(key))
                 if order.kind == "drop":
-                    self._leaving.update(self._revisions(order))
-                    self._let_go()
-                self._finish(order)
+                    self._send_away(order)
+                else:
+                    self._finish(order)
 
     def owns(self, ticket: int) -> bool:
         return ticket in self._resolving
@@ -98,7 +100,7 @@ class Orders:
         return replace(demand, wanted=wanted)
 
     def settle(self) -> None:
-        """See what has arrived on the device, and let go of what nobody holds any more."""
+        """See what has arrived on the device."""
         waiting: list[_Arrival] = []
         for arrival in self._arriving:
             if arrival.revision in self._cache.device:
@@ -107,7 +109,15 @@ class Orders:
             else:
                 waiting.append(arrival)
         self._arriving = waiting
-        self._let_go()
+
+    def let_go(self, in_use: Set[str]) -> None:
+        """Evict what is to go, but for what a request or a pin still holds, or a step reads."""
+        if self._leaving:
+            leaving, gone = self._leaving, self._cache.let_go
+            self._leaving = {r for r in leaving if r in in_use or not gone(r)}
+        for order in self._sent_away:
+            self._finish(order)
+        self._sent_away.clear()
 
     def drain(self) -> list[OrderDone]:
         """The answers since the last call."""
@@ -133,17 +143,16 @@ class Orders:
             message = f"adapter {order.adapter_id!r} is pinned; unpin it first"
             self._refuse(order, "adapter_pinned", message)
             return
-        self._leaving.update(revisions)
-        self._let_go()
-        self._finish(order)
+        self._send_away(order)
 
-    def _let_go(self) -> None:
-        """Those that are pinned under another name, too, stay until they are not."""
-        if self._leaving:
-            self._leaving = {r for r in self._leaving if not self._cache.let_go(r)}
+    def _send_away(self, order: AdapterOrder) -> None:
+        """The answer waits for the step that lets go of what can go."""
+        self._leaving.update(self._revisions(order))
+        self._sent_away.append(order)
 
     def _revisions(self, order: AdapterOrder) -> list[str]:
-        found = self._cache.host.revisions(order.adapter_id)
+        name = order.adapter_id
+        found = {*self._cache.known.revisions(name), *self._cache.device.revisions(name)}
         return [revision for revision in found if revision.startswith(order.revision)]
 
     def _keys(self, order: AdapterOrder) -> list[PinKey]:
