@@ -10,6 +10,7 @@ shapes, and writes only where `--out` says. It must not know how anything is che
 """
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -21,13 +22,20 @@ import torch
 
 from benchmarks import gpu_kernels, gpu_parity, gpu_step, record
 
-Section = Callable[[torch.device, argparse.Namespace], dict[str, Any]]
+Keep = Callable[[dict[str, Any]], None]
+"""Puts what there is so far into the file, in case the rest never comes."""
+Section = Callable[[torch.device, argparse.Namespace, Keep], dict[str, Any]]
 RESULT = record.RESULTS / "gpu.json"
 
 
-def parity(device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
+def parity(device: torch.device, arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     """Every check; `passed` only if all did."""
     checks: list[dict[str, Any]] = []
+
+    def found() -> dict[str, Any]:
+        passed = all(check["passed"] for check in checks)
+        return {"passed": passed, "num_checks": len(checks), "checks": _finite(checks)}
+
     for check in gpu_parity.every_check(gpu_parity.Scope(device, arguments.tiny)):
         checks.append(asdict(check) | {"passed": check.passed})
         mark = "ok  " if check.passed else "FAIL"
@@ -35,23 +43,33 @@ def parity(device: torch.device, arguments: argparse.Namespace) -> dict[str, Any
         note = f"; {check.note}" if check.note else ""
         print(f"{mark} {check.name}: {limits}, wrong answer {check.wrong_error:.2e}{note}")
         sys.stdout.flush()
+        keep(found())
     num_failed = sum(not check["passed"] for check in checks)
     print(f"{len(checks) - num_failed} of {len(checks)} checks passed")
-    return {"passed": not num_failed, "num_checks": len(checks), "checks": _finite(checks)}
+    return found()
 
 
-def step(device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
-    found = gpu_step.measure(gpu_step.TINY if arguments.tiny else gpu_step.FULL, device)
-    for point in found["points"]:
+def step(device: torch.device, arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
+    """Passes if no step waits for the device while it is submitted."""
+    scale = gpu_step.TINY if arguments.tiny else gpu_step.FULL
+
+    def say(found: dict[str, Any]) -> None:
+        point = found["points"][-1]
         print(
             f"batch {point['batch']:3d}, {point['distinct_adapters']:3d} adapters: "
             f"step {point['step_ms']:8.2f} ms, forward {point['forward_ms']:8.2f} ms, "
-            f"limit {point['limit_ms']:6.2f} ms"
+            f"limit {point['limit_ms']:6.2f} ms",
+            flush=True,
         )
-    return {"passed": True, **found}
+        keep({"passed": False, **found})
+
+    found = gpu_step.measure(scale, device, say)
+    if found["waits"]:
+        print(f"FAIL a step waits for the device: {found['waits']}")
+    return {"passed": not found["waits"], **found}
 
 
-def kernels(device: torch.device, arguments: argparse.Namespace) -> dict[str, Any]:
+def kernels(device: torch.device, arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     scale = gpu_kernels.TINY if arguments.tiny else gpu_kernels.FULL
     return gpu_kernels.measure(scale, device, arguments.peers)
 
@@ -77,12 +95,18 @@ def main(argv: Sequence[str]) -> int:
         return 0
     began_s = time.monotonic()
     head = record.facts("benchmarks.gpu_check", argv) | _device_facts(arguments.device)
-    found = SECTIONS[arguments.section](torch.device(arguments.device), arguments)
-    seconds = round(time.monotonic() - began_s, 1)
     is_claim = arguments.device == "cuda" and not arguments.tiny
     path = arguments.out or (RESULT if is_claim else None)
+
+    def keep(found: dict[str, Any], *, is_whole: bool = False) -> None:
+        seconds = round(time.monotonic() - began_s, 1)
+        if path is not None:
+            facts = head | {"seconds": seconds, "is_whole": is_whole}
+            merge(path, arguments.section, facts | found)
+
+    found = SECTIONS[arguments.section](torch.device(arguments.device), arguments, keep)
+    keep(found, is_whole=True)
     if path is not None:
-        merge(path, arguments.section, head | {"seconds": seconds} | found)
         print(path)
     return 0 if found["passed"] else 1
 
@@ -106,10 +130,10 @@ def _device_facts(device: str) -> dict[str, Any]:
 
 
 def _finite(checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """JSON knows no infinity: null stands for what is not finite."""
+    """JSON knows neither infinity nor NaN: null stands for both."""
     return [
         {
-            name: None if isinstance(value, float) and abs(value) == float("inf") else value
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
             for name, value in check.items()
         }
         for check in checks

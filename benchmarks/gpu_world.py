@@ -36,7 +36,7 @@ _SHAPE: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 2048,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -44,11 +44,11 @@ _SHAPE: dict[str, Any] = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"sliding_window": 16},
+    "mistral": {"sliding_window": 512},
     "qwen2": {},
-    "qwen3": {"head_dim": 64},
+    "qwen3": {"head_dim": 128},
     "gemma2": {
-        "head_dim": 64,
+        "head_dim": 256,
         "sliding_window": 16,
         "query_pre_attn_scalar": 48,
         "attn_logit_softcapping": 20.0,
@@ -156,13 +156,18 @@ def _make_adapter(base: Path, folder: Path, rank: int, seed: int, use_dora: bool
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def requests(world: World, count: int, *, scored: bool, seed: int = 0) -> list[Submit]:
-    """Base rows and every adapter in turn; `scored` asks for the prompts' log-probabilities."""
+def requests(
+    world: World, count: int, *, scored: bool, seed: int = 0, long_prompt: int = 0
+) -> list[Submit]:
+    """Base rows and every adapter in turn; `scored` asks for the prompts' log-probabilities.
+
+    The last prompt has `long_prompt` tokens, unless that is 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     adapters = ("", *world.names)
     found: list[Submit] = []
     for number in range(count):
-        length = 5 + 7 * (number % 5)
+        length = long_prompt if long_prompt and number == count - 1 else 5 + 7 * (number % 5)
         prompt = torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
         sampling = Sampling(
             max_new_tokens=1 if scored else 24,

@@ -4,6 +4,7 @@ Everything is drawn from a seed. What no kernel may read is NaN, so that a stray
 """
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,7 +92,7 @@ def site_table(
     ranks_SK: Sequence[Sequence[int]],
 ) -> tuple[SiteTable, Tensor]:
     """A table over a pool in which adapters lie at true rank with NaN gaps between them."""
-    slots, slices, gap = len(ranks_SK), len(out_features), 5
+    slots, slices, gap = len(ranks_SK), len(out_features), 8
     a_offset, b_offset = torch.zeros(2, slots, slices, dtype=torch.int64)
     chunks, place = [torch.full((gap,), float("nan"))], gap
     for slot, ranks in enumerate(ranks_SK):
@@ -105,7 +106,14 @@ def site_table(
     scale_SK = torch.rand(slots, slices, generator=generator) + 0.5
     rank_SK = torch.tensor(ranks_SK, dtype=torch.int32)
     site = SiteTable(
-        in_features, tuple(offsets), tuple(out_features), a_offset, b_offset, rank_SK, scale_SK
+        in_features,
+        tuple(offsets),
+        tuple(out_features),
+        a_offset,
+        b_offset,
+        rank_SK,
+        scale_SK,
+        alignment=math.gcd(gap, in_features, *out_features),
     )
     return site, torch.cat(chunks).to(dtype)
 

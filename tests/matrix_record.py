@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from benchmarks import record
 
-PROPERTY = "sgmv_matrix"
+from sgmv_matrix import PROPERTY, summary
 
 
 class MatrixRecord:
@@ -38,22 +38,3 @@ class MatrixRecord:
         pieces = [piece for _, piece in sorted(merged.items()) if piece is not None]
         head = record.facts("pytest", self._arguments)
         record.write(self._file, {**head, "summary": summary(pieces), "pieces": pieces})
-
-
-def summary(pieces: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A row for each backend and dtype."""
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for piece in pieces:
-        for backend, found in piece["backends"].items():
-            row = rows.setdefault((backend, piece["dtype"]), {})
-            for key, value in found.items():
-                join = {"largest_error": max, "smallest_swapped_error": min}.get(key, _plus)
-                row[key] = join(row[key], value) if key in row else value
-    return [
-        {"backend": backend, "dtype": dtype, **row}
-        for (backend, dtype), row in sorted(rows.items())
-    ]
-
-
-def _plus(a: float, b: float) -> float:
-    return round(a + b, 3)

@@ -9,7 +9,7 @@ another slot. This module must not know pytest, nor how a backend is made.
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -31,6 +31,8 @@ SHAPES = {
 RANKS = {str(rank): (rank,) for rank in (1, 3, 8, 16, 33, 64, 100, 256)} | {
     "mixed": (16, 1, 64, 3, 0, 8, 256, 33, 100)
 }
+PROPERTY = "sgmv_matrix"
+"""Under which a test hands over what it found, for --record-matrix."""
 NUM_SLOTS = max(ROWS)
 NUM_ADAPTERS = 9
 """Slots share so many sets of factors; every slot has a scale of its own."""
@@ -207,3 +209,22 @@ def tallies(
             for name, ops in backends.items():
                 found[name].add(cell, ops, rows in repeated_rows)
     return found
+
+
+def summary(pieces: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each backend and dtype."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for piece in pieces:
+        for backend, found in piece["backends"].items():
+            row = rows.setdefault((backend, piece["dtype"]), {})
+            for key, value in found.items():
+                join = {"largest_error": max, "smallest_swapped_error": min}.get(key, _plus)
+                row[key] = join(row[key], value) if key in row else value
+    return [
+        {"backend": backend, "dtype": dtype, **row}
+        for (backend, dtype), row in sorted(rows.items())
+    ]
+
+
+def _plus(a: float, b: float) -> float:
+    return round(a + b, 3)

@@ -1,7 +1,7 @@
 """The whole matrix of SGMV against float64: plain PyTorch, the CPU kernels as each kind of CPU gets
 them, and Triton in its interpreter.
 
-Each test is a piece that takes under five minutes on one core. `make test-full` keeps their figures
+Each test is a piece of minutes on one core. `make test-full` keeps their figures
 in benchmarks/results.
 """
 
@@ -17,8 +17,16 @@ import torch
 
 from kernel_cases import TOLERANCE
 from lory_kernels import Ops, best_cpu_backend, build, select
-from matrix_record import PROPERTY, summary
-from sgmv_matrix import DTYPES, ROWS, SHAPES, Choice, every_choice, tallies
+from sgmv_matrix import (
+    DTYPES,
+    PROPERTY,
+    ROWS,
+    SHAPES,
+    Choice,
+    every_choice,
+    summary,
+    tallies,
+)
 from triton_processes import Findings, answer, findings_of, needs_triton
 
 MARCHES = {"plain": "x86-64", "avx2": "x86-64-v3", "avx512": "skylake-avx512", "native": "native"}
@@ -51,6 +59,8 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[str, CDLL]:
             flags = tuple(f"-march={march}" if flag == own else flag for flag in build._FLAGS)
             patch.setattr(build, "_FLAGS", flags)
             found[name] = build.load_library(tmp_path_factory.mktemp(name))
+        lanes = {"plain": 4, "avx2": 8, "avx512": 16}.get(name)
+        assert lanes in (None, found[name].lory_vector_lanes())
     return found
 
 
@@ -88,6 +98,7 @@ def test_every_cell_on_the_cpu(
 
 
 @pytest.mark.full
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("piece", [pytest.param(name, marks=needs_triton) for name in PIECES])
 def test_cells_in_tritons_interpreter(piece: str, record_property: Record) -> None:
     told = findings_of(__file__, piece)

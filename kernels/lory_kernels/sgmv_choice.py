@@ -128,6 +128,22 @@ RULES: Mapping[int, Sequence[Rule]] = {
 }
 """By bytes of an element, then by ascending max_rows; the last is for all that is left."""
 
+UNALIGNED = Rule(
+    ANY_ROWS,
+    ANY_ROWS,
+    "Widths that are no multiple of 8, as no common model has: elements of 2 bytes come one by "
+    "one, with an address each, and larger blocks spill. Not measured yet.",
+    tile_rows=16,
+    shrink_block=64,
+    shrink_warps=4,
+    shrink_stages=4,
+    expand_block=64,
+    expand_warps=4,
+    max_shrink_rank=32,
+    max_expand_rank=32,
+)
+"""For elements of 2 bytes where factors do not begin at multiples of 16 bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:
@@ -150,8 +166,10 @@ class Cut:
         return self.shrink_rank * self.rank_blocks
 
 
-def rule_for(element_bytes: int, num_rows: int, num_segments: int) -> Rule:
+def rule_for(element_bytes: int, is_aligned: bool, num_rows: int, num_segments: int) -> Rule:
     """The regime of a step. Segments count even if they are empty: the host does not know."""
+    if element_bytes == 2 and not is_aligned:
+        return UNALIGNED
     for rule in RULES[element_bytes]:
         if num_rows <= rule.max_rows or num_rows < rule.max_segment_rows * num_segments:
             return rule
@@ -160,6 +178,7 @@ def rule_for(element_bytes: int, num_rows: int, num_segments: int) -> Rule:
 
 def cut_up(
     element_bytes: int,
+    is_aligned: bool,
     num_rows: int,
     num_segments: int,
     max_rank: int,
@@ -167,7 +186,7 @@ def cut_up(
     num_slices: int,
 ) -> Cut:
     """How to launch one call, from host-known sizes alone."""
-    rule = rule_for(element_bytes, num_rows, num_segments)
+    rule = rule_for(element_bytes, is_aligned, num_rows, num_segments)
     tiles = min(num_rows, _ceil(num_rows, rule.tile_rows) + num_segments)
     shrink_rank, expand_rank = (
         min(most, max(MIN_BLOCK_RANK, _power_of_two(max_rank)))

@@ -34,6 +34,9 @@ TARGET_PROGRAMS = 264
 """Decodes split until there are so many: two for each of an H200's 132 processors; not measured."""
 MAX_SPLITS = 32
 """What one program of join_kernel holds in registers; not measured."""
+MAX_SPLIT_KEYS = 8192
+"""However many rows there are: a long one alone would hold up the batch, and splits that a short
+one has no use for leave at once; not measured."""
 MIN_SPLIT_KEYS = 256
 """A split must be worth its program and its part of the join; not measured."""
 
@@ -271,4 +274,5 @@ def tiling_for(element_bytes: int, block_d: int, one_token_a_row: bool) -> Tilin
 def num_splits_for(programs: int, max_keys: int) -> int:
     """Splits of a row's keys, if one split each makes `programs` programs."""
     worthwhile = -(-max_keys // MIN_SPLIT_KEYS)
-    return max(1, min(MAX_SPLITS, TARGET_PROGRAMS // programs, worthwhile))
+    wanted = max(TARGET_PROGRAMS // programs, -(-max_keys // MAX_SPLIT_KEYS))
+    return max(1, min(MAX_SPLITS, wanted, worthwhile))

@@ -209,8 +209,8 @@ def sgmv(
     if segments.max_rank > MAX_RANK:
         raise ValueError(f"segments.max_rank: {segments.max_rank} is above {MAX_RANK}")
     cut = cut_up(
-        x_TH.element_size(), segments.num_rows, segments.num_segments, segments.max_rank,
-        site.in_features, len(site.out_offsets),
+        x_TH.element_size(), _vector(x_TH, site) > 1, segments.num_rows, segments.num_segments,
+        segments.max_rank, site.in_features, len(site.out_offsets),
     )  # fmt: skip
     h = _shrink(x_TH, site, pool, segments, cut)
     _expand(y_TN, h, site, pool, segments, columns_2K, cut, outputs)
