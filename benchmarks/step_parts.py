@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import chain
@@ -106,6 +106,7 @@ class TimedLinear:
     def __init__(self, linear: Linear, watch: Watch) -> None:
         self._linear = linear
         self._call = watch.timed("linears", linear)
+        self.bias_N = linear.bias_N
 
     @property
     def num_bytes(self) -> int:
@@ -117,6 +118,9 @@ class TimedLinear:
 
     def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor:
         return self._call(x_TK, rows)
+
+    def row_blocks(self, rows: range, max_weights: int) -> Iterator[Tensor]:
+        return self._linear.row_blocks(rows, max_weights)
 
 
 @dataclass(frozen=True)

@@ -398,6 +398,14 @@ def test_an_adapter_that_is_not_served_fails_before_the_first_question(
         assert [one["model"] for one in FakeServer.asked] == ["polite"]
 
 
+def test_a_revision_can_be_talked_to_though_it_is_not_listed() -> None:
+    with fake_server() as url:
+        arguments = ["chat", "polite@1f3a9c", "--url", url]
+        result = CliRunner().invoke(cli.app, arguments, input="hi\n")
+    assert result.exit_code == 0
+    assert [one["model"] for one in FakeServer.asked] == ["polite@1f3a9c"]
+
+
 @pytest.mark.parametrize("word", ["exit", "quit", "/exit", "/quit"])
 def test_a_chat_is_left_by_a_word(word: str) -> None:
     with fake_server() as url:

@@ -290,7 +290,8 @@ def test_a_base_without_adapters_captures_one_variant(folder: Path) -> None:
 
 def test_rows_of_the_base_alone_replay_no_sgmv(folder: Path) -> None:
     twins = Twins.make(folder)
-    base, adapted = [plan_row(0, start=0)], [plan_row(0, start=0), plan_row(1, start=0, slot=0)]
+    base = [plan_row(0, start=0)]
+    adapted = [*base, plan_row(1, start=0, slot=0, rank=8)]
     for rows, calls_sgmv in ((base, False), (adapted, True)):
         before = [tape.num_replays for tape in twins.recorder.tapes]
         twins.step(*rows)
@@ -351,7 +352,8 @@ def test_an_engine_that_replays_answers_as_peft_does(
 ) -> None:
     session, recorder = replayed(llama, monkeypatch, depth, changes)
     compare(session, Reference(llama.base), llama.adapters).check()
-    assert recorder.num_replays > len(session.reports) / 3
+    sampling = [report for report in session.reports if report.num_sampled]
+    assert recorder.num_replays > len(sampling) / 3
     assert "kv_bytes" not in changes or session.preemptions > 0
     assert changes.get("max_resident_adapters") != 2 or session.moves("evict", "device") > 0
 
@@ -363,7 +365,8 @@ def test_replayed_steps_find_the_gains_and_biases_of_each_slot(
     world = ParityWorld.make("qwen2", tmp_path, make_adapters)
     session, recorder = replayed(world, monkeypatch, 1, {"max_resident_adapters": 3})
     compare(session, Reference(world.base), world.adapters).check()
-    assert recorder.num_replays > len(session.reports) / 3
+    sampling = [report for report in session.reports if report.num_sampled]
+    assert recorder.num_replays > len(sampling) / 3
     assert session.moves("evict", "device") > 0
 
 

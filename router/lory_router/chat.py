@@ -102,9 +102,10 @@ def show_adapters(
 
 
 def check_adapter(models: list[dict[str, Any]], name: str) -> None:
-    """Refuse an adapter that is not served; no name is the base."""
+    """Refuse an adapter that is not served; no name is the base. Revisions are not listed."""
     served = [model["id"] for model in models]
-    if name and name not in served and name.partition(":")[2] not in served:
+    names = {name, name.partition(":")[2], name.partition("@")[0]}
+    if name and not names & {*served}:
         near = difflib.get_close_matches(name, served, n=1)
         hint = f"did you mean {near[0]}?" if near else "lory adapters lists what is"
         raise CommandError(f"no adapter {name!r} is served; {hint}")

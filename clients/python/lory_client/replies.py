@@ -39,6 +39,7 @@ _STATUS_OF_CODE = {
     "context_length_exceeded": 400,
     "adapter_invalid": 400,
     "adapter_capacity": 400,
+    "source_forbidden": 403,
     "adapter_not_found": 404,
     "model_not_found": 404,
     "revision_not_found": 404,

@@ -160,7 +160,7 @@ class AdapterCache:
         self._limits = Limits(pool.dtype, pool.total_bytes, pool.needed_bytes)
         self._outcomes: SimpleQueue[object] = SimpleQueue()
         self.budget = HostBudget(host_bytes)
-        self.host = HostTier(self.budget)
+        self.host = HostTier(self.budget, base.sites)
         self._journal = Journal()
         self.device = DeviceTier(pool, self.host, self._journal, on_ready)
         self.pins = Pins(self.host, self.device)

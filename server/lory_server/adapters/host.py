@@ -8,11 +8,12 @@ thread. It must not know files, slots or requests.
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lory_server.adapters.blob import AdapterBlob
-from lory_server.adapters.matched import Facts
+from lory_server.adapters.matched import Facts, facts_of
+from lory_server.model.sites import Site
 
 
 class HostBudget:
@@ -69,8 +70,10 @@ class HostEntry:
 
 
 class HostTier:
-    def __init__(self, budget: HostBudget) -> None:
+    def __init__(self, budget: HostBudget, sites: Sequence[Site]) -> None:
+        """`sites` are those that adapters are for."""
         self.budget = budget
+        self._sites = sites
         self._entries: dict[str, HostEntry] = {}
         self._idle: OrderedDict[str, None] = OrderedDict()
         self._revisions: dict[str, dict[str, None]] = {}
@@ -90,7 +93,9 @@ class HostTier:
         if blob.revision in self._entries:
             self.budget.release(blob.num_bytes)
             return
-        self._entries[blob.revision] = HostEntry(adapter_id, blob, Facts.of(blob.manifest))
+        self._entries[blob.revision] = HostEntry(
+            adapter_id, blob, facts_of(blob.manifest, self._sites)
+        )
         self._idle[blob.revision] = None
 
     def hold(self, revision: str) -> None:
