@@ -40,6 +40,7 @@ _STATUS_OF_CODE = {
     "adapter_invalid": 400,
     "adapter_capacity": 400,
     "source_forbidden": 403,
+    "adapter_too_large": 413,
     "adapter_not_found": 404,
     "model_not_found": 404,
     "revision_not_found": 404,
@@ -52,9 +53,11 @@ _STATUS_OF_CODE = {
     "internal": 500,
     "registry": 500,
     "healthcheck": 503,
+    "source_unavailable": 503,
     "unavailable": 503,
     "too_many_connections": 503,
     "timeout": 504,
+    "disk_full": 507,
 }
 
 
