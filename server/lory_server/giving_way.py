@@ -51,7 +51,7 @@ def giving_way(load: Path = LOAD) -> Iterator[None]:
 
 
 def pause_between_pieces(piece_s: float, load: Path = LOAD) -> None:
-    """After a piece of work that took so long, on any thread."""
+    """After a piece of work that took so much of a core, on any thread."""
     if load.exists() and num_running(load) > (os.cpu_count() or 1):
         time.sleep(PAUSE_SHARE * piece_s)
 

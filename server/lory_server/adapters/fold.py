@@ -27,7 +27,7 @@ from lory_server.giving_way import pause_between_pieces
 from lory_server.model.sites import Site
 
 CPU_BLOCK_WEIGHTS = 1 << 17
-"""Half a millisecond of one thread."""
+"""A quarter of a millisecond of one thread: 1.2 to 1.5 ns a weight on a Zen 5 core."""
 
 CUDA_BLOCK_WEIGHTS = 1 << 22
 """16 MiB, beside the same again while it is decoded."""
@@ -97,15 +97,15 @@ class BaseFolder:
         a_RK = chunks.matrix("a", *part.a.shape).to(self._device, torch.float32)
         b_RN = chunks.matrix("b", part.rank, len(rows)).to(self._device, torch.float32)
         norms_N = torch.empty(len(rows), device=self._device)
-        done, started_s = 0, time.monotonic()
+        done, started_s = 0, time.thread_time()
         for block_NK in linear.row_blocks(rows, self._block_weights):
             end = done + block_NK.shape[0]
             block_NK.addmm_(b_RN[:, done:end].T, a_RK, alpha=part.scale)
             torch.linalg.vector_norm(block_NK, dim=1, out=norms_N[done:end])
             done = end
             if self._stream is None:
-                pause_between_pieces(time.monotonic() - started_s)
-                started_s = time.monotonic()
+                pause_between_pieces(time.thread_time() - started_s)
+                started_s = time.thread_time()
         return norms_N.cpu()
 
 
