@@ -53,15 +53,18 @@ format: setup ## Format and fix what can be fixed
 test: setup ## A representative case of everything, in minutes, without a GPU
 	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile -m 'not full'
 
-test-full: setup ## Whole matrices and long traces
-	$(TEST_ENV) $(BIN)/pytest -n 2 --dist loadfile
+test-full: setup ## Whole matrices and long traces; what SGMV's matrix found is kept
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile \
+		--record-matrix benchmarks/results/sgmv-matrix-$$(date -u +%F).json
 
 bench: setup ## Compare with transformers + PEFT on this machine, in one run
 	$(BIN)/python -m benchmarks.compare
 
 SECTION ?= parity
-gpu-check: ## GPU paths against their references, and their times (SECTION=parity|step)
-	PYTHONPATH=.gpu-site:server:kernels:router:clients/python:trainer $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(SECTION)
+# With SECTION=kernels: a folder of others' unpacked wheels (kernels/lory_kernels/bench/peers.py).
+KERNEL_PEERS ?=
+gpu-check: ## GPU paths against their references, and their times (SECTION=parity|step|kernels)
+	PYTHONPATH=.gpu-site:server:kernels:router:clients/python:trainer $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(SECTION) $(if $(KERNEL_PEERS),--peers $(KERNEL_PEERS))
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .venv-clients .pytest_cache .ruff_cache .hypothesis .bench

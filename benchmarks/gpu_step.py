@@ -11,6 +11,7 @@ Legend: V vocabulary, H hidden, N packed width, K in features.
 
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -39,8 +40,11 @@ from lory_server.plan import BASE_SLOT, PlanRow, SampleRow, StepPlan
 
 BLOCK_SIZE = 16
 WEIGHT_STD = 0.02
-COPY_BYTES = 1 << 30
+COPY_BYTES = 1 << 32
 SHOWN_KERNELS = 12
+SHOWN_CHARS = 80
+HEAD_START_CYCLES = 2_000_000
+"""About a millisecond, four times what the host takes to send a step."""
 
 BYTES_FORMULA = (
     "linears (NF4 codes and scales) + head + batch * context * KV bytes of a position "
@@ -134,6 +138,12 @@ class Bench:
         seconds = time.perf_counter() - began_s
         mib = (before - free_device_bytes(self.device)) / (1 << 20)
         return {"graphs": count, "seconds": round(seconds, 2), "mib": round(mib, 1)}
+
+    def step_of(self, plan: StepPlan) -> Callable[[], None]:
+        return lambda: self._collect(plan)
+
+    def _collect(self, plan: StepPlan) -> None:
+        self.runner.collect(self.runner.submit(plan))
 
     def plan(self, batch: int, distinct: int) -> StepPlan:
         """`batch` sequences that each compute the last position of the context."""
@@ -230,12 +240,45 @@ def manifest_of(sites: tuple[Site, ...], rank: int) -> AdapterManifest:
     return AdapterManifest(slices, "", 0, b"")
 
 
-def measure(scale: Scale, device: torch.device) -> dict[str, Any]:
-    """Every point, with the limits beside it."""
+def measure(
+    scale: Scale, device: torch.device, say: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Every point, with the limits beside it; `say` is told all there is after each of them."""
     with torch.inference_mode():
         bench = Bench(scale, device)
         copy_rate = copy_bytes_per_s(device)
-        points = [_point(bench, batch, distinct, copy_rate) for batch, distinct in points_of(scale)]
+        found = _facts(bench, copy_rate)
+        for batch, distinct in points_of(scale):
+            found["points"].append(_point(bench, batch, distinct, copy_rate))
+            say(found)
+        found["waits"] = what_waits(bench)
+        for point in found["points"]:
+            # After all times: a profiler leaves the device slower than it was.
+            plan = bench.plan(point["batch"], point["distinct_adapters"])
+            point["kernels_ms"] = kernel_times(bench.step_of(plan), device)
+    return found
+
+
+def what_waits(bench: Bench) -> str:
+    """What made a step wait for the device while it was submitted; nothing if none did."""
+    if bench.device.type != "cuda":
+        return ""
+    plan = bench.plan(max(bench.scale.batches), max(bench.scale.distinct))
+    for runner in (bench.runner, bench.op_by_op):
+        runner.collect(runner.submit(plan))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            ticket = runner.submit(plan)
+        except RuntimeError as error:
+            return str(error).partition("\n")[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        runner.collect(ticket)
+    return ""
+
+
+def _facts(bench: Bench, copy_rate: float) -> dict[str, Any]:
+    scale = bench.scale
     return {
         "model": f"random NF4, {scale.spec.num_layers} layers of hidden {scale.spec.hidden_size}",
         "weight_bytes": bench.decoder.num_bytes,
@@ -245,7 +288,7 @@ def measure(scale: Scale, device: torch.device) -> dict[str, Any]:
         "copy_gb_per_s": round(copy_rate / 1e9, 1),
         "captured": bench.captured,
         "limit": f"limit_ms = bytes / copy rate; bytes = {BYTES_FORMULA}",
-        "points": points,
+        "points": [],
     }
 
 
@@ -258,15 +301,9 @@ def points_of(scale: Scale) -> Iterator[tuple[int, int]]:
 
 def _point(bench: Bench, batch: int, distinct: int, copy_rate: float) -> dict[str, Any]:
     plan = bench.plan(batch, distinct)
-
-    def step() -> None:
-        bench.runner.collect(bench.runner.submit(plan))
-
-    forward, op_by_op = (
-        _timed_on_device(bench, lambda runner=runner: runner.logits(plan))
-        for runner in (bench.runner, bench.op_by_op)
-    )
-    step_ms = _repeat(bench.scale, lambda: _wall_ms(step))
+    forward = _timed_on_device(bench, lambda: bench.runner.logits(plan), head_start=True)
+    op_by_op = _timed_on_device(bench, lambda: bench.op_by_op.logits(plan), head_start=False)
+    step_ms = _repeat(bench.scale, lambda: _wall_ms(bench.step_of(plan)))
     parts = bench.bytes_read(batch, distinct)
     limit_ms = sum(parts.values()) / copy_rate * 1e3
     forward_ms = statistics.median(forward)
@@ -280,7 +317,6 @@ def _point(bench: Bench, batch: int, distinct: int, copy_rate: float) -> dict[st
         "forward_to_limit": round(forward_ms / limit_ms, 2),
         "bytes": parts,
         "repetitions": len(step_ms),
-        "kernels_ms": kernel_times(step, bench.device),
     }
 
 
@@ -302,13 +338,19 @@ def _wall_ms(run: Callable[[], object]) -> float:
     return (time.perf_counter() - began_s) * 1e3
 
 
-def _timed_on_device(bench: Bench, run: Callable[[], object]) -> list[float]:
-    """Between two events on the device; on a CPU the wall time."""
+def _timed_on_device(bench: Bench, run: Callable[[], object], *, head_start: bool) -> list[float]:
+    """Between two events on the device; on a CPU the wall time.
+
+    With a head start the device is kept busy until the host has sent all of it, so that none of
+    the host's time is in it.
+    """
     if bench.device.type != "cuda":
         return _repeat(bench.scale, lambda: _wall_ms(run))
 
     def once() -> float:
         began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if head_start:
+            torch.cuda._sleep(HEAD_START_CYCLES)
         began.record()
         run()
         ended.record()
@@ -326,16 +368,20 @@ def kernel_times(step: Callable[[], None], device: torch.device) -> dict[str, fl
         activities=[activity.CUDA, activity.CPU] if on_cuda else [activity.CPU]
     ) as profile:
         step()
-    rows = profile.key_averages()
-    name = "self_device_time_total" if on_cuda else "self_cpu_time_total"
-    times = {row.key[:80]: getattr(row, name) / 1e3 for row in rows}
+    times: dict[str, float] = defaultdict(float)
+    for row in profile.key_averages():
+        # Rows of the host hold their kernels' time once more.
+        if not on_cuda:
+            times[row.key[:SHOWN_CHARS]] += row.self_cpu_time_total / 1e3
+        elif row.device_type.name == "CUDA":
+            times[row.key[:SHOWN_CHARS]] += row.self_device_time_total / 1e3
     largest = sorted(times.items(), key=lambda item: item[1], reverse=True)[:SHOWN_KERNELS]
     return {key: round(value, 4) for key, value in largest if value > 0}
 
 
 def copy_bytes_per_s(device: torch.device) -> float:
     """Bytes read and written by a large copy, each second."""
-    num_bytes = COPY_BYTES if device.type == "cuda" else COPY_BYTES >> 6
+    num_bytes = COPY_BYTES if device.type == "cuda" else COPY_BYTES >> 8
     source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     times: list[float] = []

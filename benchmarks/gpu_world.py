@@ -27,7 +27,7 @@ from lory_server.model.families import read_spec
 VOCAB_SIZE = 512
 ANSWER_TIMEOUT_S = 120.0
 RANKS = (16, 4, 33, 64)
-"""Of the adapters a00, a01, ...; a33 shows tiles that are not full."""
+"""Of the adapters a00, a01, ...; 33 shows tiles that are not full. Every other one is DoRA."""
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB_SIZE,
@@ -36,7 +36,7 @@ _SHAPE: dict[str, Any] = {
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
+    "max_position_embeddings": 2048,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -44,11 +44,11 @@ _SHAPE: dict[str, Any] = {
 }
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
-    "mistral": {"sliding_window": 16},
+    "mistral": {"sliding_window": 512},
     "qwen2": {},
-    "qwen3": {"head_dim": 64},
+    "qwen3": {"head_dim": 128},
     "gemma2": {
-        "head_dim": 64,
+        "head_dim": 256,
         "sliding_window": 16,
         "query_pre_attn_scalar": 48,
         "attn_logit_softcapping": 20.0,
@@ -77,6 +77,7 @@ class World:
             "adapter_pool_bytes": 64 << 20,
             "adapter_host_bytes": 64 << 20,
             "prefix_caching": False,
+            "reader_processes": 0,
         }
         return EngineOptions(**(fields | changes))
 
@@ -120,12 +121,14 @@ def make_world(family: str, folder: Path, seed: int = 0) -> World:
     model.to(torch.bfloat16).save_pretrained(base)
     names = tuple(f"a{number:02d}" for number in range(len(RANKS)))
     for number, (name, rank) in enumerate(zip(names, RANKS, strict=True)):
-        _make_adapter(base, folder / f"{family}-adapters" / name, rank, seed=seed + 100 + number)
+        adapter = folder / f"{family}-adapters" / name
+        _make_adapter(base, adapter, rank, seed=seed + 100 + number, use_dora=bool(number % 2))
     return World(base, folder / f"{family}-adapters", names)
 
 
-def _make_adapter(base: Path, folder: Path, rank: int, seed: int) -> None:
-    """On every projection of the base, whatever the family calls them."""
+def _make_adapter(base: Path, folder: Path, rank: int, seed: int, use_dora: bool) -> None:
+    """On every projection of the base, whatever the family calls them. The norm of a row of the
+    base is about 1."""
     generator = torch.Generator().manual_seed(seed)
     tensors: dict[str, torch.Tensor] = {}
     modules: set[str] = set()
@@ -136,6 +139,9 @@ def _make_adapter(base: Path, folder: Path, rank: int, seed: int) -> None:
             b_NR = torch.randn(part.out_features, rank, generator=generator)
             tensors[f"{prefix}.lora_A.weight"] = a_RK / math.sqrt(site.in_features)
             tensors[f"{prefix}.lora_B.weight"] = b_NR * 0.7 / math.sqrt(rank)
+            if use_dora:
+                magnitude_N = 0.7 + 0.6 * torch.rand(part.out_features, generator=generator)
+                tensors[f"{prefix}.lora_magnitude_vector"] = magnitude_N
             modules.add(part.module.rpartition(".")[2])
     folder.mkdir(parents=True)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
@@ -145,17 +151,23 @@ def _make_adapter(base: Path, folder: Path, rank: int, seed: int) -> None:
         "r": rank,
         "lora_alpha": rank,
         "target_modules": sorted(modules),
+        "use_dora": use_dora,
     }
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def requests(world: World, count: int, *, scored: bool, seed: int = 0) -> list[Submit]:
-    """Base rows and every adapter in turn; `scored` asks for the prompts' log-probabilities."""
+def requests(
+    world: World, count: int, *, scored: bool, seed: int = 0, long_prompt: int = 0
+) -> list[Submit]:
+    """Base rows and every adapter in turn; `scored` asks for the prompts' log-probabilities.
+
+    The last prompt has `long_prompt` tokens, unless that is 0.
+    """
     generator = torch.Generator().manual_seed(seed)
     adapters = ("", *world.names)
     found: list[Submit] = []
     for number in range(count):
-        length = 5 + 7 * (number % 5)
+        length = long_prompt if long_prompt and number == count - 1 else 5 + 7 * (number % 5)
         prompt = torch.randint(3, VOCAB_SIZE, (length,), generator=generator).tolist()
         sampling = Sampling(
             max_new_tokens=1 if scored else 24,

@@ -38,6 +38,11 @@ def fill(text: str, results: Path = record.RESULTS, accuracy: Path = ACCURACY) -
         "gpu": lambda: gpu_tables(results),
         "accuracy": lambda: accuracy_table(accuracy),
     }
+    return fill_tables(text, makers)
+
+
+def fill_tables(text: str, makers: Mapping[str, Callable[[], str]]) -> str:
+    """`text` with what the makers of these names make between its marks."""
 
     def replace(found: re.Match[str]) -> str:
         name = found.group(1)
@@ -62,7 +67,13 @@ def bench_tables(results: Path) -> str:
             newest[kind] = result
     if not newest:
         return "Not measured yet: run `make bench`.\n"
-    return "\n".join(_bench_table(newest[kind]) for kind in sorted(newest))
+    return "\n".join(_bench_table(newest[kind]) for kind in sorted(newest, key=_table_place))
+
+
+def _table_place(kind: tuple[str, str]) -> tuple[str, bool, str]:
+    """By model; quantized weights after plain ones."""
+    model, weights = kind
+    return model, "NF4" in weights, weights
 
 
 def _bench_table(result: Mapping[str, Any]) -> str:
@@ -91,7 +102,7 @@ def _bench_table(result: Mapping[str, Any]) -> str:
         f"weights: hidden {shape['hidden_size']}, {shape['num_layers']} layers, vocabulary "
         f"{shape['vocab_size']}): output tokens per second\n\n"
     )
-    return heading + _markdown(["", *names], rows) + "\n" + _bench_footer(result)
+    return heading + markdown(["", *names], rows) + "\n" + _bench_footer(result)
 
 
 def _bench_footer(result: Mapping[str, Any]) -> str:
@@ -106,7 +117,7 @@ def _bench_footer(result: Mapping[str, Any]) -> str:
         f"{settings['prompt_tokens']} random tokens in and {settings['output_tokens']} out, all "
         f"requests at once; adapters: {settings['adapters']}; {_runs(settings['repetitions'])} "
         f"after a warm-up, contenders in turn, {settings['threads']} threads. "
-        f"{_machine(result)}, {result['date'][:10]}, {_version(result)}: "
+        f"{machine(result)}, {result['date'][:10]}, {version(result)}: "
         f"`{result['command']}`.{mark}\n"
     )
 
@@ -135,19 +146,19 @@ def cold_table(results: Path) -> str:
         f"{ratio}{_cold_runs(len(result['repetitions']))}, `{settings['model']}` model, "
         f"{settings['num_streams']} streams, engine on {settings['threads']} thread"
         f"{_core(settings)}. "
-        f"{_machine(result)}, {result['date'][:10]}, {_version(result)}: "
+        f"{machine(result)}, {result['date'][:10]}, {version(result)}: "
         f"`{result['command']}`.{mark}\n"
     )
-    return _markdown(["gap between tokens", "p50", "p99"], rows) + "\n" + footer
+    return markdown(["gap between tokens", "p50", "p99"], rows) + "\n" + footer
 
 
 def gpu_tables(results: Path) -> str:
     path = results / "gpu.json"
-    if not path.exists():
-        return "Not measured yet: run `make gpu-check` on a machine with an NVIDIA GPU.\n"
-    found = record.read(path)
+    found = record.read(path) if path.exists() else {}
     parts = [_parity_line(found["parity"])] if "parity" in found else []
     parts += [_step_table(found["step"])] if "step" in found else []
+    if not parts:
+        return "Not measured yet: run `make gpu-check` on a machine with an NVIDIA GPU.\n"
     return "\n".join(parts)
 
 
@@ -155,28 +166,47 @@ def _parity_line(parity: Mapping[str, Any]) -> str:
     passed = sum(check["passed"] for check in parity["checks"])
     return (
         f"Parity with the CPU reference: {passed} of {parity['num_checks']} checks passed "
-        f"({_gpu(parity)}).\n"
+        f"({gpu(parity)}).\n"
     )
 
 
+_STEP_COLUMNS = {
+    "step_ms": "step, ms",
+    "forward_ms": "forward, ms",
+    "op_by_op_ms": "forward without graphs, ms",
+    "limit_ms": "limit, ms",
+}
+
+
 def _step_table(step: Mapping[str, Any]) -> str:
+    points = step["points"]
+    columns = [key for key in _STEP_COLUMNS if all(key in point for point in points)]
     rows = [
         [
             str(point["batch"]),
             str(point["distinct_adapters"]),
-            f"{point['step_ms']:.2f}",
-            f"{point['forward_ms']:.2f}",
-            f"{point['limit_ms']:.2f}",
+            *(f"{point[key]:.2f}" for key in columns),
         ]
-        for point in step["points"]
+        for point in points
     ]
-    heads = ["batch", "distinct adapters", "step, ms", "forward, ms", "limit, ms"]
+    heads = ["batch", "distinct adapters", *(_STEP_COLUMNS[key] for key in columns)]
     footer = (
         f"A decode step of {step['model']} at {step['context']} tokens of context, adapters of "
         f"rank {step['rank']}. The limit is the bytes read once at the {step['copy_gb_per_s']} "
-        f"GB/s that a copy reaches. {_gpu(step)}.\n"
+        f"GB/s that a copy reaches. {_captured(step)}{gpu(step)}.\n"
     )
-    return _markdown(heads, rows) + "\n" + footer
+    return markdown(heads, rows) + "\n" + footer
+
+
+def _captured(step: Mapping[str, Any]) -> str:
+    """What the graphs cost; nothing where there were none."""
+    captured = step.get("captured")
+    if not captured:
+        return ""
+    return (
+        f"{captured['graphs']} CUDA graphs, captured in {captured['seconds']} s, hold "
+        f"{captured['mib']} MiB. "
+    )
 
 
 def accuracy_table(path: Path) -> str:
@@ -186,14 +216,16 @@ def accuracy_table(path: Path) -> str:
         [f"`{name}`", f"{score['base']:.0%}", f"{score['adapter']:.0%}", str(score["rows"])]
         for name, score in sorted(record.read(path).items())
     ]
-    return _markdown(["adapter", "base", "with the adapter", "held-out rows"], rows)
+    return markdown(["adapter", "base", "with the adapter", "held-out rows"], rows)
 
 
 # -- parts ------------------------------------------------------------------------------------
 
 
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: bool = True) -> str:
+    """A table; its columns after the first stand to the right where they hold numbers."""
+    rulers = ["---", *["---:" if numbers else "---"] * (len(heads) - 1)]
+    lines = [heads, rulers, *rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
@@ -220,7 +252,7 @@ def _runs(num: int) -> str:
     return "one run" if num == 1 else f"medians of {num} runs (least-most)"
 
 
-def _version(result: Mapping[str, Any]) -> str:
+def version(result: Mapping[str, Any]) -> str:
     """What was measured: a commit, perhaps with changes."""
     commit, plus, _ = (result["commit"] or "").partition("+")
     return f"commit {commit[:7]}{' with changes' if plus else ''}" if commit else "no commit"
@@ -241,28 +273,33 @@ def _ms(seconds: float) -> str:
     return f"{seconds * 1000:.2f} ms"
 
 
-def _machine(result: Mapping[str, Any]) -> str:
-    machine, versions = result["machine"], result["versions"]
-    return f"{machine['cpu']}, {machine['cores']} cores, torch {versions['torch']}"
+def machine(result: Mapping[str, Any]) -> str:
+    facts, versions = result["machine"], result["versions"]
+    return f"{facts['cpu']}, {facts['cores']} cores, torch {versions['torch']}"
 
 
-def _gpu(section: Mapping[str, Any]) -> str:
+def gpu(section: Mapping[str, Any]) -> str:
     return f"{section['device']}, torch {section['versions']['torch']}, {section['date'][:10]}"
 
 
-def main(argv: Sequence[str]) -> int:
+def write_page(argv: Sequence[str], module: str, page: Path, make: Callable[[str], str]) -> int:
+    """The command of a page whose tables `make` makes anew; the exit code."""
     parser = argparse.ArgumentParser(
-        prog="benchmarks.report", description="Writes the README's tables from measured JSON."
+        prog=module, description=f"Writes the tables of {page.name} from measured JSON."
     )
     parser.add_argument("--check", action="store_true", help="say whether they are, write nothing")
     arguments = parser.parse_args(argv)
-    text = README.read_text(encoding="utf-8")
-    made = fill(text)
+    text = page.read_text(encoding="utf-8")
+    made = make(text)
     if arguments.check:
-        print("README.md is up to date" if made == text else "README.md: run benchmarks.report")
+        print(f"{page.name} is up to date" if made == text else f"{page.name}: run {module}")
         return int(made != text)
-    README.write_text(made, encoding="utf-8")
+    page.write_text(made, encoding="utf-8")
     return 0
+
+
+def main(argv: Sequence[str]) -> int:
+    return write_page(argv, "benchmarks.report", README, fill)
 
 
 if __name__ == "__main__":

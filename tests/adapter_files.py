@@ -1,7 +1,7 @@
 """Small adapters on disk without PEFT, for tests of the format, the store and the cache."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.format import Base
+from lory_server.model.linear import DenseLinear
 from lory_server.model.sites import Site, Slice
 
 HIDDEN = 16
@@ -55,6 +57,18 @@ SITES = make_sites()
 BASE = Base(SITES, ("org/Tiny-Base",))
 
 
+def make_folder(sites: tuple[Site, ...] = SITES) -> BaseFolder:
+    """Over a random base."""
+    generator = torch.Generator().manual_seed(99)
+
+    def linear(site: Site) -> DenseLinear:
+        shape = (site.out_features, site.in_features)
+        bias_N = torch.randn(shape[0], generator=generator) if site.has_bias else None
+        return DenseLinear(torch.randn(shape, generator=generator), bias_N)
+
+    return BaseFolder(sites, [linear(site) for site in sites], torch.device("cpu"))
+
+
 def make_tensors(
     rank: int,
     modules: tuple[str, ...] = ALL_MODULES,
@@ -63,17 +77,40 @@ def make_tensors(
     dtype: torch.dtype = torch.float32,
     sites: tuple[Site, ...] = SITES,
 ) -> Tensors:
+    """The factors of `modules`."""
     generator = torch.Generator().manual_seed(seed)
     tensors: Tensors = {}
+    for prefix, site, part in _modules(sites):
+        if part.module.rpartition(".")[2] in modules:
+            a = torch.randn(rank, site.in_features, generator=generator)
+            b = torch.randn(part.out_features, rank, generator=generator)
+            tensors[f"{prefix}.lora_A.weight"] = a.to(dtype)
+            tensors[f"{prefix}.lora_B.weight"] = b.to(dtype)
+    return tensors
+
+
+def _modules(sites: tuple[Site, ...]) -> Iterator[tuple[str, Site, Slice]]:
     for site in sites:
         for part in site.slices:
-            if part.module.rpartition(".")[2] in modules:
-                prefix = f"base_model.model.{part.module}"
-                a = torch.randn(rank, site.in_features, generator=generator)
-                b = torch.randn(part.out_features, rank, generator=generator)
-                tensors[f"{prefix}.lora_A.weight"] = a.to(dtype)
-                tensors[f"{prefix}.lora_B.weight"] = b.to(dtype)
-    return tensors
+            yield f"base_model.model.{part.module}", site, part
+
+
+def add_vectors(tensors: Tensors, fields: dict[str, Any], sites: tuple[Site, ...]) -> None:
+    """What PEFT saves beside the factors for `fields` of a configuration."""
+    generator = torch.Generator().manual_seed(7)
+    bias = fields.get("bias", "none")
+    for prefix, site, part in _modules(sites):
+        has_factors = f"{prefix}.lora_A.weight" in tensors
+        trains_bias = site.has_bias and bias in (("all", "lora_only") if has_factors else ("all",))
+        wanted = {
+            "lora_magnitude_vector": has_factors and fields.get("use_dora"),
+            "lora_B.bias": has_factors and fields.get("lora_bias"),
+            "base_layer.bias" if has_factors else "bias": trains_bias,
+        }
+        for name, is_wanted in wanted.items():
+            if is_wanted:
+                vector = torch.randn(part.out_features, generator=generator)
+                tensors[f"{prefix}.{name}"] = vector
 
 
 def make_config(rank: int, modules: tuple[str, ...] = ALL_MODULES, **fields: Any) -> dict[str, Any]:
@@ -97,9 +134,10 @@ def write_adapter(
     sites: tuple[Site, ...] = SITES,
     **fields: Any,
 ) -> Path:
-    """A folder that is valid for BASE, unless `change` or `fields` make it otherwise."""
+    """A folder that is valid for `sites`, unless `change` or `fields` make it otherwise."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = make_tensors(rank, modules, seed=seed, dtype=dtype, sites=sites)
+    add_vectors(tensors, fields, sites)
     if change is not None:
         change(tensors)
     save_file(tensors, folder / "adapter_model.safetensors")

@@ -1,4 +1,4 @@
-"""What every test file shares: one thread, and this folder's helper modules."""
+"""What every test file shares: one thread, this folder's helper modules, --record-matrix."""
 
 import sys
 from pathlib import Path
@@ -6,6 +6,23 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-matrix",
+        type=Path,
+        metavar="FILE",
+        help="JSON file for what the SGMV matrix finds; it keeps the pieces that did not run",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    file = config.getoption("--record-matrix")
+    if file is not None and not hasattr(config, "workerinput"):
+        from matrix_record import MatrixRecord
+
+        config.pluginmanager.register(MatrixRecord(file, config.invocation_params.args))
 
 
 @pytest.fixture(autouse=True, scope="session")

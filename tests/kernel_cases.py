@@ -3,8 +3,11 @@
 Everything is drawn from a seed. What no kernel may read is NaN, so that a stray read shows.
 """
 
+import itertools
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,6 +45,22 @@ class SgmvCase:
         ops.sgmv(y_TN, self.x_TH, self.site, self.pool, self.segments)
         return y_TN
 
+    def run_apart(self, ops: Ops) -> Tensor:
+        """As `run`; rows of x and y lie apart, and the NaN between those of y stays."""
+        x_TH, (y_TN, wide) = _apart(self.x_TH)[0], _apart(self.y_TN)
+        ops.sgmv(y_TN, x_TH, self.site, self.pool, self.segments)
+        assert int(wide.isnan().sum()) == wide.numel() - y_TN.numel()
+        return y_TN
+
+
+def _apart(rows_TN: Tensor) -> tuple[Tensor, Tensor]:
+    """A copy of the rows within NaN, and all of it."""
+    rows, width = rows_TN.shape
+    wide = torch.full((rows + 2, width + 16), float("nan"), dtype=rows_TN.dtype)
+    inside = wide[1:-1, :width]
+    inside.copy_(rows_TN)
+    return inside, wide
+
 
 def row_counts(workload: str, rows: int) -> tuple[list[int], list[int]]:
     """(rows of each segment, its slot); slots count from 0, BASE_SLOT stands in between."""
@@ -73,7 +92,7 @@ def site_table(
     ranks_SK: Sequence[Sequence[int]],
 ) -> tuple[SiteTable, Tensor]:
     """A table over a pool in which adapters lie at true rank with NaN gaps between them."""
-    slots, slices, gap = len(ranks_SK), len(out_features), 5
+    slots, slices, gap = len(ranks_SK), len(out_features), 8
     a_offset, b_offset = torch.zeros(2, slots, slices, dtype=torch.int64)
     chunks, place = [torch.full((gap,), float("nan"))], gap
     for slot, ranks in enumerate(ranks_SK):
@@ -87,7 +106,14 @@ def site_table(
     scale_SK = torch.rand(slots, slices, generator=generator) + 0.5
     rank_SK = torch.tensor(ranks_SK, dtype=torch.int32)
     site = SiteTable(
-        in_features, tuple(offsets), tuple(out_features), a_offset, b_offset, rank_SK, scale_SK
+        in_features,
+        tuple(offsets),
+        tuple(out_features),
+        a_offset,
+        b_offset,
+        rank_SK,
+        scale_SK,
+        alignment=math.gcd(gap, in_features, *out_features),
     )
     return site, torch.cat(chunks).to(dtype)
 
@@ -105,24 +131,82 @@ def sgmv_case(
     """`ranks` are dealt to the slots in turn, shifted by one per slice; empty segments are mixed in
     and the slots stand in a shuffled order."""
     generator = torch.Generator().manual_seed(seed)
-    counts, slots = row_counts(workload, rows)
-    num_slots = max(max(slots) + 1, 2)
-    order = torch.randperm(num_slots, generator=generator).tolist()
-    slots = [slot if slot == BASE_SLOT else order[slot] for slot in slots]
-    counts, slots = [0, *counts, 0], [0, *slots, BASE_SLOT]
-    ranks_SK = [
-        [ranks[(slot + k) % len(ranks)] for k in range(len(out_features))]
-        for slot in range(num_slots)
-    ]
-    site, pool = site_table(generator, dtype, in_features, out_features, ranks_SK)
-    starts_G1 = torch.tensor([0, *counts]).cumsum(0).int()
-    adapted = sum(c for c, slot in zip(counts, slots, strict=True) if slot != BASE_SLOT)
-    segments = Segments(
-        starts_G1, torch.tensor(slots).int(), rows, len(counts), max(ranks), adapted
+    num_slots = max(max(row_counts(workload, rows)[1]) + 1, 2)
+    segments = segments_of(workload, rows, num_slots, max(ranks), generator)
+    site, pool = site_table(
+        generator, dtype, in_features, out_features, dealt(ranks, num_slots, len(out_features))
     )
     x_TH = torch.randn(rows, in_features, generator=generator).to(dtype)
     y_TN = torch.randn(rows, sum(out_features), generator=generator).to(dtype)
     return SgmvCase(y_TN, x_TH, site, pool, segments)
+
+
+OUTPUTS = ("both", "gain", "none", "bias")
+
+
+def with_outputs(case: SgmvCase, kinds: Sequence[str] = OUTPUTS, seed: int = 1) -> SgmvCase:
+    """Gains and biases of `kinds`, dealt to the slices of each slot in turn, NaN between them."""
+    generator = torch.Generator().manual_seed(seed)
+    dtype, site = case.pool.dtype, case.site
+    gap = torch.full((4,), float("nan")).view(dtype)
+    pieces = [case.pool, case.pool.new_full((case.pool.numel() % 2,), 0), gap]
+    place = sum(len(piece) for piece in pieces)
+    offsets_SK = {name: torch.full_like(site.a_offset_SK, -1) for name in ("gain", "bias")}
+    for slot, k in itertools.product(range(len(site.rank_SK)), range(len(site.out_features))):
+        kind = kinds[(slot + k) % len(kinds)]
+        for name, offset_SK in offsets_SK.items():
+            if kind in (name, "both"):
+                vector = torch.randn(site.out_features[k], generator=generator).view(dtype)
+                offset_SK[slot, k] = place
+                pieces += [vector, gap]
+                place += len(vector) + len(gap)
+    outputs = {f"{name}_offset_SK": offset_SK for name, offset_SK in offsets_SK.items()}
+    return replace(case, site=replace(site, **outputs), pool=torch.cat(pieces))
+
+
+def dealt(ranks: Sequence[int], num_slots: int, num_slices: int) -> list[list[int]]:
+    return [
+        [ranks[(slot + k) % len(ranks)] for k in range(num_slices)] for slot in range(num_slots)
+    ]
+
+
+def segments_of(
+    workload: str, rows: int, num_slots: int, max_rank: int, generator: torch.Generator
+) -> Segments:
+    """An empty segment first and last; the slots stand in a shuffled order."""
+    counts, slots = row_counts(workload, rows)
+    order = torch.randperm(num_slots, generator=generator).tolist()
+    slots = [slot if slot == BASE_SLOT else order[slot] for slot in slots]
+    counts, slots = [0, *counts, 0], [0, *slots, BASE_SLOT]
+    return Segments(
+        torch.tensor([0, *counts]).cumsum(0).int(),
+        torch.tensor(slots).int(),
+        rows,
+        len(counts),
+        max_rank,
+        adapted_rows=sum(n for n, slot in zip(counts, slots, strict=True) if slot != BASE_SLOT),
+    )
+
+
+def every_pair(factors: Sequence[Sequence[Any]]) -> list[tuple[Any, ...]]:
+    """Few choices, one of each factor, in which any two values of two factors meet."""
+    places = [range(len(values)) for values in factors]
+    left = {
+        (i, a, j, b)
+        for i, j in itertools.combinations(range(len(factors)), 2)
+        for a, b in itertools.product(places[i], places[j])
+    }
+
+    def new_pairs(choice: tuple[int, ...]) -> set[tuple[int, int, int, int]]:
+        pairs = itertools.combinations(enumerate(choice), 2)
+        return left & {(i, a, j, b) for (i, a), (j, b) in pairs}
+
+    chosen = []
+    while left:
+        best = max(itertools.product(*places), key=lambda choice: len(new_pairs(choice)))
+        left -= new_pairs(best)
+        chosen.append(tuple(values[at] for values, at in zip(factors, best, strict=True)))
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -83,10 +83,18 @@ def make_adapters(family: str, base: Path, folder: Path) -> dict[str, Path]:
             "dtype": torch.float16,
         },
     }
+    return save_adapters(recipes, base, folder)
+
+
+def save_adapters(recipes: dict[str, dict[str, Any]], base: Path, folder: Path) -> dict[str, Path]:
     return {
         name: tiny_models.save_adapter(folder / name, base, seed=100 + i, **recipe)
         for i, (name, recipe) in enumerate(recipes.items())
     }
+
+
+MakeAdapters = Callable[[str, Path, Path], dict[str, Path]]
+"""From a family, the base's folder and the adapters': each adapter's folder by its name."""
 
 
 @dataclass
@@ -97,9 +105,12 @@ class ParityWorld:
     adapters: dict[str, Path]
 
     @classmethod
-    def make(cls, family: str, folder: Path, **overrides: Any) -> "ParityWorld":
+    def make(
+        cls, family: str, folder: Path, make_adapters: MakeAdapters = make_adapters, **fields: Any
+    ) -> "ParityWorld":
+        """`fields` are of the base's configuration."""
         # A random tied head repeats its input, whatever the adapter: nothing would be compared.
-        fields = {"tie_word_embeddings": False} | overrides
+        fields = {"tie_word_embeddings": False} | fields
         base = tiny_models.build(family, folder / "base", **fields)
         adapters = folder / "adapters"
         return cls(family, base, adapters, make_adapters(family, base, adapters))

@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 import torch
 
-from adapter_files import BASE, SITES, write_adapter
+from adapter_files import BASE, SITES, Tensors, make_folder, write_adapter
 from lory_server.adapters import cache as cache_module
 from lory_server.adapters import known as known_module
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.cache import AdapterCache, Listed, Outcome, Resolved, ResolveFailed
+from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.host import HostBudget
 from lory_server.adapters.journal import MAX_LINES, MAX_SKIPPED_LINES, Journal
 from lory_server.adapters.pool import AdapterPool
@@ -43,7 +44,7 @@ class World:
         )
         self.store = AdapterStore(root)
         host_bytes = options.pop("host_bytes", 10_000_000)
-        self.cache = AdapterCache(self.store, self.pool, BASE, host_bytes, **options)
+        self.cache = AdapterCache(self.store, self.pool, BASE, host_bytes, make_folder(), **options)
         self.answers: dict[int, Outcome] = {}
         self.num_tickets = 0
 
@@ -102,12 +103,11 @@ class World:
         """What SGMV would read through the slot's tables, laid out as in the blob."""
         slot = self.cache.residency().resident[revision].slot
         found = torch.zeros_like(like.data)
-        for index, part in enumerate(like.manifest.slices):
+        for part, starts in like.manifest.placed(like.chunk_starts):
             table = self.pool.tables[part.site]
             assert int(table.rank_SK[slot, part.slice]) == part.rank
-            for chunk, offsets in ((0, table.a_offset_SK), (1, table.b_offset_SK)):
-                source = like.chunk_starts[2 * index + chunk]
-                length = like.manifest.chunk_numels()[2 * index + chunk]
+            for (kind, length), source in zip(part.chunks(), starts.values(), strict=True):
+                offsets = getattr(table, f"{kind}_offset_SK")
                 place = int(offsets[slot, part.slice])
                 found[source : source + length] = self.pool.data[place : place + length]
         return found
@@ -160,6 +160,27 @@ class Gate:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     return Gate(monkeypatch)
+
+
+class FoldGate:
+    """Holds up the folding of the base into all adapters while it is closed, and counts it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = threading.Event()
+        self.revisions: list[str] = []
+        fold = BaseFolder.fold
+
+        def slow(folder: BaseFolder, blob: AdapterBlob) -> None:
+            self.revisions.append(blob.revision)
+            assert self.opened.wait(DEADLINE_S)
+            fold(folder, blob)
+
+        monkeypatch.setattr(BaseFolder, "fold", slow)
+
+
+@pytest.fixture
+def fold_gate(monkeypatch: pytest.MonkeyPatch) -> FoldGate:
+    return FoldGate(monkeypatch)
 
 
 # -- resolving ------------------------------------------------------------------------------
@@ -316,6 +337,64 @@ def test_a_file_written_to_while_it_is_read_is_refused(
     assert answer.code == "adapter_invalid"
     assert "changed while it was read" in answer.message
     assert world.cache.budget.used_bytes == 0
+
+
+def test_folding_delays_nobody_else_and_is_done_once_a_revision(
+    make: MakeCache, root: Path, fold_gate: FoldGate
+) -> None:
+    for name in ("dora", "same", "other"):
+        write_adapter(root / name, use_dora=True, seed=int(name == "other"))
+    world = make()
+    tickets = [world.ask(name) for name in ("dora", "dora", "other")]
+    world.until(lambda: fold_gate.revisions)
+    for index in range(4):
+        assert world.hold(f"a{index}").revision, "two loaders, and neither is folding"
+    assert not any(ticket in world.answers for ticket in tickets)
+    fold_gate.opened.set()
+    world.until(lambda: all(ticket in world.answers for ticket in tickets))
+    assert len(fold_gate.revisions) == 2
+    used_bytes = world.cache.budget.used_bytes
+    assert world.hold("same").revision == world.hold("dora").revision
+    assert len(fold_gate.revisions) == 2
+    assert world.cache.budget.used_bytes == used_bytes
+
+
+def test_a_gain_and_a_bias_are_where_the_tables_say(make: MakeCache, root: Path) -> None:
+    write_adapter(root / "dora", use_dora=True)
+    world = make(max_slots=2)
+    revision = world.hold("dora").revision
+    for others in (("a0", "a1"), ("a2",)):
+        world.bring(*(world.hold(name).revision for name in others))
+        resident = world.bring(revision).resident[revision]
+        assert resident.has_gain_or_bias
+        blob = world.blob(revision)
+        assert torch.equal(world.factors_on_device(revision, blob), blob.data)
+    plain = world.hold("a0").revision
+    assert not world.bring(plain).resident[plain].has_gain_or_bias
+    slot = world.cache.residency().resident[plain].slot
+    for table in world.pool.tables:
+        assert table.gain_offset_SK is not None
+        assert (table.gain_offset_SK[slot] == -1).all(), "those of the slot's last adapter are gone"
+
+
+def test_an_adapter_that_cannot_be_folded_fails_alone_and_leaves_no_bytes(
+    make: MakeCache, root: Path
+) -> None:
+    def vanish(tensors: Tensors) -> None:
+        """B A takes all of the first row of the base away."""
+        q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+        tensors[f"{q0}.lora_A.weight"][0] = next(folder._linears[0].row_blocks(range(1), 99))[0]
+        tensors[f"{q0}.lora_B.weight"][0] = torch.tensor([-0.5, 0, 0, 0])
+
+    folder = make_folder()
+    write_adapter(root / "bad", use_dora=True, change=vanish)
+    world = make()
+    for _ in range(2):
+        refusal = world.refusal("bad")
+        assert refusal.code == "adapter_invalid"
+        assert "q_proj.lora_magnitude_vector" in refusal.message
+    assert world.cache.budget.used_bytes == 0
+    assert world.hold("a0").revision
 
 
 def test_readers_are_waited_for_once_before_the_first_load(make: MakeCache) -> None:

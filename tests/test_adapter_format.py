@@ -1,5 +1,6 @@
 """Which adapter folders are accepted, what is read from them, and how the others are refused."""
 
+import dataclasses
 import json
 import os
 import struct
@@ -18,11 +19,14 @@ from lory_server.adapters.blob import AdapterBlob, read_blob
 from lory_server.adapters.config import MAX_CONFIG_BYTES, read_config
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.format import AdapterManifest, Base, read_manifest
-from lory_server.adapters.header import read_header, read_header_bytes
+from lory_server.adapters.header import TensorSpec, read_header, read_header_bytes
 from lory_server.model.sites import Site, Slice
 from tiny_models import random_model, save_adapter
 
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed"),
+]
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
 
@@ -72,7 +76,12 @@ def model() -> Any:
 def sites_of(model: Any) -> tuple[Site, ...]:
     """A site a linear; heads and embeddings are not served."""
     return tuple(
-        Site(name, module.in_features, (Slice(name, 0, module.out_features),))
+        Site(
+            name,
+            module.in_features,
+            (Slice(name, 0, module.out_features),),
+            has_bias=module.bias is not None,
+        )
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     )
@@ -141,11 +150,92 @@ def test_what_peft_saves_is_read_as_peft_reads_it(name: str, model: Any, tmp_pat
         assert torch.equal(b, layer.lora_B["default"].weight.float().t())
 
 
+def name_of(spec: TensorSpec | None) -> str:
+    assert spec is not None
+    return spec.name
+
+
 def chunk_of(blob: AdapterBlob, index: int) -> torch.Tensor:
     part = blob.manifest.slices[index // 2]
+    assert part.a is not None
+    assert part.b is not None
     rows, columns = part.a.shape if index % 2 == 0 else part.b.shape[::-1]
     start = blob.chunk_starts[index]
     return blob.data[start : start + rows * columns].view(rows, columns)
+
+
+OUTPUT_CONFIGS: dict[str, dict[str, Any]] = {
+    "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
+    "dora in bfloat16": {
+        "target_modules": "all-linear",
+        "use_dora": True,
+        "dtype": torch.bfloat16,
+    },
+    "biases on B": {"target_modules": ["k_proj", "up_proj"], "lora_bias": True},
+    "biases of targets": {"target_modules": ["q_proj", "o_proj"], "bias": "lora_only"},
+    "all biases": {"target_modules": ["v_proj"], "bias": "all"},
+    "everything but dora": {
+        "target_modules": ["v_proj", "k_proj"],
+        "bias": "all",
+        "lora_bias": True,
+        "layers_to_transform": [1],
+        "use_rslora": True,
+    },
+}
+
+
+@pytest.mark.parametrize("name", OUTPUT_CONFIGS)
+def test_vectors_that_peft_saves_are_read_as_peft_reads_them(name: str, tmp_path: Path) -> None:
+    """Magnitudes as they are; the biases of B, scaled, and those in place of the base's, summed."""
+    from peft import PeftModel
+
+    model = random_model("qwen2", num_hidden_layers=2)
+    sites = sites_of(model)
+    save_adapter(tmp_path, model, rank=4, alpha=6, seed=1, **OUTPUT_CONFIGS[name])
+    blob = blob_of(tmp_path, Base(sites))
+    tuned: Any = PeftModel.from_pretrained(model, tmp_path).base_model.model
+    seen = 0
+    for part, starts in blob.manifest.placed(blob.chunk_starts):
+        layer: Any = tuned.get_submodule(sites[part.site].name)
+        vectors = {kind: blob.data[start:][: part.out_features] for kind, start in starts.items()}
+        if part.magnitude:
+            magnitude = layer.lora_magnitude_vector["default"].weight
+            assert torch.equal(vectors["gain"], magnitude.float())
+        if part.b_bias or part.bias:
+            expected = torch.zeros(part.out_features)
+            if part.b_bias:
+                expected += layer.scaling["default"] * layer.lora_B["default"].bias.float()
+            if part.bias:
+                expected += layer.bias
+            assert torch.allclose(vectors["bias"], expected, rtol=1e-6)
+        seen += len({"gain", "bias"} & starts.keys())
+    biased = {"q_proj", "k_proj", "v_proj"}
+    expected_vectors = {
+        "dora": 3 * 2,  # two gains a layer, and a bias to undo q_proj's own
+        "dora in bfloat16": (7 + 3) * 2,
+        "biases on B": 2 * 2,
+        "biases of targets": 2,
+        "all biases": len(biased) * 2,
+        "everything but dora": len(biased) * 2,
+    }
+    assert seen == expected_vectors[name]
+
+
+def test_fan_in_fan_out_says_nothing_of_linears(model: Any, tmp_path: Path) -> None:
+    """PEFT sets it to False where it meets one."""
+    from peft import PeftModel
+
+    sites = sites_of(model)
+    save_adapter(tmp_path, model, 4, 6, ["o_proj", "down_proj"], 1, use_dora=True)
+    tokens = torch.tensor([[3, 4, 5]])
+    plain = manifest_of(tmp_path, Base(sites))
+    expected = PeftModel.from_pretrained(model, tmp_path)(tokens).logits
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"fan_in_fan_out": True}))
+    with pytest.warns(UserWarning, match="Setting fan_in_fan_out to False"):
+        actual = PeftModel.from_pretrained(random_model("llama", num_hidden_layers=3), tmp_path)
+    assert torch.equal(actual(tokens).logits, expected)
+    assert manifest_of(tmp_path, Base(sites)).slices == plain.slices
 
 
 def test_a_scale_other_than_pefts_would_be_seen(model: Any, tmp_path: Path) -> None:
@@ -179,7 +269,7 @@ def test_numbers_are_cast_to_the_engines_dtype(
     blob = blob_of(tmp_path, dtype=engine_dtype)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as saved:
         for index, part in enumerate(blob.manifest.slices):
-            a, b = saved.get_tensor(part.a.name), saved.get_tensor(part.b.name)
+            a, b = saved.get_tensor(name_of(part.a)), saved.get_tensor(name_of(part.b))
             assert torch.equal(chunk_of(blob, 2 * index), a.to(engine_dtype))
             assert torch.equal(chunk_of(blob, 2 * index + 1), b.t().to(engine_dtype))
     assert blob.num_bytes == blob.manifest.num_bytes(engine_dtype.itemsize)
@@ -206,7 +296,7 @@ def test_dtypes_may_change_from_tensor_to_tensor_at_any_offset(
     blob = blob_of(tmp_path, Base(sites), engine_dtype)
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as saved:
         for index, part in enumerate(blob.manifest.slices):
-            a, b = saved.get_tensor(part.a.name), saved.get_tensor(part.b.name)
+            a, b = saved.get_tensor(name_of(part.a)), saved.get_tensor(name_of(part.b))
             assert torch.equal(chunk_of(blob, 2 * index), a.to(engine_dtype))
             assert torch.equal(chunk_of(blob, 2 * index + 1), b.t().to(engine_dtype))
 
@@ -217,8 +307,8 @@ def test_tensors_larger_than_one_piece_are_read_whole(tmp_path: Path) -> None:
     blob = blob_of(tmp_path, Base(sites))
     with safe_open(tmp_path / "adapter_model.safetensors", "pt") as saved:
         part = blob.manifest.slices[0]
-        assert torch.equal(chunk_of(blob, 0), saved.get_tensor(part.a.name))
-        assert torch.equal(chunk_of(blob, 1), saved.get_tensor(part.b.name).t())
+        assert torch.equal(chunk_of(blob, 0), saved.get_tensor(name_of(part.a)))
+        assert torch.equal(chunk_of(blob, 1), saved.get_tensor(name_of(part.b)).t())
 
 
 def test_names_with_the_adapters_name_are_accepted(tmp_path: Path) -> None:
@@ -262,17 +352,18 @@ REFUSED_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "LOHA"}, "peft_type"),
     ({"peft_type": None}, "peft_type"),
     ({"task_type": "SEQ_CLS"}, "task_type"),
-    ({"use_dora": True}, "use_dora"),
     ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-    ({"bias": "all"}, "bias"),
-    ({"bias": "lora_only"}, "bias"),
-    ({"lora_bias": True}, "lora_bias"),
+    ({"use_dora": 1}, "use_dora"),
+    ({"use_dora": True, "lora_bias": True}, "lora_bias and use_dora"),
+    ({"lora_bias": "yes"}, "lora_bias"),
+    ({"bias": "boft_only"}, "bias"),
+    ({"bias": True}, "bias"),
+    ({"bias": ["all"]}, "bias"),
     ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ({"target_parameters": ["experts.w"]}, "target_parameters"),
     ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
     ({"megatron_config": {"a": 1}}, "megatron_config"),
-    ({"fan_in_fan_out": True}, "fan_in_fan_out"),
     ({"use_qalora": True}, "use_qalora"),
     ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
     ({"auto_map": {"AutoModel": "evil.py"}}, "auto_map"),
@@ -381,8 +472,10 @@ WRONG_TENSORS: list[tuple[Callable[[Tensors], object], str, str]] = [
     (_put(f"{Q0}.lora_B.weight", 16, 4, 1), f"{Q0}.lora_B.weight", "[16, 4, 1]"),
     (_put(f"{Q0}.lora_B.weight", 0, 4), f"{Q0}.lora_B.weight", "[0, 4]"),
     (_put(f"{Q0}.lora_A.default.weight", 4, 16), f"{Q0}.lora_A", "stands twice"),
-    (_put(f"{Q0}.lora_magnitude_vector", 16), "lora_magnitude_vector", "not served"),
-    (_put(f"{Q0}.lora_B.bias", 16), "lora_B.bias", "not served"),
+    (_put(f"{Q0}.lora_magnitude_vector", 16), "lora_magnitude_vector", "use_dora"),
+    (_put(f"{Q0}.lora_B.bias", 16), "lora_B.bias", "lora_bias"),
+    (_put(f"{Q0}.base_layer.bias", 16), "base_layer.bias", "bias is 'none'"),
+    (_put(f"{Q0}.bias", 16), "q_proj.bias", "bias is 'none'"),
     (_put("base_model.model.lm_head.lora_A.weight", 4, 16), "lm_head", "does not have"),
     (_put("base_model.model.model.embed_tokens.lora_embedding_A", 4, 9), "embedding_A", "served"),
     (_put("base_model.model.lm_head.weight", 9, 16), "lm_head.weight", "not served"),
@@ -405,6 +498,87 @@ def test_a_wrong_tensor_is_refused_by_name(
     message = refusal_of(write_adapter(tmp_path, change=change))
     assert name in message
     assert reason in message
+
+
+BIASED = Base(tuple(dataclasses.replace(site, has_bias="qkv" in site.name) for site in SITES))
+O0 = "base_model.model.model.layers.0.self_attn.o_proj"
+NORM0 = "base_model.model.model.layers.0.input_layernorm"
+DORA: dict[str, Any] = {"use_dora": True}
+ALL: dict[str, Any] = {"bias": "all", "modules": ("q_proj", "o_proj")}
+ONLY: dict[str, Any] = {"bias": "lora_only", "modules": ("q_proj", "o_proj")}
+
+WRONG_VECTORS: list[tuple[dict[str, Any], Callable[[Tensors], object], str, str]] = [
+    (DORA, _drop(f"{Q0}.lora_magnitude_vector"), f"{Q0}.lora_magnitude_vector", "missing"),
+    (DORA, _put(f"{Q0}.lora_magnitude_vector", 15), "lora_magnitude_vector", "[15]"),
+    (DORA, _put(f"{Q0}.lora_magnitude_vector", 16, 1), "lora_magnitude_vector", "[16, 1]"),
+    (
+        DORA,
+        _put(f"{Q0}.lora_magnitude_vector.default.weight", 16),
+        "lora_magnitude_vector",
+        "stands twice",
+    ),
+    (DORA, _poke(f"{Q0}.lora_magnitude_vector", float("nan")), "lora_magnitude_vector", "NaN"),
+    (DORA, _put(f"{Q0}.lora_B.bias", 16), "lora_B.bias", "lora_bias"),
+    (DORA, _put(f"{Q0}.base_layer.bias", 16), f"{Q0}.base_layer.bias", "bias is 'none'"),
+    ({"lora_bias": True}, _drop(f"{Q0}.lora_B.bias"), f"{Q0}.lora_B.bias", "missing"),
+    ({"lora_bias": True}, _put(f"{Q0}.lora_B.bias", 4), f"{Q0}.lora_B.bias", "[4]"),
+    ({"lora_bias": True}, _put(f"{Q0}.lora_A.bias", 4), f"{Q0}.lora_A.bias", "does not have"),
+    (ALL, _drop(f"{Q0}.base_layer.bias"), f"{Q0}.base_layer.bias", "missing"),
+    (ALL, _drop(f"{Q0.replace('q_', 'k_')}.bias"), "k_proj.bias", "missing"),
+    (ALL, _put(f"{Q0.replace('q_', 'k_')}.base_layer.bias", 8), "k_proj", "does not select"),
+    (ALL, _put(f"{Q0}.base_layer.bias", 8), f"{Q0}.base_layer.bias", "[8]"),
+    (ALL, _put(f"{Q0}.bias", 16), f"{Q0}.bias", "PEFT reads base_layer.bias"),
+    (ALL, _put(f"{O0}.base_layer.bias", 16), f"{O0}.base_layer.bias", "has none in the base"),
+    (ALL, _put(f"{NORM0}.bias", 16), f"{NORM0}.bias", "a linear that the base does not have"),
+    (ALL, _put("base_model.model.lm_head.bias", 9), "lm_head.bias", "does not have"),
+    (ONLY, _drop(f"{Q0}.base_layer.bias"), f"{Q0}.base_layer.bias", "missing"),
+    (ONLY, _put(f"{Q0.replace('q_', 'k_')}.bias", 8), "k_proj.bias", "configuration's bias"),
+    (ONLY, _poke(f"{Q0}.base_layer.bias", float("inf")), "base_layer.bias", "infinity"),
+]
+
+
+@pytest.mark.parametrize(("fields", "change", "name", "reason"), WRONG_VECTORS)
+def test_a_wrong_gain_or_bias_is_refused_by_name(
+    fields: dict[str, Any],
+    change: Callable[[Tensors], object],
+    name: str,
+    reason: str,
+    tmp_path: Path,
+) -> None:
+    write_adapter(tmp_path / "right", sites=BIASED.sites, **fields)
+    assert manifest_of(tmp_path / "right", BIASED).has_gain_or_bias
+    message = refusal_of(
+        write_adapter(tmp_path / "wrong", sites=BIASED.sites, change=change, **fields), BIASED
+    )
+    assert name in message
+    assert reason in message
+
+
+@pytest.mark.parametrize("suffix", ["", ".weight", ".default", ".default.weight"])
+def test_magnitudes_have_the_names_of_every_peft(suffix: str, tmp_path: Path) -> None:
+    def rename(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith("lora_magnitude_vector")]:
+            tensors[name + suffix] = tensors.pop(name)
+
+    write_adapter(tmp_path, change=rename, use_dora=True)
+    assert all(part.magnitude for part in manifest_of(tmp_path).slices)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gains_and_biases_count_in_the_size(dtype: torch.dtype, tmp_path: Path) -> None:
+    """In float32, each padded to 64 bytes; a bias only where there is one to undo."""
+    plain = write_adapter(tmp_path / "plain", modules=("q_proj", "o_proj"))
+    both = write_adapter(
+        tmp_path / "both",
+        modules=("q_proj", "o_proj"),
+        use_dora=True,
+        bias="all",
+        sites=BIASED.sites,
+    )
+    sizes = [manifest_of(x, BIASED).num_bytes(dtype.itemsize) for x in (plain, both)]
+    gains, biases_of_qkv = 2 * 64, 64 + 2 * 64
+    assert sizes[1] - sizes[0] == 2 * (gains + biases_of_qkv)
+    assert blob_of(both, BIASED, dtype).num_bytes == sizes[1]
 
 
 def test_a_tensor_that_the_configuration_does_not_select_is_refused(tmp_path: Path) -> None:
@@ -558,7 +732,8 @@ def test_numbers_are_read_in_bounded_pieces(
     """A large one's memory would be taken twice over while it is decoded."""
     write_adapter(tmp_path)
     whole = blob_of(tmp_path)
-    largest = max(4 * numel for numel in whole.manifest.chunk_numels())
+    tensor_bytes = [4 * numel for part in whole.manifest.slices for _, numel in part.chunks()]
+    largest = max(tensor_bytes)
     sizes: list[int] = []
     preadv = os.preadv
 
@@ -574,7 +749,7 @@ def test_numbers_are_read_in_bounded_pieces(
         assert piecemeal.revision == whole.revision
         assert torch.equal(piecemeal.data, whole.data)
         assert largest // 8 < max(sizes) <= max(most_bytes, largest)
-        assert sum(sizes) == sum(4 * numel for numel in whole.manifest.chunk_numels())
+        assert sum(sizes) == sum(tensor_bytes)
     assert len(sizes) > len(whole.manifest.slices)
 
 

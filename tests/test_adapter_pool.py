@@ -164,6 +164,9 @@ def test_the_tables_lead_to_the_adapters_factors(scattered: bool, tmp_path: Path
         assert table.in_features == site.in_features
         assert not table.rank_SK[0].any()
         assert not table.rank_SK[2].any()
+        for offset_SK in (table.gain_offset_SK, table.bias_offset_SK):
+            assert offset_SK is not None
+            assert (offset_SK == -1).all()
         for k, part in enumerate(site.slices):
             rank = int(table.rank_SK[1, k])
             index = adapted.get((i, k))

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -32,6 +33,9 @@ def test_sections_lie_side_by_side_in_one_file(tmp_path: Path) -> None:
     assert parity["passed"]
     assert parity["num_checks"] == len(parity["checks"]) > 20
     assert {check["passed"] for check in parity["checks"]} == {True}
+    assert parity["is_whole"]
+    assert step["is_whole"]
+    assert all(point["kernels_ms"] for point in step["points"])
     assert all(point["step_ms"] > 0 and point["limit_ms"] > 0 for point in step["points"])
     assert step["device"] == "cpu, dry run"
 
@@ -55,6 +59,58 @@ def test_a_dry_run_never_writes_the_real_result(
     assert not list(tmp_path.iterdir())
     with pytest.raises(SystemExit):
         gpu_check.main(["step", "--device", "cpu"])
+
+
+def test_what_breaks_one_group_of_checks_is_a_failure_beside_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def broken(scope: Scope) -> Iterator[Check]:
+        yield Check("first", 0.0, 0.1, math.inf)
+        raise RuntimeError("no graph can be captured\nmore")
+
+    good = iter([Check("other", 0.0, 0.1, math.inf)])
+    monkeypatch.setattr(gpu_parity, "sgmv_checks", broken)
+    monkeypatch.setattr(gpu_parity, "nf4_checks", lambda scope: good)
+    for name in ("decode_checks", "logprob_checks"):
+        monkeypatch.setattr(gpu_parity, name, lambda scope, family, world: iter(()))
+    monkeypatch.setattr(gpu_parity, "engine_checks", lambda scope, world: iter(()))
+    out = tmp_path / "gpu.json"
+    assert gpu_check.main(["parity", "--device", "cpu", "--tiny", "--out", str(out)]) == 1
+    found = json.loads(out.read_text())["parity"]
+    assert [(c["name"], c["passed"]) for c in found["checks"]] == [
+        ("first", True),
+        ("sgmv, whole", False),
+        ("other", True),
+    ]
+    assert found["checks"][1]["error"] is None
+    assert found["checks"][1]["note"] == "RuntimeError: no graph can be captured"
+
+
+@pytest.mark.parametrize("section", ["parity", "step"])
+def test_what_was_found_is_kept_if_the_rest_never_comes(
+    section: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A machine that is taken away, or a limit: KeyboardInterrupt stands for both."""
+
+    def cut_short(*_: object) -> Iterator[Check]:
+        yield Check("first", 0.0, 0.1, math.inf)
+        raise KeyboardInterrupt
+
+    points = gpu_step._point
+
+    def one_point(bench: gpu_step.Bench, batch: int, distinct: int, rate: float) -> dict:
+        if batch > 1:
+            raise KeyboardInterrupt
+        return points(bench, batch, distinct, rate)
+
+    monkeypatch.setattr(gpu_parity, "every_check", cut_short)
+    monkeypatch.setattr(gpu_step, "_point", one_point)
+    out = tmp_path / "gpu.json"
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main([section, "--device", "cpu", "--tiny", "--out", str(out)])
+    found = json.loads(out.read_text())[section]
+    assert not found["is_whole"]
+    assert len(found["checks" if section == "parity" else "points"]) in (1, 2)
 
 
 def test_a_failed_check_fails_the_section(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

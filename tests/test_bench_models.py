@@ -81,7 +81,7 @@ def test_the_peer_runs_every_row_with_its_own_adapter(base: Path, adapters: Path
     """A mixed batch answers as each row does alone; in float32, where sums hardly matter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
-        model = peft_peer.load(base, adapters, ["a00", "a01", "a02"]).float()
+        model = peft_peer.load(base, adapters, ["a00", "a01", "a02"], "none").float()
     prompts = [[5, 6, 7, 8]] * 4
     names = ["a00", "a01", "", "a02"]
     _, mixed_RT = peft_peer.run_batch(model, prompts, names, 6)

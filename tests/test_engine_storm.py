@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapter_files import BASE, SITES, write_adapter
+from adapter_files import BASE, SITES, make_folder, write_adapter
 from lory_server.accounting import CostModel
 from lory_server.adapters.blob import read_blob
 from lory_server.adapters.cache import AdapterCache
@@ -107,7 +107,7 @@ class Storm:
         pool = AdapterPool(
             4 * RANK_4_BYTES, torch.float32, torch.device("cpu"), SITES, 3, grain_bytes=256
         )
-        self.cache = AdapterCache(AdapterStore(root), pool, BASE, 6 * RANK_4_BYTES)
+        self.cache = AdapterCache(AdapterStore(root), pool, BASE, 6 * RANK_4_BYTES, make_folder())
         runner = StormRunner()
         scheduler = Scheduler(BlockPool(17, 4), SchedulerLimits(5, 12, max_overtakes=8), [EOS])
         self.engine = runner.engine = Engine(

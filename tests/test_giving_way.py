@@ -54,6 +54,17 @@ def test_a_pause_never_outweighs_the_work() -> None:
     assert giving_way.PAUSE_S < giving_way.WORK_S
 
 
+def test_between_pieces_others_have_the_cores_for_most_of_the_time(
+    tmp_path: Path, pauses: list[float]
+) -> None:
+    giving_way.pause_between_pieces(0.002, load(tmp_path, 1))
+    assert pauses == []
+    giving_way.pause_between_pieces(0.002, load(tmp_path, 10_000))
+    assert pauses == [0.002 * giving_way.PAUSE_SHARE]
+    giving_way.pause_between_pieces(0.002, tmp_path / "absent")
+    assert len(pauses) == 1
+
+
 def test_nothing_is_left_behind(tmp_path: Path, pauses: list[float]) -> None:
     before = signal.getsignal(signal.SIGALRM)
     with (

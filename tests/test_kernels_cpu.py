@@ -22,6 +22,7 @@ from kernel_cases import (
     attention_case,
     error_of,
     sgmv_case,
+    with_outputs,
 )
 from lory_kernels import KernelUnavailableError, Ops, best_cpu_backend, build, panels, select
 from lory_kernels.calls import Caller
@@ -356,6 +357,7 @@ def test_older_cpus_get_the_same_results(
         for case in (
             sgmv_case("zipf", 33, dtype, ranks=MIXED_RANKS),
             sgmv_case("zipf", 33, dtype, in_features=37, out_features=(5, 1, 61)),
+            with_outputs(sgmv_case("zipf", 33, dtype, ranks=(16, 0), out_features=(70, 61))),
             attention_case(dtype, head_dim=24, window=20, softcap=5.0),
             attention_case(dtype, head_dim=64, group=8),
         ):

@@ -102,7 +102,12 @@ def test_what_is_not_served_is_refused_by_name(interpreted: Findings) -> None:
 
 
 def test_splits_fill_the_device_and_are_worth_their_programs(interpreted: Findings) -> None:
-    assert interpreted["splits"] == {"long": 32, "filled": 1, "short": 1, "two_splits": 2}
+    from lory_server.build import MAX_CONTEXT_SPLITS  # the interpreter's process has no server
+
+    assert interpreted["splits"] == {
+        "long": 32, "filled": 1, "filled_but_long": 13, "short": 1, "two_splits": 2,
+        "most": MAX_CONTEXT_SPLITS,
+    }  # fmt: skip
 
 
 def _check_built(built: Findings, kernels: int) -> None:
@@ -209,13 +214,15 @@ def _refusals() -> dict[str, str]:
 
 
 def _split_counts() -> dict[str, int]:
-    from lory_kernels.triton_attention import num_splits_for
+    from lory_kernels.triton_attention import MAX_SPLITS, num_splits_for
 
     return {
         "long": num_splits_for(8, 100_000),
-        "filled": num_splits_for(512, 100_000),
+        "filled": num_splits_for(512, 8192),
+        "filled_but_long": num_splits_for(512, 100_000),
         "short": num_splits_for(8, 256),
         "two_splits": num_splits_for(8, 257),
+        "most": MAX_SPLITS,
     }
 
 

@@ -29,6 +29,7 @@ from lory_server.plan import PENDING, PlanRow, SampleRow, StepPlan, StepResult
 from parity_world import ParityWorld, Reference, Session, compare
 from sync_trap import SyncTrap, WaitsError
 from test_engine_parity import submit_all
+from test_engine_parity_dora import make_adapters
 from test_model_lora import NUM_SLOTS, make_tables, random_factors
 
 BLOCK_SIZE = 4
@@ -316,6 +317,25 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> ParityWorld:
     return ParityWorld.make("llama", tmp_path_factory.mktemp("llama"))
 
 
+def replayed(
+    world: ParityWorld, monkeypatch: pytest.MonkeyPatch, depth: int, changes: dict[str, Any]
+) -> tuple[Session, Recorder]:
+    """Every adapter and the base, after each adapter was on the host."""
+    ops = TapeOps(TorchOps())
+    monkeypatch.setattr(lory_server.build, "select", lambda *_, **__: ops)
+    session = Session(world.options(**changes), depth)
+    recorder = Recorder(ops)
+    runner: Any = session.engine._runner
+    runner.capture(recorder, has_adapters=True)
+    for request_id, name in enumerate(world.adapters):
+        session.submit(request_id, [5], name, max_new_tokens=1)
+    session.run()
+    submit_all(session, world)
+    session.run()
+    session.close()
+    return session, recorder
+
+
 @pytest.mark.parametrize(
     ("depth", "changes"),
     [
@@ -329,22 +349,22 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> ParityWorld:
 def test_an_engine_that_replays_answers_as_peft_does(
     llama: ParityWorld, monkeypatch: pytest.MonkeyPatch, depth: int, changes: dict[str, Any]
 ) -> None:
-    ops = TapeOps(TorchOps())
-    monkeypatch.setattr(lory_server.build, "select", lambda *_, **__: ops)
-    session = Session(llama.options(**changes), depth)
-    recorder = Recorder(ops)
-    runner: Any = session.engine._runner
-    runner.capture(recorder, has_adapters=True)
-    for request_id, name in enumerate(llama.adapters):
-        session.submit(request_id, [5], name, max_new_tokens=1)
-    session.run()
-    submit_all(session, llama)
-    session.run()
-    session.close()
+    session, recorder = replayed(llama, monkeypatch, depth, changes)
     compare(session, Reference(llama.base), llama.adapters).check()
     assert recorder.num_replays > len(session.reports) / 3
     assert "kv_bytes" not in changes or session.preemptions > 0
     assert changes.get("max_resident_adapters") != 2 or session.moves("evict", "device") > 0
+
+
+def test_replayed_steps_find_the_gains_and_biases_of_each_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody had any when the steps were captured."""
+    world = ParityWorld.make("qwen2", tmp_path, make_adapters)
+    session, recorder = replayed(world, monkeypatch, 1, {"max_resident_adapters": 3})
+    compare(session, Reference(world.base), world.adapters).check()
+    assert recorder.num_replays > len(session.reports) / 3
+    assert session.moves("evict", "device") > 0
 
 
 # -- nothing waits ----------------------------------------------------------------------------

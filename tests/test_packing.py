@@ -3,7 +3,7 @@
 import numpy as np
 
 from lory_server.messages import Sampling
-from lory_server.model.packing import Packer
+from lory_server.model.packing import PackedSegments, Packer
 from lory_server.plan import PENDING, PlanRow, SampleRow, StepPlan
 
 SAMPLE = SampleRow(Sampling(max_new_tokens=1, seed=0), 0)
@@ -35,6 +35,18 @@ def test_a_mixed_step_is_laid_out_by_adapter() -> None:
     assert packed.segments.starts_G1.tolist() == [0, 3, 5, 7]
     assert packed.segments.slots_G.tolist() == [-1, 0, 2]
     assert packed.segments.adapted_tokens == 4
+
+
+def test_a_step_has_gains_or_biases_if_an_adapter_of_any_row_does() -> None:
+    def segments(*flags: bool) -> PackedSegments:
+        rows = [plan_row(i, 0, [1], [0], i, has_gain_or_bias=flag) for i, flag in enumerate(flags)]
+        packed = Packer(3, 1, 4).pack(StepPlan(0, (*rows, plan_row(2, 0, [1], [0], -1))))
+        assert packed.segments is not None
+        return packed.segments
+
+    assert not segments(False, False).has_gain_or_bias
+    assert segments(False, True).has_gain_or_bias
+    assert segments(True, False).has_gain_or_bias
 
 
 def test_a_step_of_base_rows_has_no_segments() -> None:

@@ -105,9 +105,10 @@ def save_adapter(
     scale: float = 0.15,
     **config_overrides: Any,
 ) -> Path:
-    """A PEFT LoRA folder for `model` with random non-zero A and B; `model` is left as it was.
+    """A PEFT LoRA folder for `model`, all that it trains random; `model` is left as it was.
 
-    `model` is a transformers model or the folder of one.
+    `model` is a transformers model or the folder of one. DoRA's magnitudes differ by some tens of
+    percent from those it begins with, which are the norms of the base's weights.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -125,17 +126,31 @@ def save_adapter(
         **config_overrides,
     )
     with warnings.catch_warnings():
-        # peft reads a property that transformers is renaming.
+        # peft reads a property that transformers is renaming, and warns of what cannot be merged.
         warnings.simplefilter("ignore", FutureWarning)
+        warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
         adapted = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
+    trained_biases: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
     with torch.no_grad():
         for name, parameter in sorted(adapted.named_parameters()):
-            if "lora_" in name:
-                noise = torch.randn(parameter.shape, generator=generator) * scale
+            if not parameter.requires_grad:
+                continue
+            noise = torch.randn(parameter.shape, generator=generator) * scale
+            if "lora_magnitude_vector" in name:
+                parameter.data = (parameter * (1 + 2 * noise)).to(dtype)
+            elif "lora_" in name:
                 parameter.data = noise.to(dtype)
-    adapted.save_pretrained(str(folder))
+            else:
+                trained_biases.append((parameter, parameter.data))
+                parameter.data = parameter.data + 4 * noise.to(parameter.dtype)
+    with warnings.catch_warnings():
+        # peft takes a bias of B for a damaged B.
+        warnings.filterwarnings("ignore", "Adapter 'default': .* have invalid shape")
+        adapted.save_pretrained(str(folder))
     adapted.unload()
+    for parameter, before in trained_biases:
+        parameter.data = before
     if hasattr(base, "peft_config"):
         del base.peft_config
     return folder

@@ -46,9 +46,9 @@ class Built:
 
 
 def findings_of(file: str, mode: str) -> Findings:
-    """Runs a test file in a process of its own: `interpret` with the interpreter, else without."""
+    """Runs a test file in a process of its own; a mode `interpret...` is with the interpreter."""
     path = os.pathsep.join(str(Path(p).parent) for p in (lory_kernels.__path__[0], file))
-    interpreted = {"TRITON_INTERPRET": "1" if mode == "interpret" else "0"}
+    interpreted = {"TRITON_INTERPRET": "1" if mode.startswith("interpret") else "0"}
     done = subprocess.run(
         [sys.executable, file, mode],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **interpreted},
@@ -62,7 +62,27 @@ def findings_of(file: str, mode: str) -> Findings:
 
 def answer(modes: Mapping[str, Callable[[], Findings]]) -> None:
     """The other end of `findings_of`."""
+    if sys.argv[1].startswith("interpret"):
+        _patch_the_language_once_a_launch()
     json.dump(modes[sys.argv[1]](), sys.stdout)
+
+
+def _patch_the_language_once_a_launch() -> None:
+    """The interpreter patches triton.language for a launch, and again whenever one function calls
+    another, which takes most of its time. Triton's own functions see another name of it, for which
+    once is enough: that patch stays."""
+    from triton.runtime import interpreter
+
+    patched: set[str] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        module = self.fn.__module__
+        if module.startswith("triton.") and module not in patched:
+            interpreter._patch_lang(self.fn)
+            patched.add(module)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
 
 
 def build(

@@ -50,6 +50,13 @@ class SiteTable:
     """int32, at most MAX_RANK; 0 means that the adapter leaves this slice alone."""
     scale_SK: Tensor
     """float32."""
+    alignment: int = 1
+    """Every offset of A and B, in use or not, is a multiple of so many elements."""
+    gain_offset_SK: Tensor | None = None
+    """int64, in elements of the pool, where out_features[k] float32 numbers begin, whatever the
+    pool's dtype: a gain of 1.003 would be 1 in bfloat16. -1: no gain; None: nowhere any."""
+    bias_offset_SK: Tensor | None = None
+    """As gain_offset_SK. Slices of rank 0 may have either."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -70,6 +77,13 @@ class Segments:
     """No rank in the tables of the slots named here is larger."""
     adapted_rows: int
     """Rows whose slot is not BASE_SLOT; 0 makes SGMV return at once."""
+    has_gain_or_bias: bool = True
+    """False: no table has a gain or a bias for the slots named here, and none is looked for."""
+
+    @property
+    def changes_rows(self) -> bool:
+        """False: SGMV returns at once."""
+        return self.adapted_rows > 0 and (self.max_rank > 0 or self.has_gain_or_bias)
 
 
 class Ops(Protocol):
@@ -188,13 +202,12 @@ class Ops(Protocol):
     def sgmv(
         self, y_TN: Tensor, x_TH: Tensor, site: SiteTable, pool: Tensor, segments: Segments
     ) -> None:
-        """y[rows, cols_k] += scale[slot, k] * (x[rows] @ A[slot, k].T) @ B[slot, k].
+        """y[rows, cols_k] = gain * y[rows, cols_k] + scale * (x[rows] @ A.T) @ B + bias.
 
-        For every segment (rows, slot) and slice k (cols_k = out_offsets[k] .. + out_features[k]).
-        y_TN, x_TH: [T, N], [T, in_features], row strides free. pool: one dimension, the dtype of x
-        and y. The whole update is made in float32 and rounded once, with y. Rows of BASE_SLOT and
-        slices of rank 0 read and write nothing. The full form of an adapted linear is
-        y = g * (x @ W) + scale * (x @ A.T) @ B + b; a gain g and a bias b per slot would stand in
-        SiteTable beside scale.
+        For every segment (rows, slot) and slice k (cols_k = out_offsets[k] .. + out_features[k]),
+        all of [slot, k]: scale, A, B, and, where there are, gain and bias; without them gain is 1
+        and bias 0. y_TN, x_TH: [T, N], [T, in_features], row strides free. pool: one dimension,
+        the dtype of x and y. The whole update is made in float32 and rounded once, with y. Rows of
+        BASE_SLOT, and slices of rank 0 without gain and bias, read and write nothing.
         """
         ...

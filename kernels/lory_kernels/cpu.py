@@ -32,6 +32,8 @@ class _Site(ctypes.Structure):
         ("b_offset", ctypes.c_void_p),
         ("rank", ctypes.c_void_p),
         ("scale", ctypes.c_void_p),
+        ("gain_offset", ctypes.c_void_p),
+        ("bias_offset", ctypes.c_void_p),
         ("slices", ctypes.c_long),
     )
 
@@ -45,6 +47,7 @@ class _Rows(ctypes.Structure):
         ("segments", ctypes.c_long),
         ("adapted_rows", ctypes.c_long),
         ("max_rank", ctypes.c_int),
+        ("has_gain_or_bias", ctypes.c_int),
     )
 
 
@@ -322,7 +325,7 @@ class CpuOps:
     def sgmv(
         self, y_TN: Tensor, x_TH: Tensor, site: SiteTable, pool: Tensor, segments: Segments
     ) -> None:
-        if segments.adapted_rows == 0 or segments.max_rank == 0:
+        if not segments.changes_rows:
             return None
         kernels = self._kernels.get(pool.dtype)
         if kernels is None:
@@ -350,7 +353,7 @@ class CpuOps:
         _require_dtype(torch.int64, positions_T=positions_T, kv_slots_T=kv_slots_T)
         _require_tables(block_tables_RM, query_starts_R1, context_lens_R)
         lora = None
-        if segments is not None and segments.adapted_rows and segments.max_rank:
+        if segments is not None and segments.changes_rows:
             lora = self._rows_address(segments)
         return Step(
             positions_T.shape[0],
@@ -381,6 +384,9 @@ class CpuOps:
 
 def _known_site(site: SiteTable, pool: Tensor) -> _KnownSite:
     _require_dtype(torch.int64, a_offset_SK=site.a_offset_SK, b_offset_SK=site.b_offset_SK)
+    for offset_SK in (site.gain_offset_SK, site.bias_offset_SK):
+        if offset_SK is not None:
+            _require_dtype(torch.int64, offset_SK=offset_SK)
     _require_dtype(torch.int32, rank_SK=site.rank_SK)
     _require_dtype(torch.float32, scale_SK=site.scale_SK)
     longs = ctypes.c_int64 * len(site.out_offsets)
@@ -393,6 +399,8 @@ def _known_site(site: SiteTable, pool: Tensor) -> _KnownSite:
         site.b_offset_SK.data_ptr(),
         site.rank_SK.data_ptr(),
         site.scale_SK.data_ptr(),
+        _address(site.gain_offset_SK),
+        _address(site.bias_offset_SK),
         len(site.out_offsets),
     )
     return _KnownSite(pool, ctypes.addressof(struct), struct)
@@ -406,6 +414,7 @@ def _known_rows(segments: Segments) -> _KnownRows:
         segments.num_segments,
         segments.adapted_rows,
         segments.max_rank,
+        segments.has_gain_or_bias,
     )
     return _KnownRows(segments, ctypes.addressof(struct), struct)
 

@@ -9,7 +9,7 @@ GFLOP/s, as many as with 512 rows), and 0.75 ms with one row (65 GB/s).
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -132,6 +132,41 @@ def _call_pack(
     function.argtypes = (_POINTER, _POINTER, _LONG, _LONG)
     call: Callable[[int, int, int, int], None] = function
     call(source.data_ptr(), target.data_ptr(), n, k)
+
+
+def row_blocks(weight: PanelWeight, rows: range, max_weights: int) -> Iterator[Tensor]:
+    """Those rows of W, in float32: blocks [n, K] in order, each of new memory. Of at most
+    `max_weights` numbers where a panel has no more."""
+    panels = range(rows.start // PANEL, _num_panels(rows.stop))
+    at_once = max(1, max_weights // (PANEL * weight.in_features))
+    for first in panels[::at_once]:
+        end = min(first + at_once, panels.stop)
+        block_NK = _unpacked(weight, range(first, end))
+        yield block_NK[max(0, rows.start - first * PANEL) : rows.stop - first * PANEL]
+
+
+def _unpacked(weight: PanelWeight, panels: range) -> Tensor:
+    width = weight.in_features
+    unpack: Any = getattr(_library(), f"unpack_panel_{_SUFFIXES[weight.dtype]}")
+    unpack.argtypes = (_POINTER, _LONG, _POINTER)
+    rows_NK = torch.empty((len(panels) * PANEL, width))
+    for place, panel in enumerate(panels):
+        dense = _dense_panel(weight, panel)
+        unpack(dense.data_ptr(), width, rows_NK[place * PANEL].data_ptr())
+    return rows_NK
+
+
+def _dense_panel(weight: PanelWeight, panel: int) -> Tensor:
+    own = weight.panels.view(_num_panels(weight.out_features), -1)[panel]
+    if weight.absmax is None:
+        return own
+    decode: Any = getattr(_library(), f"decode_panel_{_SUFFIXES[weight.dtype]}")
+    decode.argtypes = (_POINTER, _POINTER, _LONG, _LONG, _POINTER)
+    scales, width = weight.absmax[panel], weight.in_features
+    dense = torch.empty(PANEL * width, dtype=weight.dtype)
+    block = width // scales.shape[0]
+    decode(own.data_ptr(), scales.data_ptr(), width, block, dense.data_ptr())
+    return dense
 
 
 class PanelMultiply:

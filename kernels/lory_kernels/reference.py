@@ -4,6 +4,8 @@ Runs on any device in any float dtype, accumulates in float32, favours plainness
 must not know the other backends. The contract and the legend of shapes are in contract.py.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -142,6 +144,8 @@ class TorchOps:
     ) -> None:
         if segments.adapted_rows == 0:
             return
+        if not segments.has_gain_or_bias:
+            site = replace(site, gain_offset_SK=None, bias_offset_SK=None)
         starts, slots = segments.starts_G1.tolist(), segments.slots_G.tolist()
         for segment in range(segments.num_segments):
             begin, end, slot = starts[segment], starts[segment + 1], slots[segment]
@@ -153,13 +157,28 @@ def _adapt(y_TN: Tensor, x_TH: Tensor, site: SiteTable, pool: Tensor, slot: int)
     """One segment of SGMV, slice by slice."""
     for k, (offset, width) in enumerate(zip(site.out_offsets, site.out_features, strict=True)):
         rank = int(site.rank_SK[slot, k])
-        if rank == 0:
+        gain_N = _vector(pool, site.gain_offset_SK, slot, k, width)
+        bias_N = _vector(pool, site.bias_offset_SK, slot, k, width)
+        if rank == 0 and gain_N is None and bias_N is None:
             continue
-        a_RH = _factor(pool, int(site.a_offset_SK[slot, k]), rank, site.in_features)
-        b_RN = _factor(pool, int(site.b_offset_SK[slot, k]), rank, width)
-        delta_TN = (x_TH.float() @ a_RH.T) @ b_RN * site.scale_SK[slot, k]
         columns_TN = y_TN[:, offset : offset + width]
-        columns_TN.copy_(columns_TN.float() + delta_TN)
+        sums_TN = columns_TN.float() if gain_N is None else columns_TN.float() * gain_N
+        if bias_N is not None:
+            sums_TN = sums_TN + bias_N
+        if rank:
+            a_RH = _factor(pool, int(site.a_offset_SK[slot, k]), rank, site.in_features)
+            b_RN = _factor(pool, int(site.b_offset_SK[slot, k]), rank, width)
+            sums_TN = sums_TN + (x_TH.float() @ a_RH.T) @ b_RN * site.scale_SK[slot, k]
+        columns_TN.copy_(sums_TN)
+
+
+def _vector(pool: Tensor, offset_SK: Tensor | None, slot: int, k: int, width: int) -> Tensor | None:
+    """A gain or a bias: float32 numbers in a pool of any dtype."""
+    offset = -1 if offset_SK is None else int(offset_SK[slot, k])
+    if offset < 0:
+        return None
+    size = width * torch.float32.itemsize // pool.element_size()
+    return pool[offset : offset + size].view(torch.float32)
 
 
 def _factor(pool: Tensor, offset: int, rank: int, width: int) -> Tensor:

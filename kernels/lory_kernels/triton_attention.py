@@ -24,16 +24,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lory_kernels.triton_tiles import BLOCK_RANGES, find_tile
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 NO_WINDOW = 2**30
 MAX_HEAD_DIM = 256
-BLOCK_ROWS = 256
-"""Rows looked at together when a tile looks for its own."""
 
 TARGET_PROGRAMS = 264
 """Decodes split until there are so many: two for each of an H200's 132 processors; not measured."""
 MAX_SPLITS = 32
 """What one program of join_kernel holds in registers; not measured."""
+MAX_SPLIT_KEYS = 8192
+"""However many rows there are: a long one alone would hold up the batch, and splits that a short
+one has no use for leave at once; not measured."""
 MIN_SPLIT_KEYS = 256
 """A split must be worth its program and its part of the join; not measured."""
 
@@ -62,26 +65,6 @@ TILINGS = {
     (4, 128): (Tiling(16, 32, 8, 2), Tiling(16, 32, 8, 2)),
     (4, 256): (Tiling(16, 16, 4, 2), Tiling(16, 16, 4, 2)),
 }
-
-
-@triton.jit
-def _find_tile(starts_ptr, num_rows, tile, TILE_TOKENS: tl.constexpr, BLOCK_R: tl.constexpr):
-    """(row, place among the row's tiles) of a tile; row = num_rows if nobody owns it."""
-    row = 0
-    before = 0
-    counted = 0
-    for at in range(0, num_rows, BLOCK_R):
-        r = at + tl.arange(0, BLOCK_R)
-        inside = r < num_rows
-        begins = tl.load(starts_ptr + r, mask=inside, other=0)
-        ends = tl.load(starts_ptr + r + 1, mask=inside, other=0)
-        tiles = (ends - begins + TILE_TOKENS - 1) // TILE_TOKENS
-        upto = counted + tl.cumsum(tiles, 0)
-        passed = inside & (upto <= tile)
-        row += tl.sum(tl.where(passed, 1, 0), 0)
-        before = tl.maximum(before, tl.max(tl.where(passed, upto, 0), 0))
-        counted += tl.sum(tiles, 0)
-    return row, tile - before
 
 
 @triton.jit
@@ -162,7 +145,7 @@ def attention_kernel(
     """
     TILE_TOKENS: tl.constexpr = BLOCK_M // TILE_HEADS
     HEAD_TILES: tl.constexpr = (GROUP + TILE_HEADS - 1) // TILE_HEADS
-    row, place = _find_tile(starts_ptr, num_rows, tl.program_id(0), TILE_TOKENS, BLOCK_R)
+    row, place = find_tile(starts_ptr, num_rows, tl.program_id(0), TILE_TOKENS, BLOCK_R)
     if row >= num_rows:
         return
     begin = tl.load(starts_ptr + row)
@@ -272,7 +255,7 @@ def paged_attention(
         block_tables_RM, block_tables_RM.stride(0), query_starts_R1, context_lens_R, rows, splits,
         window, scale, softcap, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size, HAS_CAP=softcap > 0, TILE_HEADS=tile_heads, BLOCK_M=tiling.rows,
-        BLOCK_N=tiling.keys, BLOCK_D=block_d, BLOCK_R=BLOCK_ROWS, MIN_KEYS=MIN_SPLIT_KEYS,
+        BLOCK_N=tiling.keys, BLOCK_D=block_d, BLOCK_R=BLOCK_RANGES, MIN_KEYS=MIN_SPLIT_KEYS,
         num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     if splits > 1:
@@ -291,4 +274,5 @@ def tiling_for(element_bytes: int, block_d: int, one_token_a_row: bool) -> Tilin
 def num_splits_for(programs: int, max_keys: int) -> int:
     """Splits of a row's keys, if one split each makes `programs` programs."""
     worthwhile = -(-max_keys // MIN_SPLIT_KEYS)
-    return max(1, min(MAX_SPLITS, TARGET_PROGRAMS // programs, worthwhile))
+    wanted = max(TARGET_PROGRAMS // programs, -(-max_keys // MAX_SPLIT_KEYS))
+    return max(1, min(MAX_SPLITS, wanted, worthwhile))

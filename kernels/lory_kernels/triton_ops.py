@@ -158,7 +158,16 @@ class TritonOps:
         self, y_TN: Tensor, x_TH: Tensor, site: SiteTable, pool: Tensor, segments: Segments
     ) -> None:
         self._require_served(y_TN=y_TN)
+        _require_rows(y_TN=y_TN, x_TH=x_TH)
         _require_dtype(y_TN.dtype, x_TH=x_TH, pool=pool)
+        _require_dtype(
+            torch.int32, starts_G1=segments.starts_G1, slots_G=segments.slots_G,
+            rank_SK=site.rank_SK,
+        )  # fmt: skip
+        _require_dtype(torch.int64, a_offset_SK=site.a_offset_SK, b_offset_SK=site.b_offset_SK)
+        for offset_SK in (site.gain_offset_SK, site.bias_offset_SK):
+            if offset_SK is not None:
+                _require_dtype(torch.int64, offset_SK=offset_SK)
         columns_2K = self._columns_of(site, pool.device)
         triton_sgmv.sgmv(y_TN, x_TH, site, pool, segments, columns_2K)
 

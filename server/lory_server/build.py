@@ -14,6 +14,7 @@ import torch
 from lory_kernels import Backend, KernelUnavailableError, best_cpu_backend, select
 from lory_server.accounting import CostModel
 from lory_server.adapters.cache import NUM_LOADERS, AdapterCache
+from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.format import Base
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import ThreadReader
@@ -34,6 +35,7 @@ from lory_server.model.kv import KVCache
 from lory_server.model.load import load
 from lory_server.model.packing import Packer
 from lory_server.model.runner import Runner
+from lory_server.model.warm_up import warm_up
 from lory_server.scheduler import Scheduler, SchedulerLimits
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -45,6 +47,14 @@ MIN_ADAPTER_BYTES = 64 * 1024
 
 GRAPH_BYTES_A_LAYER = 512 * 1024
 """Of one captured step: a dozen launches, their arguments and the driver's own; not measured."""
+
+SAMPLED_SCORE_BYTES = 64
+"""Of a token's score in a row that samples: logits, log-softmax, sorted copies, float64 sums; 60
+with typical_p and the sort's own scratch."""
+SCORED_BYTES = 10
+"""Of a token's score at a prompt position that is scored: twice in float32, once in the dtype."""
+MAX_CONTEXT_SPLITS = 32
+"""triton_attention.MAX_SPLITS; that module cannot be imported where there is no Triton."""
 
 log = logging.getLogger("lory.engine")
 
@@ -130,16 +140,19 @@ def memory_needs(options: EngineOptions, decoder: Decoder) -> MemoryNeeds:
 def available_bytes(decoder: Decoder) -> int:
     """What the engine may take by default, the weights it has already loaded included."""
     if decoder.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(decoder.device)
-        return decoder.num_bytes + int(free * 0.9)
+        return decoder.num_bytes + int(free_device_bytes(decoder.device) * 0.9)
     return decoder.num_bytes + free_host_bytes() // 2
 
 
 def workspace_bytes(options: EngineOptions, decoder: Decoder) -> int:
-    """Activations of the widest layer, and logits with their log-softmax and sorted copies."""
+    """Activations of the widest layer, what the sampler or a scored prompt makes of the logits,
+    and on CUDA what kernels keep aside."""
     activations = activation_bytes(options.max_step_tokens, decoder)
-    logits = options.max_batch_rows * decoder.spec.vocab_size * 4 * 6
-    return activations + logits + attention_bytes(options, decoder)
+    scores = max(
+        options.max_batch_rows * SAMPLED_SCORE_BYTES, options.max_step_tokens * SCORED_BYTES
+    )
+    aside = kernel_bytes(options, decoder) if decoder.device.type == "cuda" else 0
+    return activations + scores * decoder.spec.vocab_size + aside
 
 
 def activation_bytes(num_tokens: int, decoder: Decoder) -> int:
@@ -160,14 +173,14 @@ def graph_bytes(options: EngineOptions, decoder: Decoder) -> int:
     return launches + activation_bytes(sizes[-1], decoder)
 
 
-def attention_bytes(options: EngineOptions, decoder: Decoder) -> int:
-    """On CUDA attention is the plain reference: scores of one chunk over a whole context, twice,
-    and the keys and values gathered for every head, in float32."""
-    if decoder.device.type != "cuda":
-        return 0
-    spec, context = decoder.spec, decoder.max_model_len
-    scores = 2 * options.max_step_tokens * context * spec.num_heads * 4
-    return scores + 4 * context * spec.q_size * 4
+def kernel_bytes(options: EngineOptions, decoder: Decoder) -> int:
+    """The parts of split contexts, and the largest weight written out where it is quantized."""
+    spec = decoder.spec
+    parts = options.max_batch_rows * spec.num_heads * MAX_CONTEXT_SPLITS * (spec.head_dim + 1) * 4
+    if options.quantize == "none":
+        return parts
+    largest = max(site.in_features * site.out_features for site in decoder.sites[:4])
+    return parts + largest * decoder.dtype.itemsize
 
 
 def assemble(
@@ -187,6 +200,7 @@ def assemble(
         pool,
         Base(decoder.sites, base_names(options), options.allow_base_mismatch),
         host_bytes(options, plan),
+        BaseFolder(decoder.sites, decoder.linears, device),
         on_ready=wake,
         num_loaders=options.reader_processes if reads_apart(options) else NUM_LOADERS,
         make_reader=ProcessReader if reads_apart(options) else ThreadReader,
@@ -195,6 +209,8 @@ def assemble(
     decoder.record(kv, options.max_step_tokens)
     packer = Packer(options.max_batch_rows, blocks_a_sequence(options, plan), options.block_size)
     runner = Runner(decoder, kv, packer, options.max_batch_rows, device)
+    if device.type == "cuda":
+        compile_kernels(decoder, kv, options)
     if wants_graphs(options, device):
         capture_graphs(runner, CudaCapture(device), options, device)
     scheduler = Scheduler(
@@ -224,6 +240,16 @@ def blocks_a_sequence(options: EngineOptions, plan: MemoryPlan) -> int:
     return -(-plan.max_model_len // options.block_size)
 
 
+def compile_kernels(decoder: Decoder, kv: KVCache, options: EngineOptions) -> None:
+    """Before the first request: a kernel compiled within a step stops every stream for seconds."""
+    started = time.monotonic()
+    count = warm_up(decoder, kv, options.max_step_tokens, bool(options.adapters_dir))
+    seconds = time.monotonic() - started
+    log.info(
+        "ran %d steps of padding in %.1f s, so that their kernels are compiled", count, seconds
+    )
+
+
 def capture_graphs(
     runner: Runner, capture: Capture, options: EngineOptions, device: torch.device
 ) -> None:
@@ -233,8 +259,9 @@ def capture_graphs(
         count = runner.capture(capture, has_adapters=bool(options.adapters_dir))
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
+        first = f" (after: {error.__context__})" if error.__context__ else ""
         raise EngineError(
-            f"decode steps cannot be captured as CUDA graphs: {reason}; use --no-cuda-graphs"
+            f"decode steps cannot be captured as CUDA graphs: {reason}{first}; use --no-cuda-graphs"
         ) from error
     taken_mib = (free_bytes - free_device_bytes(device)) / (1 << 20)
     seconds = time.monotonic() - started

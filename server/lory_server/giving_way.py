@@ -5,6 +5,8 @@ on for up to 4 ms, and within one system call for as long as that takes. So a ti
 work every WORK_S; if more threads want to run than there are cores, it sleeps for PAUSE_S. Where
 cores are idle nothing is lost, and nobody can keep it from more than half of its speed.
 
+Work on other threads than a process's main one gives way between its pieces, which it keeps short.
+
 It must not know what the work is. Python code and short calls can give way, a long call cannot.
 """
 
@@ -19,6 +21,10 @@ from types import FrameType
 WORK_S = 0.0004
 PAUSE_S = 0.0003
 LOAD = Path("/proc/loadavg")
+
+PAUSE_SHARE = 8
+"""Pauses between pieces are so many times as long as the pieces: a thread that shares the cores of
+a step is not to make it longer by more than an eighth."""
 
 
 @contextmanager
@@ -42,6 +48,12 @@ def giving_way(load: Path = LOAD) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def pause_between_pieces(piece_s: float, load: Path = LOAD) -> None:
+    """After a piece of work that took so long, on any thread."""
+    if load.exists() and num_running(load) > (os.cpu_count() or 1):
+        time.sleep(PAUSE_SHARE * piece_s)
 
 
 def num_running(load: Path) -> int:

@@ -54,6 +54,8 @@ class PlanRow:
     """None: a chunk of prefill that ends before the prompt does."""
     rank: int = 0
     """The adapter's largest rank."""
+    has_gain_or_bias: bool = False
+    """Whether the adapter does more to any output than to add x A B."""
     targets: Sequence[int] = ()
     """Prompt tokens whose log-probabilities are wanted: targets[i] follows position start + i."""
     num_target_top: int = 0
@@ -98,6 +100,7 @@ class ResidentAdapter:
     slot: int
     num_bytes: int
     max_rank: int
+    has_gain_or_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -208,6 +208,7 @@ class Scheduler:
             blocks=sequence.blocks,
             slot=adapter.slot if adapter else BASE_SLOT,
             rank=adapter.max_rank if adapter else 0,
+            has_gain_or_bias=adapter.has_gain_or_bias if adapter else False,
             sample=self._sample_row(sequence) if end == sequence.num_total else None,
             targets=targets,
             num_target_top=sequence.sampling.num_top_logprobs,

@@ -85,19 +85,25 @@ typedef struct {
   int columns;
 } FN(linear_block);
 
+INLINE float FN(number)(ELEM value) {
+#if IS_BF16
+  uint32_t bits = (uint32_t)value << 16;
+  float number;
+  memcpy(&number, &bits, sizeof number);
+  return number;
+#else
+  return value;
+#endif
+}
+
 /* One step's inputs of a row, in all lanes. */
 INLINE OPERAND FN(inputs)(const ELEM *x) {
 #if WORDS
   int32_t pair;
   memcpy(&pair, x, sizeof pair);
   return _mm512_set1_epi32(pair);
-#elif IS_BF16
-  uint32_t bits = (uint32_t)*x << 16;
-  float value;
-  memcpy(&value, &bits, sizeof value);
-  return splat(value);
 #else
-  return splat(*x);
+  return splat(FN(number)(*x));
 #endif
 }
 
@@ -318,4 +324,26 @@ EXPORT void FN(pack_nf4)(const uint8_t *codes, uint8_t *panels, long n, long k) 
         panels[p * PANEL * k / 2 + i / PAIR * step_bytes + at] = (uint8_t)byte;
       }
     }
+}
+
+/* A panel of NF4 as the dense one that rows are multiplied by. */
+EXPORT void FN(decode_panel)(const uint8_t *codes, const float *absmax, long k, long block,
+                             ELEM *kept) {
+  vf scale[SCALES];
+  OPERAND w[VECS];
+  for (long from = 0; from < k; from += block) {
+    FN(scales)(absmax + from / block * PANEL, scale);
+    for (long at = from; at < from + block; at += PAIR) {
+      FN(decode)(codes + at * PANEL / 2, scale, w);
+      FN(keep_weights)(kept + at * PANEL, w);
+    }
+  }
+}
+
+/* A dense panel as rows [PANEL, k], some inputs at a time: they stay in the first cache. */
+EXPORT void FN(unpack_panel)(const ELEM *panel, long k, float *rows) {
+  for (long from = 0; from < k; from += 64)
+    for (long c = 0; c < PANEL; c++)
+      for (long i = from; i < from + 64 && i < k; i++)
+        rows[c * k + i] = FN(number)(panel[(i / PAIR * PANEL + c) * PAIR + i % PAIR]);
 }

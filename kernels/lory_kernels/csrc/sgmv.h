@@ -1,4 +1,5 @@
-/* Template over ELEM: y[rows of g, columns of k] += scale * (x @ A.T) @ B for segments g, slices k.
+/* Template over ELEM: y[rows of g, columns of k] = gain * y + scale * (x @ A.T) @ B + bias for
+ * segments g, slices k; gain and bias where an adapter has them.
  *
  * A task is up to TILE_ROWS rows of one segment, over one slice or, where there are segments enough
  * for all threads, over all slices, whose factors lie side by side. It makes h = x @ A.T on the
@@ -22,8 +23,27 @@ typedef struct {
   const int64_t *a_offset, *b_offset;
   const int32_t *rank;
   const float *scale;
+  const int64_t *gain_offset, *bias_offset; /* 0, or -1 in place of an offset: there is none */
   long slices;
 } sgmv_site;
+
+/* A gain and a bias, each a number a column, or 0. */
+typedef struct {
+  const float *gain, *bias;
+} sgmv_outputs;
+
+INLINE sgmv_outputs outputs_from(sgmv_outputs o, long column) {
+  return (sgmv_outputs){o.gain ? o.gain + column : 0, o.bias ? o.bias + column : 0};
+}
+
+/* The first min(left, VL) of p, or `otherwise` in their place. */
+INLINE vf floats_n(const float *p, long left, float otherwise) {
+  float lanes[VL] = {0};
+  if (!p) return splat(otherwise);
+  if (left >= VL) return load_f32(p);
+  for (long i = 0; i < left; i++) lanes[i] = p[i];
+  return load_f32(lanes);
+}
 
 typedef struct {
   const sgmv_site *site;
@@ -101,13 +121,19 @@ static void FN(shrink_row)(const ELEM *x, const ELEM *a, long n, int rank, float
   }
 }
 
-/* y[i][c] += sum_j h[i][j] * b[j][c] over `vectors` vectors of columns. */
+/* y[i][c] = gain[c] * y[i][c] + bias[c] + sum_j h[i][j] * b[j][c] over `vectors` vectors of columns. */
 INLINE void FN(expand_block)(int rows, int vectors, ELEM *y, long y_stride, const ELEM *b, long n,
-                             int rank, const float *h, long left) {
+                             int rank, const float *h, long left, sgmv_outputs o) {
   vf acc[4][8];
   UNROLL for (int r = 0; r < rows; r++)
     UNROLL for (int v = 0; v < vectors; v++)
       acc[r][v] = FN(load_n)(y + r * y_stride + v * VL, left - v * VL);
+  if (o.gain || o.bias)
+    UNROLL for (int v = 0; v < vectors; v++) {
+      vf gain = floats_n(outputs_from(o, v * VL).gain, left - v * VL, 1);
+      vf bias = floats_n(outputs_from(o, v * VL).bias, left - v * VL, 0);
+      UNROLL for (int r = 0; r < rows; r++) acc[r][v] = gain * acc[r][v] + bias;
+    }
   for (int j = 0; j < rank; j++)
     UNROLL for (int v = 0; v < vectors; v++) {
       vf bs = FN(load_n)(b + j * n + v * VL, left - v * VL);
@@ -119,14 +145,16 @@ INLINE void FN(expand_block)(int rows, int vectors, ELEM *y, long y_stride, cons
 }
 
 INLINE void FN(expand_rows)(int rows, int vectors, ELEM *y, long y_stride, const ELEM *b, long n,
-                            int rank, const float *h) {
+                            int rank, const float *h, sgmv_outputs o) {
   long c = 0;
   for (; c + vectors * VL <= n; c += vectors * VL)
-    FN(expand_block)(rows, vectors, y + c, y_stride, b + c, n, rank, h, vectors * VL);
-  for (; c < n; c += VL) FN(expand_block)(rows, 1, y + c, y_stride, b + c, n, rank, h, n - c);
+    FN(expand_block)(rows, vectors, y + c, y_stride, b + c, n, rank, h, vectors * VL,
+                     outputs_from(o, c));
+  for (; c < n; c += VL)
+    FN(expand_block)(rows, 1, y + c, y_stride, b + c, n, rank, h, n - c, outputs_from(o, c));
 }
 
-/* y[c] += sum_j h[j] * b[j][c] for one row: B is read four rows at a time, front to back, the sums
+/* y[c] = gain[c] * y[c] + bias[c] + sum_j h[j] * b[j][c] for one row: B is read four rows at a time, front to back, the sums
  * stay in the first-level cache. */
 #if WORDS
 /* 32 columns a step: the even ones are the low halves of 16 words, shifted up, the odd ones the high
@@ -153,6 +181,21 @@ INLINE void FN(close_sums)(ELEM *y, const float *sums, long left) {
   _mm512_mask_storeu_epi16(y, kept, words);
 }
 
+/* 32 columns as two vectors, of the even and of the odd ones. */
+INLINE void FN(output_step)(float *sums, sgmv_outputs o, long left) {
+  const __m512i evens =
+      _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  sgmv_outputs high = outputs_from(o, 16);
+  vf gain[2] = {floats_n(o.gain, left, 1), floats_n(high.gain, left - 16, 1)};
+  vf bias[2] = {floats_n(o.bias, left, 0), floats_n(high.bias, left - 16, 0)};
+  UNROLL for (int odd = 0; odd < 2; odd++) {
+    __m512i at = _mm512_add_epi32(evens, _mm512_set1_epi32(odd));
+    vf g = (vf)_mm512_permutex2var_ps((__m512)gain[0], at, (__m512)gain[1]);
+    vf b = (vf)_mm512_permutex2var_ps((__m512)bias[0], at, (__m512)bias[1]);
+    store_f32(sums + 16 * odd, g * load_f32(sums + 16 * odd) + b);
+  }
+}
+
 INLINE void FN(add_step)(int ranks, float *sums, const ELEM *b, long n, const vf *h, long left) {
   vf even = load_f32(sums), odd = load_f32(sums + 16);
   UNROLL for (int j = 0; j < ranks; j++) {
@@ -174,6 +217,10 @@ INLINE void FN(close_sums)(ELEM *y, const float *sums, long left) {
   FN(store_n)(y, load_f32(sums), left);
 }
 
+INLINE void FN(output_step)(float *sums, sgmv_outputs o, long left) {
+  store_f32(sums, floats_n(o.gain, left, 1) * load_f32(sums) + floats_n(o.bias, left, 0));
+}
+
 INLINE void FN(add_step)(int ranks, float *sums, const ELEM *b, long n, const vf *h, long left) {
   vf sum = load_f32(sums);
   UNROLL for (int j = 0; j < ranks; j++) {
@@ -193,12 +240,20 @@ INLINE void FN(add_ranks)(int ranks, float *sums, const ELEM *b, long n, const f
   if (c < width) FN(add_step)(ranks, sums + c, b + c, n, weights, width - c);
 }
 
-static void FN(expand_row)(ELEM *y, const ELEM *b, long n, int rank, const float *h) {
+/* sums = gain * sums + bias */
+static void FN(apply_outputs)(float *sums, sgmv_outputs o, long width) {
+  for (long c = 0; c < width; c += ROW_STEP)
+    FN(output_step)(sums + c, outputs_from(o, c), width - c);
+}
+
+static void FN(expand_row)(ELEM *y, const ELEM *b, long n, int rank, const float *h,
+                           sgmv_outputs o) {
   float sums[SUM_COLUMNS];
   for (long c = 0; c < n; c += SUM_COLUMNS) {
     long width = n - c < SUM_COLUMNS ? n - c : SUM_COLUMNS;
     int j = 0;
     for (long i = 0; i < width; i += ROW_STEP) FN(open_sums)(sums + i, y + c + i, width - i);
+    if (o.gain || o.bias) FN(apply_outputs)(sums, outputs_from(o, c), width);
     for (; j + 4 <= rank; j += 4) FN(add_ranks)(4, sums, b + j * n + c, n, h + j, width);
     for (; j < rank; j++) FN(add_ranks)(1, sums, b + j * n + c, n, h + j, width);
     for (long i = 0; i < width; i += ROW_STEP) FN(close_sums)(y + c + i, sums + i, width - i);
@@ -206,13 +261,23 @@ static void FN(expand_row)(ELEM *y, const ELEM *b, long n, int rank, const float
 }
 #undef ROW_STEP
 
+/* What a slot has for one slice. */
+INLINE sgmv_outputs FN(outputs_of)(const sgmv_site *site, long entry, const ELEM *pool) {
+  long gain = site->gain_offset ? site->gain_offset[entry] : -1;
+  long bias = site->bias_offset ? site->bias_offset[entry] : -1;
+  return (sgmv_outputs){gain < 0 ? 0 : (const float *)(pool + gain),
+                        bias < 0 ? 0 : (const float *)(pool + bias)};
+}
+
 static void FN(sgmv_tile)(const sgmv_tables *t, const sgmv_cursor *at, long tile, long k, ELEM *y,
                           long y_stride, const ELEM *x, long x_stride, const ELEM *pool) {
   const sgmv_site *site = t->site;
   const int32_t *starts = t->rows->starts;
   long entry = t->rows->slots[at->segment] * site->slices + k;
   int rank = site->rank[entry];
-  if (rank == 0) return;
+  sgmv_outputs o = {0, 0};
+  if (t->rows->has_gain_or_bias) o = FN(outputs_of)(site, entry, pool);
+  if (rank == 0 && !o.gain && !o.bias) return;
   long begin = starts[at->segment] + tile * t->tile_rows;
   int rows = min_int(t->tile_rows, starts[at->segment + 1] - begin), r = 0;
   const ELEM *a = pool + site->a_offset[entry], *b = pool + site->b_offset[entry];
@@ -225,9 +290,9 @@ static void FN(sgmv_tile)(const sgmv_tables *t, const sgmv_cursor *at, long tile
   for (; r < rows; r++)
     FN(shrink_row)(x + r * x_stride, a, n, rank, scale, h + r * MAX_RANK);
   for (r = 0; r + 4 <= rows; r += 4)
-    FN(expand_rows)(4, 4, y + r * y_stride, y_stride, b, width, rank, h + r * MAX_RANK);
+    FN(expand_rows)(4, 4, y + r * y_stride, y_stride, b, width, rank, h + r * MAX_RANK, o);
   for (; r < rows; r++)
-    FN(expand_row)(y + r * y_stride, b, width, rank, h + r * MAX_RANK);
+    FN(expand_row)(y + r * y_stride, b, width, rank, h + r * MAX_RANK, o);
 }
 
 static void FN(sgmv_task)(const sgmv_tables *t, const sgmv_cursor *at, long index, ELEM *y,

@@ -10,6 +10,7 @@ typedef struct {
   const int32_t *starts, *slots;
   long segments, adapted_rows;
   int max_rank;
+  int has_gain_or_bias; /* 0: no slot named here has either */
 } sgmv_rows;
 
 typedef struct {

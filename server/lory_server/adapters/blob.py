@@ -1,6 +1,9 @@
 """An adapter's numbers as one contiguous host tensor in the engine's dtype, in pool order.
 
-    blob: | A of slice 0 | B.T of slice 0 | A of slice 1 | B.T of slice 1 | ...   (chunks, padded)
+    blob: | A of slice 0 | B.T of slice 0 | A of slice 1 | B.T of slice 1 | gain of slice 1 | ...
+
+Chunks are padded; gains and biases are float32. A blob that needs the base (`fold`) has magnitudes
+in place of gains at first.
 
 The numbers are read once, front to back, through the descriptor that was validated, and hashed on
 the way after the manifest's digest: the revision is that of exactly the bytes that were parsed and
@@ -10,7 +13,7 @@ decoded. It must not know tiers.
 import hashlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, groupby
 
@@ -20,7 +23,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lory_server.adapters.errors import AdapterInvalidError
-from lory_server.adapters.format import AdapterManifest, TensorSpec
+from lory_server.adapters.format import (
+    VECTOR_BYTES,
+    AdapterManifest,
+    AdapterSlice,
+    ChunkKind,
+    TensorSpec,
+)
 from lory_server.adapters.header import WEIGHTS_NAME
 
 REVISION_CHARS = 32
@@ -64,15 +73,18 @@ def read_numbers(weights_fd: int, manifest: AdapterManifest, data: Tensor) -> st
     """
     dtype = data.dtype
     digest = hashlib.sha256(manifest.digest)
-    chunks = _chunks_in_file_order(manifest, _chunk_starts(manifest, data.element_size()))
-    words = _words(data)
+    chunks = _chunks_in_file_order(manifest, dtype.itemsize)
+    words, vectors = _words(data), data.view(torch.float32).numpy()
     for batch in _batches(chunks):
         raw = _read(weights_fd, batch)
         digest.update(raw.data)
         for run, source in _cast_runs(raw, batch, dtype):
             if not _is_finite(source):
-                raise _not_finite(weights_fd, run, dtype)
-            _place(_words(source), run, words)
+                raise _not_finite(weights_fd, run, source.dtype)
+            if run[0].is_vector:
+                _add(source.numpy(), run, vectors)
+            else:
+                _place(_words(source), run, words)
     return digest.hexdigest()[:REVISION_CHARS]
 
 
@@ -85,21 +97,46 @@ def _chunk_starts(manifest: AdapterManifest, itemsize: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class _Chunk:
+    """A tensor and the chunk it goes to."""
+
     spec: TensorSpec
+    kind: ChunkKind
     start: int
-    is_b: bool
+    """In elements of the chunk's own dtype."""
+    factor: float = 1.0
+    """Of a vector, which is added to what is there: a bias is made of up to two."""
 
     @property
     def numel(self) -> int:
         return math.prod(self.spec.shape)
 
+    @property
+    def is_vector(self) -> bool:
+        return self.kind in ("gain", "bias")
 
-def _chunks_in_file_order(manifest: AdapterManifest, starts: tuple[int, ...]) -> list[_Chunk]:
-    chunks: list[_Chunk] = []
-    for index, part in enumerate(manifest.slices):
-        chunks.append(_Chunk(part.a, starts[2 * index], is_b=False))
-        chunks.append(_Chunk(part.b, starts[2 * index + 1], is_b=True))
+
+def _chunks_in_file_order(manifest: AdapterManifest, itemsize: int) -> list[_Chunk]:
+    starts = _chunk_starts(manifest, itemsize)
+    chunks = (
+        chunk
+        for part, places in manifest.placed(starts)
+        for chunk in _chunks_of(part, places, itemsize)
+    )
     return sorted(chunks, key=lambda chunk: chunk.spec.offset)
+
+
+def _chunks_of(
+    part: AdapterSlice, places: Mapping[ChunkKind, int], itemsize: int
+) -> Iterator[_Chunk]:
+    if part.a is not None:
+        yield _Chunk(part.a, "a", places["a"])
+    if part.b is not None:
+        yield _Chunk(part.b, "b", places["b"])
+    if part.magnitude is not None:
+        yield _Chunk(part.magnitude, "gain", places["gain"] * itemsize // VECTOR_BYTES)
+    for spec, factor in ((part.b_bias, part.scale), (part.bias, 1.0)):
+        if spec is not None:
+            yield _Chunk(spec, "bias", places["bias"] * itemsize // VECTOR_BYTES, factor)
 
 
 def _batches(chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
@@ -132,9 +169,10 @@ def _read(fd: int, batch: list[_Chunk]) -> NDArray[np.uint8]:
 def _cast_runs(
     raw: NDArray[np.uint8], batch: list[_Chunk], dtype: torch.dtype
 ) -> Iterator[tuple[list[_Chunk], Tensor]]:
-    """Chunks of one dtype that lie side by side, and their numbers in `dtype`."""
+    """Chunks of one dtype that lie side by side, and their numbers in `dtype`, or in float32 if
+    they are vectors."""
     origin = batch[0].spec.offset
-    for name, group in groupby(batch, key=lambda chunk: chunk.spec.dtype):
+    for (name, is_vector), group in groupby(batch, key=lambda c: (c.spec.dtype, c.is_vector)):
         run = list(group)
         source = torch.frombuffer(
             raw,
@@ -142,7 +180,7 @@ def _cast_runs(
             count=sum(chunk.numel for chunk in run),
             offset=run[0].spec.offset - origin,
         )
-        yield run, source.to(dtype)
+        yield run, source.to(torch.float32 if is_vector else dtype)
 
 
 def _words(tensor: Tensor) -> Words:
@@ -156,10 +194,18 @@ def _place(source: Words, run: list[_Chunk], words: Words) -> None:
         rows, columns = chunk.spec.shape
         matrix = source[done : done + chunk.numel].reshape(rows, columns)
         target = words[chunk.start : chunk.start + chunk.numel]
-        if chunk.is_b:
+        if chunk.kind == "b":
             target.reshape(columns, rows)[...] = matrix.T
         else:
             target.reshape(rows, columns)[...] = matrix
+        done += chunk.numel
+
+
+def _add(source: NDArray[np.float32], run: list[_Chunk], vectors: NDArray[np.float32]) -> None:
+    done = 0
+    for chunk in run:
+        target = vectors[chunk.start : chunk.start + chunk.numel]
+        target += np.float32(chunk.factor) * source[done : done + chunk.numel]
         done += chunk.numel
 
 

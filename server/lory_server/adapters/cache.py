@@ -2,6 +2,7 @@
 
     resolve -> [locate] -> poll: on the host already ...............-> Resolved, held
                            poll: not there -> [load] -> poll .......-> Resolved, held
+                           poll: it needs the base's numbers -> [fold] -> poll -> Resolved, held
     residency -> scheduler -> demand -> [copy] -> residency, and so on until release
 
 What stands in brackets runs on other threads and hands back plain values; all state lives on the
@@ -22,9 +23,12 @@ from lory_server.adapters.errors import (
     AdapterError,
     RevisionNotFoundError,
 )
+from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.format import Base
 from lory_server.adapters.host import HostBudget, HostTier
 from lory_server.adapters.jobs import (
+    Folded,
+    FoldJob,
     Limits,
     ListJob,
     Loaded,
@@ -138,6 +142,7 @@ class AdapterCache:
         pool: AdapterPool,
         base: Base,
         host_bytes: int,
+        folder: BaseFolder,
         *,
         num_loaders: int = NUM_LOADERS,
         on_ready: Callable[[], None] = lambda: None,
@@ -162,6 +167,8 @@ class AdapterCache:
         self.known = KnownNames(self.host, self.device, self.pins, self._journal)
         self._locators = Workers("lory-adapter-locate", 1, self._outcomes, on_ready)
         self._loaders = Workers("lory-adapter-load", num_loaders, self._outcomes, on_ready)
+        self._folder = folder
+        self._folders = Workers("lory-adapter-fold", 1, self._outcomes, on_ready)
         self._tickets: dict[int, _Ticket] = {}
         self._loads: dict[LoadKey, _Load] = {}
         self._waiting_for_room: list[NeedsRoom] = []
@@ -264,7 +271,7 @@ class AdapterCache:
 
     def close(self) -> None:
         """Stop the threads; those in the middle of a read end on their own."""
-        workers = (self._locators, self._loaders, self.device)
+        workers = (self._locators, self._loaders, self._folders, self.device)
         for worker in workers:
             worker.stop()
         for worker in workers:
@@ -281,6 +288,8 @@ class AdapterCache:
             yield from self._on_found(outcome)
         elif isinstance(outcome, Loaded):
             yield from self._on_loaded(outcome)
+        elif isinstance(outcome, Folded):
+            yield from self._on_ready_for_the_device(outcome.loaded)
         elif isinstance(outcome, NeedsRoom):
             yield from self._on_full(outcome)
         elif isinstance(outcome, OnDisk):
@@ -319,6 +328,14 @@ class AdapterCache:
         self._loads[key].tickets.append(located.ticket)
 
     def _on_loaded(self, loaded: Loaded) -> Iterator[Outcome]:
+        """Others load meanwhile: folding has a thread of its own."""
+        blob = loaded.blob
+        if blob.manifest.needs_base and blob.revision not in self.host:
+            self._folders.submit(FoldJob(self._folder, loaded))
+        else:
+            yield from self._on_ready_for_the_device(loaded)
+
+    def _on_ready_for_the_device(self, loaded: Loaded) -> Iterator[Outcome]:
         revision = loaded.blob.revision
         self.host.put(loaded.key.adapter_id, loaded.blob)
         if loaded.is_settled:
@@ -369,19 +386,25 @@ class AdapterCache:
         if isinstance(job, LocateJob) and job.ticket in self._tickets:
             yield self._failed(job.ticket, error)
         elif isinstance(job, LoadJob):
-            self._remember_refusal(job.key, error)
-            for ticket in self._end_load(job.key):
-                yield self._failed(ticket, error)
+            yield from self._end_in_failure(job.key, error)
+        elif isinstance(job, FoldJob):
+            self.budget.release(job.loaded.blob.num_bytes)
+            yield from self._end_in_failure(job.loaded.key, error)
         elif isinstance(job, ListJob):
             yield from (Listed(call_id, ()) for call_id in job.call_ids)
             self._end_walk()
+
+    def _end_in_failure(self, key: LoadKey, error: Exception) -> Iterator[ResolveFailed]:
+        self._remember_refusal(key, error)
+        for ticket in self._end_load(key):
+            yield self._failed(ticket, error)
 
     def _tell(self, failed: JobFailed) -> None:
         """Each failure has its line and its count; a name that stands for nothing is no failure."""
         job, error = failed.job, failed.error
         if not isinstance(error, AdapterError):
             self._journal.broke(job, error)
-        if not isinstance(job, LocateJob | LoadJob):
+        if not isinstance(job, LocateJob | LoadJob | FoldJob):
             return
         if not isinstance(error, AdapterError):
             self._journal.failed(job.adapter_id)

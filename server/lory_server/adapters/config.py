@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.pattern import Pattern, Work
@@ -27,6 +27,7 @@ _HARMLESS = frozenset(
         "loftq_config",
         "lora_ga_config",
         "ensure_weight_tying",  # acts on embeddings only, and those are refused
+        "fan_in_fan_out",  # PEFT sets it to False for any linear that is no Conv1D
         "inference_mode",
         "lora_dropout",
         "megatron_core",  # acts with megatron_config only
@@ -46,30 +47,34 @@ _READ = frozenset(
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
+        "lora_bias",
         "peft_type",
         "r",
         "rank_pattern",
         "target_modules",
         "task_type",
+        "use_dora",
         "use_rslora",
     }
 )
 _UNSUPPORTED = {
-    "use_dora": "DoRA is not served; merge it into the base or train plain LoRA",
     "modules_to_save": "full modules are not served; train LoRA on linear layers only",
-    "lora_bias": "biases on B are not served; train with lora_bias=False",
     "trainable_token_indices": "trained token embeddings are not served",
     "layer_replication": "replicated layers are not served",
     "target_parameters": "LoRA on bare parameters is not served; use target_modules",
     "alora_invocation_tokens": "activated LoRA is not served",
     "megatron_config": "Megatron layers are not served",
-    "fan_in_fan_out": "transposed (Conv1D) layers are not served",
 }
 _SELF_CONTAINED_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 _ALL_LINEAR = "all-linear"
 _FULL_MODULES = ("lm_head", "model.embed_tokens")
 _FIRST_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
 _LAYER_LIST_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
+
+Bias = Literal["none", "all", "lora_only"]
+"""Whose biases were trained: nobody's, every linear's, or those of linears with LoRA."""
+
+_BIASES: dict[object, Bias] = {None: "none", "none": "none", "all": "all", "lora_only": "lora_only"}
 
 Matcher = Callable[[str], bool]
 Number = TypeVar("Number", int, float)
@@ -84,6 +89,10 @@ class AdapterConfig:
     rank: int
     alpha: float
     use_rslora: bool
+    use_dora: bool
+    lora_bias: bool
+    """B has a bias."""
+    bias: Bias
     rank_patterns: tuple[tuple[Pattern, int], ...]
     alpha_patterns: tuple[tuple[Pattern, float], ...]
     is_selected: Matcher
@@ -108,6 +117,9 @@ def read_config(raw: bytes) -> AdapterConfig:
         rank=_rank("r", fields.get("r", 8)),
         alpha=_alpha("lora_alpha", fields.get("lora_alpha", 8)),
         use_rslora=_flag(fields, "use_rslora"),
+        use_dora=_flag(fields, "use_dora"),
+        lora_bias=_lora_bias(fields),
+        bias=_bias(fields),
         rank_patterns=_patterns(fields, "rank_pattern", _rank, work),
         alpha_patterns=_patterns(fields, "alpha_pattern", _alpha, work),
         is_selected=_selection(fields, work),
@@ -119,8 +131,6 @@ def _check_kind(fields: dict[str, Any]) -> None:
         raise _invalid(f"peft_type is {_shown(fields.get('peft_type'))}; only LORA is served")
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
         raise _invalid(f"task_type is {_shown(fields['task_type'])}; only CAUSAL_LM is served")
-    if fields.get("bias") not in (None, "none"):
-        raise _invalid(f"bias is {_shown(fields['bias'])}; only 'none' is served")
     init = fields.get("init_lora_weights", True)
     if init not in _SELF_CONTAINED_INITS:
         raise _invalid(
@@ -161,6 +171,20 @@ def _flag(fields: dict[str, Any], field: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise _invalid(f"{field} is {_shown(value)}; true or false is expected")
     return bool(value)
+
+
+def _bias(fields: dict[str, Any]) -> Bias:
+    value = fields.get("bias")
+    if not isinstance(value, str | None) or value not in _BIASES:
+        raise _invalid(f"bias is {_shown(value)}; 'none', 'all' or 'lora_only' is expected")
+    return _BIASES[value]
+
+
+def _lora_bias(fields: dict[str, Any]) -> bool:
+    lora_bias = _flag(fields, "lora_bias")
+    if lora_bias and _flag(fields, "use_dora"):
+        raise _invalid("lora_bias and use_dora are both true, which PEFT itself refuses")
+    return lora_bias
 
 
 def _text(fields: dict[str, Any], field: str) -> str:

@@ -31,6 +31,7 @@ class _Tenure:
     slot: int
     allocation: Allocation
     max_rank: int
+    has_gain_or_bias: bool
     facts: Facts
 
 
@@ -170,13 +171,18 @@ class DeviceTier:
     def _start(self, entry: HostEntry, allocation: Allocation) -> None:
         blob = entry.blob
         self._host.hold(blob.revision)
-        slot, max_rank = self._free_slots.pop(), blob.manifest.max_rank
+        manifest = blob.manifest
         self._loading[blob.revision] = _Tenure(
-            entry.adapter_id, slot, allocation, max_rank, entry.facts
+            entry.adapter_id,
+            self._free_slots.pop(),
+            allocation,
+            manifest.max_rank,
+            manifest.has_gain_or_bias,
+            entry.facts,
         )
         self._last_use[blob.revision] = self._clock
         self._largest_chunk = max(
-            self._largest_chunk, *blob.manifest.chunk_bytes(self.pool.dtype.itemsize)
+            self._largest_chunk, *manifest.chunk_bytes(self.pool.dtype.itemsize)
         )
         self._picture = None
         self._workers.submit(_CopyJob(self._copier, blob, allocation, time.monotonic()))
@@ -217,7 +223,12 @@ class DeviceTier:
 
     def _take_picture(self) -> Residency:
         resident = {
-            revision: ResidentAdapter(tenure.slot, tenure.allocation.num_bytes, tenure.max_rank)
+            revision: ResidentAdapter(
+                tenure.slot,
+                tenure.allocation.num_bytes,
+                tenure.max_rank,
+                tenure.has_gain_or_bias,
+            )
             for revision, tenure in self._resident.items()
         }
         return Residency(

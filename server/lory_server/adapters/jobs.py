@@ -1,4 +1,4 @@
-"""The slow work of the host tier, as jobs for loader threads: look up, load, list.
+"""The slow work of the host tier, as jobs for loader threads: look up, load, fold, list.
 
 Each runs start to end on one thread and touches no state of the engine's thread but the budget.
 It must not know tickets' owners, slots or the device.
@@ -6,13 +6,14 @@ It must not know tickets' owners, slots or the device.
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 import torch
 
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.errors import AdapterCapacityError
+from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.format import AdapterManifest
 from lory_server.adapters.host import HostBudget
 from lory_server.adapters.reader import Reader
@@ -138,6 +139,30 @@ class LoadJob:
             files.check_unchanged()
             seconds = time.monotonic() - started_s
             return Loaded(self.key, blob, files.signature, files.is_settled, seconds)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Folded:
+    loaded: Loaded
+    """Ready for the device."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FoldJob:
+    """Fold the base into an adapter that has been loaded."""
+
+    folder: BaseFolder
+    loaded: Loaded
+
+    @property
+    def adapter_id(self) -> str:
+        return self.loaded.key.adapter_id
+
+    def run(self) -> Folded:
+        started_s = time.monotonic()
+        self.folder.fold(self.loaded.blob)
+        seconds = self.loaded.seconds + time.monotonic() - started_s
+        return Folded(replace(self.loaded, seconds=seconds))
 
 
 class _Reservation:

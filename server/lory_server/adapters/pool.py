@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lory_kernels.contract import SiteTable
 from lory_server.adapters.extents import GRAIN_BYTES, Allocation, ExtentAllocator
-from lory_server.adapters.format import CHUNK_ALIGN_BYTES, AdapterManifest
+from lory_server.adapters.format import CHUNK_ALIGN_BYTES, AdapterManifest, ChunkKind
 from lory_server.model.sites import Site
 
 
@@ -22,10 +22,12 @@ from lory_server.model.sites import Site
 class SlotRow:
     """One slot's entries in every site's table, on the device, not yet published."""
 
-    a_offset_C: Tensor
-    b_offset_C: Tensor
-    rank_C: Tensor
-    scale_C: Tensor
+    columns: tuple[Tensor, ...]
+    """Each [C], in the order of the tables: offsets of A, B, gain and bias, ranks, scales."""
+
+
+_OFFSETS: dict[ChunkKind, int] = {"a": 0, "b": 0, "gain": -1, "bias": -1}
+"""The tables of offsets, and what stands in them for a chunk that there is not."""
 
 
 class AdapterPool:
@@ -80,38 +82,43 @@ class AdapterPool:
 
     def row(self, manifest: AdapterManifest, allocation: Allocation) -> SlotRow:
         """The table entries of an adapter at its place; any thread may build them."""
-        a_offsets, b_offsets = [0] * self._num_columns, [0] * self._num_columns
+        offsets = {kind: [absent] * self._num_columns for kind, absent in _OFFSETS.items()}
         ranks, scales = [0] * self._num_columns, [0.0] * self._num_columns
-        for index, part in enumerate(manifest.slices):
+        for part, places in manifest.placed(allocation.chunk_starts):
             column = self._first_columns[part.site] + part.slice
-            a_offsets[column] = allocation.chunk_starts[2 * index] // self.dtype.itemsize
-            b_offsets[column] = allocation.chunk_starts[2 * index + 1] // self.dtype.itemsize
+            for kind, place in places.items():
+                offsets[kind][column] = place // self.dtype.itemsize
             ranks[column] = part.rank
             scales[column] = part.scale
-        return SlotRow(
-            torch.tensor(a_offsets, dtype=torch.int64, device=self.device),
-            torch.tensor(b_offsets, dtype=torch.int64, device=self.device),
+        columns = (
+            *(torch.tensor(o, dtype=torch.int64, device=self.device) for o in offsets.values()),
             torch.tensor(ranks, dtype=torch.int32, device=self.device),
             torch.tensor(scales, dtype=torch.float32, device=self.device),
         )
+        return SlotRow(columns)
 
     def publish(self, slot: int, row: SlotRow) -> None:
         """Make a slot's adapter visible to the steps submitted after this."""
         index_C = self._slot_zero_C + slot * self._stride_C
-        columns = (row.a_offset_C, row.b_offset_C, row.rank_C, row.scale_C)
-        for table, column in zip(self._flat, columns, strict=True):
+        for table, column in zip(self._flat, row.columns, strict=True):
             table.index_copy_(0, index_C, column)
             if column.is_cuda:
                 column.record_stream(torch.cuda.current_stream(self.device))
 
     def _make_tables(self) -> None:
-        """One flat tensor per field, site after site: a slot is published in four writes."""
+        """One flat tensor per field, site after site: a slot is published in six writes."""
         widths = [len(site.slices) for site in self.sites]
         self._num_columns = sum(widths)
         self._first_columns = [sum(widths[:i]) for i in range(len(widths))]
         entries = self.max_slots * self._num_columns
-        dtypes = (torch.int64, torch.int64, torch.int32, torch.float32)
-        self._flat = tuple(torch.zeros(entries, dtype=d, device=self.device) for d in dtypes)
+        self._flat = (
+            *(
+                torch.full((entries,), absent, dtype=torch.int64, device=self.device)
+                for absent in _OFFSETS.values()
+            ),
+            torch.zeros(entries, dtype=torch.int32, device=self.device),
+            torch.zeros(entries, dtype=torch.float32, device=self.device),
+        )
         starts = [first * self.max_slots for first in self._first_columns]
         slot_zero = [
             start + k for start, width in zip(starts, widths, strict=True) for k in range(width)
@@ -125,7 +132,7 @@ class AdapterPool:
 
     def _site_table(self, site: Site, start: int) -> SiteTable:
         width = len(site.slices)
-        a, b, rank, scale = (
+        a, b, gain, bias, rank, scale = (
             flat[start : start + self.max_slots * width].view(self.max_slots, width)
             for flat in self._flat
         )
@@ -137,4 +144,7 @@ class AdapterPool:
             b_offset_SK=b,
             rank_SK=rank,
             scale_SK=scale,
+            alignment=CHUNK_ALIGN_BYTES // self.dtype.itemsize,
+            gain_offset_SK=gain,
+            bias_offset_SK=bias,
         )

@@ -94,6 +94,11 @@ class Decoder:
         head_bytes = 0 if shared else head.num_bytes
         return own + head_bytes + sum(_layer_bytes(layer) for layer in self._layers)
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """In the order of `sites`."""
+        return tuple(getattr(layer, name) for layer in self._layers for name in LINEARS)
+
     def wrap_linears(self, wrap: Callable[[int, Linear], Linear]) -> None:
         """Replace linear i, that of `sites[i]`, by wrap(i, linear)."""
         for number, layer in enumerate(self._layers):
@@ -140,8 +145,7 @@ class Decoder:
         ops = self.ops
         if not isinstance(ops, CpuOps) or not ops.can_record(self.dtype, self.spec.head_dim):
             return
-        linears = (getattr(layer, name) for layer in self._layers for name in LINEARS)
-        if all(linear.is_recordable for linear in linears):
+        if all(linear.is_recordable for linear in self.linears):
             work = self._workspace(max_tokens)
             self._program = LayersProgram(ops, self._run_layers, work, kv)
 

@@ -107,7 +107,7 @@ class _Loader:
         return self._dense(embedding_VH if tied else weight_VH, None)
 
     def linear(self, site: Site) -> Linear:
-        bias_N = self._bias(site.slices) if self.spec.has_bias(site) else None
+        bias_N = self._bias(site.slices) if site.has_bias else None
         in_nf4 = {self._is_nf4(part) for part in site.slices}
         if len(in_nf4) > 1:
             modules = ", ".join(part.module for part in site.slices)

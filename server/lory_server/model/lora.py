@@ -1,12 +1,12 @@
 """Adapters, applied to a decoder from outside: y = base(x), then SGMV adds each row's own part.
 
-    y[rows] += scale * (x[rows] @ A) @ B      for every segment of rows and its slot
+    y[rows] = gain * y[rows] + scale * (x[rows] @ A) @ B + bias     for every segment and its slot
 
 A batch without adapted rows carries `lora=None` and pays nothing. This module must not know
 where an adapter came from, who owns a slot, or any model family. Legend: T tokens, K in features.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
@@ -18,10 +18,11 @@ from lory_server.model.linear import Linear
 class LoraLinear:
     """A linear and, on top, what the adapters of its site add."""
 
-    __slots__ = ("_base", "_pool", "_sgmv", "_table")
+    __slots__ = ("_base", "_pool", "_sgmv", "_table", "bias_N")
 
     def __init__(self, base: Linear, ops: Ops, table: SiteTable, pool: Tensor) -> None:
         self._base = base
+        self.bias_N = base.bias_N
         self._sgmv = ops.sgmv
         self._table = table
         self._pool = pool
@@ -34,6 +35,9 @@ class LoraLinear:
     @property
     def is_recordable(self) -> bool:
         return self._base.is_recordable
+
+    def row_blocks(self, rows: range, max_weights: int) -> Iterator[Tensor]:
+        return self._base.row_blocks(rows, max_weights)
 
     def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor:
         y_TN = self._base(x_TK, rows)

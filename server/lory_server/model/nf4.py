@@ -8,7 +8,7 @@ what a linear is for, nor what wraps it.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -57,6 +57,16 @@ class NF4Weight:
                 f"{name} has shape {(self.out_features, self.in_features)}, its configuration "
                 f"makes it {(out_features, in_features)}"
             )
+
+    def rows(self, rows: range) -> "NF4Weight":
+        """No block crosses a row."""
+        code_bytes, blocks = self.in_features // 2, self.in_features // self.block
+        return replace(
+            self,
+            codes=self.codes[rows.start * code_bytes : rows.stop * code_bytes],
+            absmax=self.absmax[rows.start * blocks : rows.stop * blocks],
+            out_features=len(rows),
+        )
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         shape = (self.out_features, self.in_features)
@@ -170,7 +180,7 @@ class NF4Linear:
     `choices` are those of the GPU where the weight lies, unless given; none on the CPU.
     """
 
-    __slots__ = ("_apply", "_bias_N", "_codes", "_shape", "_weight", "choices")
+    __slots__ = ("_apply", "_codes", "_shape", "_weight", "bias_N", "choices")
     is_recordable = False
 
     def __init__(
@@ -179,13 +189,19 @@ class NF4Linear:
         self._weight = weight
         self._codes = weight.codes.view(-1, 1)
         self._shape = [weight.out_features, weight.in_features]
-        self._bias_N = bias_N
+        self.bias_N = bias_N
         self._apply = torch.ops.bitsandbytes.gemm_4bit.default
         self.choices = _choices_of(weight) if choices is None else choices
 
     @property
     def num_bytes(self) -> int:
-        return self._codes.nbytes + self._weight.absmax.nbytes + bias_bytes(self._bias_N)
+        return self._codes.nbytes + self._weight.absmax.nbytes + bias_bytes(self.bias_N)
+
+    def row_blocks(self, rows: range, max_weights: int) -> Iterator[Tensor]:
+        at_once = max(1, max_weights // self._weight.in_features)
+        for first in rows[::at_once]:
+            part = range(first, min(first + at_once, rows.stop))
+            yield self._weight.rows(part).dequantize(torch.float32)
 
     def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor:
         if not self.choices or x_TK.dtype == torch.float32:
@@ -199,16 +215,16 @@ class NF4Linear:
 
             return matmul(
                 x_TK, weight.codes, weight.absmax, weight.out_features, weight.block,
-                self._bias_N, choice.tiles,
+                self.bias_N, choice.tiles,
             )  # fmt: skip
         if choice.path == "dequantize":
-            return linear(x_TK, weight.dequantize(x_TK.dtype), self._bias_N)
+            return linear(x_TK, weight.dequantize(x_TK.dtype), self.bias_N)
         return self._by_bitsandbytes(x_TK)
 
     def _by_bitsandbytes(self, x_TK: Tensor) -> Tensor:
         weight = self._weight
         return self._apply(
-            x_TK, self._codes, self._shape, weight.absmax, weight.block, "nf4", bias=self._bias_N
+            x_TK, self._codes, self._shape, weight.absmax, weight.block, "nf4", bias=self.bias_N
         )
 
 
@@ -231,7 +247,7 @@ class PackedNF4Linear:
     The layout rounds the scales to bfloat16: 0.33% of error a weight against 0.24%.
     """
 
-    __slots__ = ("_absmax", "_apply", "_bias_N", "_block", "_code", "_codes", "_shape")
+    __slots__ = ("_absmax", "_apply", "_block", "_code", "_codes", "_shape", "bias_N")
     is_recordable = False
 
     def __init__(self, weight: NF4Weight, bias_N: Tensor | None) -> None:
@@ -248,13 +264,30 @@ class PackedNF4Linear:
         self._codes, state = bnb._convert_weight_packed_for_cpu(weight.codes, state)
         self._absmax = state.absmax
         self._block = weight.block
-        self._bias_N = bias_N
+        self.bias_N = bias_N
         self._apply = torch.ops.bitsandbytes.gemv_4bit.default
 
     @property
     def num_bytes(self) -> int:
-        return self._codes.nbytes + self._absmax.nbytes + bias_bytes(self._bias_N)
+        return self._codes.nbytes + self._absmax.nbytes + bias_bytes(self.bias_N)
+
+    def row_blocks(self, rows: range, max_weights: int) -> Iterator[Tensor]:
+        for first in range(rows.start // _CPU_TILE_N * _CPU_TILE_N, rows.stop, _CPU_TILE_N):
+            tile_NK = self._tile(first // _CPU_TILE_N)
+            yield tile_NK[max(0, rows.start - first) : rows.stop - first]
+
+    def _tile(self, number: int) -> Tensor:
+        """32 rows of W. Of every two inputs 32 bytes: the codes of 16 rows in the low halves, those
+        of the other 16 in the high ones."""
+        pairs, first = self._shape[1] // 2, number * _CPU_TILE_N
+        both = self._codes.view(-1, pairs, _CPU_TILE_N)[number]
+        codes = torch.cat([both & 15, both >> 4], dim=1).view(pairs, _CPU_TILE_N, 2)
+        scales_NK = self._absmax[:, first : first + _CPU_TILE_N].T.repeat_interleave(
+            self._block, dim=1
+        )
+        values_NK = self._code.bfloat16()[codes.transpose(0, 1).reshape(_CPU_TILE_N, -1).int()]
+        return (values_NK * scales_NK).float()
 
     def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor:
         y_TN = self._apply(x_TK, self._codes, self._shape, self._absmax, self._code, self._block)
-        return y_TN if self._bias_N is None else y_TN.add_(self._bias_N)
+        return y_TN if self.bias_N is None else y_TN.add_(self.bias_N)

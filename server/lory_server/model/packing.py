@@ -28,6 +28,7 @@ class PackedSegments:
     slots_G: Int32Array
     adapted_tokens: int
     max_rank: int
+    has_gain_or_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,8 +194,13 @@ def _segments(rows: Sequence[PlanRow], ends: IntArray) -> PackedSegments | None:
         start = end
     if adapted == 0:
         return None
-    max_rank = max(row.rank for row in rows)
-    return PackedSegments(np.array(starts, np.int32), np.array(slots, np.int32), adapted, max_rank)
+    return PackedSegments(
+        np.array(starts, np.int32),
+        np.array(slots, np.int32),
+        adapted,
+        max(row.rank for row in rows),
+        any(row.has_gain_or_bias for row in rows),
+    )
 
 
 def _logit_rows(

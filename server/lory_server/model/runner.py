@@ -163,6 +163,7 @@ def _segments(segments: PackedSegments, there: Mapping[str, Tensor]) -> Segments
         num_segments=len(segments.slots_G),
         max_rank=segments.max_rank,
         adapted_rows=segments.adapted_tokens,
+        has_gain_or_bias=segments.has_gain_or_bias,
     )
 
 

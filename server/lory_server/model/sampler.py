@@ -218,7 +218,8 @@ def _draw_filtered(scores_DV: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
 def _keep_top_p(sorted_DV: Tensor, top_p_D1: Tensor) -> Tensor:
     """Nucleus (arXiv 1904.09751): the fewest best tokens whose probability reaches top_p."""
     probs_DV = torch.softmax(sorted_DV, dim=-1)
-    before_DV = probs_DV.cumsum(dim=-1) - probs_DV
+    # In float64, as the draw: float32 sums of one row and of many differ on a GPU.
+    before_DV = probs_DV.double().cumsum(dim=-1) - probs_DV
     # The best token always stays; 1.0 filters nothing, whatever the sum rounds to.
     drop_DV = (before_DV >= top_p_D1) & (top_p_D1 < 1.0)
     drop_DV[:, 0].fill_(False)

@@ -19,12 +19,14 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A packed linear: y_TN = x_TK @ W_NK.T, N = sum of the slices' out_features."""
+    """A packed linear: y_TN = x_TK @ W_NK.T + b_N, N = sum of the slices' out_features."""
 
     name: str
     """e.g. 'layers.0.qkv'."""
     in_features: int
     slices: tuple[Slice, ...]
+    has_bias: bool = False
+    """All of its slices have, or none."""
 
     @property
     def out_features(self) -> int:

@@ -120,25 +120,28 @@ class ModelSpec:
         hidden, inner = self.hidden_size, self.intermediate_size
         qkv = (("q_proj", self.q_size), ("k_proj", self.kv_size), ("v_proj", self.kv_size))
         gate_up = (("gate_proj", inner), ("up_proj", inner))
+        o, down = (("o_proj", hidden),), (("down_proj", hidden),)
         if self.fused_modules:
             qkv = (("qkv_proj", self.q_size + 2 * self.kv_size),)
             gate_up = (("gate_up_proj", 2 * inner),)
         return (
-            _site(f"layers.{layer}.qkv", hidden, attention, qkv),
-            _site(f"layers.{layer}.o", self.q_size, attention, (("o_proj", hidden),)),
-            _site(f"layers.{layer}.gate_up", hidden, mlp, gate_up),
-            _site(f"layers.{layer}.down", inner, mlp, (("down_proj", hidden),)),
+            _site(f"layers.{layer}.qkv", hidden, attention, qkv, self.qkv_bias),
+            _site(f"layers.{layer}.o", self.q_size, attention, o, self.o_bias),
+            _site(f"layers.{layer}.gate_up", hidden, mlp, gate_up, self.mlp_bias),
+            _site(f"layers.{layer}.down", inner, mlp, down, self.mlp_bias),
         )
 
-    def has_bias(self, site: Site) -> bool:
-        kind = site.name.rpartition(".")[2]
-        return {"qkv": self.qkv_bias, "o": self.o_bias}.get(kind, self.mlp_bias)
 
-
-def _site(name: str, in_features: int, prefix: str, modules: tuple[tuple[str, int], ...]) -> Site:
+def _site(
+    name: str,
+    in_features: int,
+    prefix: str,
+    modules: tuple[tuple[str, int], ...],
+    has_bias: bool,
+) -> Site:
     slices: list[Slice] = []
     offset = 0
     for module, out_features in modules:
         slices.append(Slice(prefix + module, offset, out_features))
         offset += out_features
-    return Site(name, in_features, tuple(slices))
+    return Site(name, in_features, tuple(slices), has_bias)
