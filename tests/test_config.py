@@ -110,13 +110,15 @@ def test_a_file_or_an_adapter_in_a_folders_place_is_told_apart(tmp_path: Path) -
 
 def test_every_engine_option_can_be_set_and_arrives(tmp_path: Path) -> None:
     flags = {
-        "adapters": str(tmp_path), "device": "cpu", "dtype": "bfloat16", "quantize": "nf4",
+        "adapters": str(tmp_path / "a"), "adapter_cache": str(tmp_path / "c"),
+        "device": "cpu", "dtype": "bfloat16", "quantize": "nf4",
         "double_quant": True, "max_model_len": 99, "max_batch_rows": 3, "max_step_tokens": 77,
         "max_queued": 5, "block_size": 8, "memory": 1000, "kv_memory": 300, "adapter_memory": 200,
         "adapter_host_memory": 400, "max_resident_adapters": 2, "reader_processes": 2,
         "prefix_caching": False, "cuda_graphs": False,
         "threads": 1, "allow_base_mismatch": True, "log_level": "warning",
     }  # fmt: skip
+    (tmp_path / "a").mkdir()
     options = config(**flags).engine_options()
     untouched = EngineOptions(model="")
     for name in EngineOptions.__struct_fields__:

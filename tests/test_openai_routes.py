@@ -624,7 +624,7 @@ def test_fields_without_effect_are_accepted(path: str, sent: dict[str, Any]):
         (CHAT, "max_completion_token", "did you mean `max_completion_tokens`?"),
         (COMPLETIONS, "max_completion_token", "did you mean `max_tokens`?"),
         (COMPLETIONS, "adapter", "did you mean `model`?"),
-        (COMPLETIONS, "frob", "known are adapter_source, best_of, echo, "),
+        (COMPLETIONS, "frob", "known are adapter_source, api_token, best_of, echo, "),
         (COMPLETIONS, "we,ird\r\n\u00e9", r"unknown field 'we,ird\r\n\xe9'"),
     ],
 )

@@ -37,8 +37,10 @@ from lory_router.observe import MetricsSink
 from lory_router.pages import Pages
 from lory_router.registry import Registry
 from lory_router.settings import RouterSettings
+from lory_router.sources.service import Sources
 from lory_router.sse import shown_error
 from lory_router.text import TextModel
+from lory_router.upload_routes import UploadRoutes
 
 GENERATION: tuple[tuple[str, Dialect, Handler], ...] = (
     ("/", "lorax", lorax.compat_generate),
@@ -58,6 +60,7 @@ def create_app(
     metrics: MetricsSink,
     registry: Registry | None = None,
     is_warm: Callable[[], bool] = lambda: True,
+    sources: Sources | None = None,
 ) -> ASGIApp:
     """The front of `engine`, to be served by an ASGI server; healthy once it is warm."""
     registry = registry or Registry()
@@ -65,9 +68,11 @@ def create_app(
     front = Front(named, settings, text, metrics, Gate(settings), registry)
     listing = Listing(named)
     lifecycle = Lifecycle(named, registry, listing, settings)
+    uploads = sources if "upload" in settings.adapter_sources else None
     app = Starlette(
         routes=[
             *_generation_routes(front),
+            *(UploadRoutes(uploads).routes() if uploads else ()),
             *_page_routes(Pages(front, listing, int(time.time()))),
             *AdapterRoutes(front, lifecycle).routes(),
         ],

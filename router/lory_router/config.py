@@ -13,24 +13,25 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, get_type_hints
 
 import typer
 
+from lory_router.flags import flag, size_flag
 from lory_router.settings import RouterSettings
+from lory_router.source_config import SourceConfig
+from lory_router.sources.settings import SourceSettings
 from lory_router.values import (
     comma_list,
     first_key,
     is_switch,
     parse_number,
-    parse_size,
     parse_whole,
     with_scheme,
 )
 from lory_server.messages import DeviceName, DtypeName, EngineOptions, LogLevel, Quantization
 
 ENVIRONMENT_PREFIX = "LORY_"
-T = TypeVar("T")
 
 
 class CommandError(Exception):
@@ -47,24 +48,6 @@ class ConfigError(CommandError):
 
 class StartError(CommandError):
     """The settings are well, but the server cannot start with them."""
-
-
-def flag(
-    default: T,
-    text: str,
-    *,
-    at_least: float | None = None,
-    at_most: float | None = None,
-    parse: Callable[[str], Any] | None = None,
-    secret: bool = False,
-) -> T:
-    """A field that is a flag: its default, its one sentence, its bounds."""
-    metadata = {"help": text, "at_least": at_least, "at_most": at_most, "parse": parse}
-    return field(default=default, repr=not secret, metadata=metadata)
-
-
-def size_flag(default: int, text: str) -> int:
-    return flag(default, text, at_least=0, parse=parse_size)
 
 
 @dataclass(frozen=True)
@@ -185,6 +168,7 @@ class ServeConfig:
     """All of it, checked."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    sources: SourceConfig = field(default_factory=SourceConfig)
     step: StepConfig = field(default_factory=StepConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
@@ -194,7 +178,14 @@ class ServeConfig:
     def __post_init__(self) -> None:
         for section, item in _leaves():
             _check_bounds(item, getattr(getattr(self, section.name), item.name))
-        for check in (_check_model, _check_positive, _check_steps, _check_memory, _check_keys):
+        for check in (
+            _check_model,
+            _check_sources,
+            _check_positive,
+            _check_steps,
+            _check_memory,
+            _check_keys,
+        ):
             check(self)
 
     @classmethod
@@ -213,11 +204,17 @@ class ServeConfig:
         local = Path(self.model.model)
         return given or ((local.resolve().name,) if local.is_dir() else (self.model.model,))
 
+    @property
+    def source_settings(self) -> SourceSettings | None:
+        """Where adapters are fetched from; None: nowhere."""
+        return self.sources.settings(self.http.request_timeout, self.step.max_queued)
+
     def engine_options(self) -> EngineOptions:
         """The part the engine is built from."""
         return EngineOptions(
             model=self.model.model,
             adapters_dir=self.model.adapters,
+            fetched_dir=str(self.source_settings.held) if self.source_settings else "",
             device=self.model.device,
             dtype=self.model.dtype,
             quantize=self.model.quantize,
@@ -242,9 +239,11 @@ class ServeConfig:
 
     def router_settings(self) -> RouterSettings:
         """The part the front is built from."""
+        sources = self.source_settings
         return RouterSettings(
             model_names=self.model_names,
             adapters_dir=self.model.adapters,
+            adapter_sources=sources.kinds if sources else frozenset(),
             api_keys=comma_list(self.http.api_key),
             max_concurrent_requests=self.step.max_queued,
             max_input_length=self.limits.max_input_length,
@@ -427,6 +426,13 @@ def _check_model(config: ServeConfig) -> None:
         raise ConfigError("--warm-up: needs --adapters, the folder where they are")
     if model.double_quant and model.quantize == "none":
         raise ConfigError("--double-quant: needs --quantize nf4")
+
+
+def _check_sources(config: ServeConfig) -> None:
+    try:
+        config.sources.check(config.model.adapters)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_folder(name: str, folder: str) -> None:

@@ -17,6 +17,7 @@ The contract of a stream, which implementations keep and the routes rely on:
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from lory_router.sources.reference import Reference
 from lory_server.messages import (
     AdapterEntry,
     CancelReason,
@@ -51,6 +52,10 @@ class SequenceRequest:
     """Empty: the base."""
     adapter_revision: str = ""
     """Or its beginning; empty: the one on disk."""
+    source: Reference | None = None
+    """Where the adapter comes from; None: the engine's own folder."""
+    token: str = field(default="", repr=False)
+    """The caller's, for that source."""
     tenant: str = "default"
     room: BufferRoom = field(default_factory=BufferRoom, compare=False, repr=False)
     """Shared by the sequences of one request."""

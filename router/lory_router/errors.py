@@ -8,8 +8,9 @@ ApiError
  |- BodyTooLarge 413          |- Conflict 409                     |- RegistryUnwritable 500
  |- WrongMediaType 415        |- Invalid 422 / 400                |- EngineUnavailable 503
  |- ClientGone 499                |- ContextTooLong               |- TooManyConnections 503
- |- BadHttp 400                   |- AdapterInvalid               |- TimedOut 504
-     |- HeaderTooLarge 431        |- AdapterTooLarge
+ |- HostForbidden 403             |- AdapterInvalid               |- SourceUnavailable 503
+ |- BadHttp 400                   |- AdapterTooLarge              |- TimedOut 504
+     |- HeaderTooLarge 431    |- AdapterFileTooLarge 413          |- DiskFull 507
 
 Where two statuses stand, the first is on LoRAX's routes and the second on OpenAI's. The body is
 `{"error", "error_type"}` on the first, `{"error": {"message", "type", "param", "code"}}` on the
@@ -181,6 +182,34 @@ class AdapterTooLarge(Invalid):
     """Larger than the whole adapter pool: trying again does not help."""
 
     code = "adapter_capacity"
+
+
+class AdapterFileTooLarge(ApiError):
+    """More bytes than may be fetched or uploaded for one adapter."""
+
+    status = 413
+    error_type = "adapter_too_large"
+    openai_type = "invalid_request_error"
+
+
+class HostForbidden(ApiError):
+    """A place that callers may not make this server fetch from."""
+
+    status = 403
+    error_type = "source_forbidden"
+    openai_type = "invalid_request_error"
+
+
+class SourceUnavailable(ApiError):
+    """Where an adapter comes from is down, slow or does not make sense."""
+
+    status = 503
+    error_type = "source_unavailable"
+
+
+class DiskFull(ApiError):
+    status = 507
+    error_type = "disk_full"
 
 
 class Overloaded(ApiError):

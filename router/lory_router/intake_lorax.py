@@ -17,7 +17,7 @@ from lory_router.errors import Invalid
 from lory_router.schemas_lorax import GenerateBody, Json, Parameters
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
-from lory_router.validate import Ask
+from lory_router.validate import Ask, Named
 from lory_server.messages import EngineInfo, Sampling
 
 PARAMETER_PLACES = {name: f"parameters.{name}" for name in Parameters.__struct_fields__}
@@ -32,6 +32,7 @@ class LoraxJob:
     asks: tuple[Ask, ...]
     """One, or best_of; all of one prompt."""
     adapter_id: str
+    adapter_source: str
     prompt_ids: tuple[int, ...]
     prompt_text: str
     """Put before the answer; empty unless return_full_text."""
@@ -57,7 +58,7 @@ async def accept(
 ) -> LoraxJob:
     wish = body.parameters
     check_parameters(wish, stream, info, settings)
-    adapter_id = validate.check_adapter_id(wish.adapter_id)
+    named = validate.check_adapter(wish.adapter_id, wish.adapter_source, wish.api_token, settings)
     if not body.inputs:
         raise Invalid("`inputs` cannot be empty", param="inputs")
     if wish.truncate is None:
@@ -69,8 +70,9 @@ async def accept(
     sampling = _sampling(wish, len(prompt_ids), info, settings)
     stops = validate.check_stops(wish.stop or (), settings)
     return LoraxJob(
-        asks=_asks(wish, prompt_ids, adapter_id, sampling, stops, info),
-        adapter_id=adapter_id,
+        asks=_asks(wish, prompt_ids, named, sampling, stops, info),
+        adapter_id=named.adapter_id,
+        adapter_source=named.source.kind if named.source else "local",
         prompt_ids=prompt_ids,
         prompt_text=shown if wish.return_full_text else "",
         num_input_chars=len(body.inputs),
@@ -94,16 +96,9 @@ def check_parameters(
 
 
 def _check_supported(wish: Parameters) -> None:
-    validate.check_adapter_source(wish.adapter_source)
     for name in NOT_SUPPORTED:
         if getattr(wish, name) is not None:
             raise Invalid(f"`{name}` is not supported yet; leave it out or null", param=name)
-    if wish.api_token:
-        raise Invalid(
-            "`api_token` is for sources other than `local`, which are not supported yet;"
-            " leave it out or null",
-            param="api_token",
-        )
     _check_format(wish.response_format)
     if wish.watermark:
         raise Invalid("`watermark` is not supported; leave it out or false", param="watermark")
@@ -209,12 +204,18 @@ def _or(value: float | None, default: float) -> float:
 def _asks(
     wish: Parameters,
     prompt_ids: tuple[int, ...],
-    adapter_id: str,
+    named: Named,
     sampling: Sampling,
     stops: tuple[str, ...],
     info: EngineInfo,
 ) -> tuple[Ask, ...]:
-    first = SequenceRequest(prompt_ids=prompt_ids, sampling=sampling, adapter_id=adapter_id)
+    first = SequenceRequest(
+        prompt_ids=prompt_ids,
+        sampling=sampling,
+        adapter_id=named.adapter_id,
+        source=named.source,
+        token=named.token,
+    )
     ending = validate.ending_of(sampling, info, stops)
     asks = []
     for seed in validate.pick_seeds(sampling.seed, wish.best_of or 1):

@@ -32,7 +32,7 @@ from lory_router.schemas_openai import (
 )
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
-from lory_router.validate import Ask
+from lory_router.validate import Ask, Named
 from lory_server.messages import EngineInfo, Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -123,15 +123,21 @@ def _not_served(name: str) -> Invalid:
 
 def adapter_of(model: str, settings: RouterSettings) -> str:
     """The adapter that `model` names: "adapter" or "base:adapter"; empty for the base."""
+    return _named(model, None, None, settings).adapter_id
+
+
+def _named(model: str, source: str | None, token: str | None, settings: RouterSettings) -> Named:
+    """The same with `adapter_source` and `api_token`; an adapter may have its source before it."""
     if model in settings.model_names:
-        return ""
+        return validate.check_adapter("", source, token, settings)
     for base in settings.model_names:
         if model.startswith(f"{base}:"):
-            name = validate.check_adapter_id(model.removeprefix(f"{base}:"))
-            if not name:
+            name = model.removeprefix(f"{base}:")
+            named = validate.check_adapter(name, source, token, settings)
+            if not named.adapter_id:
                 raise adapter_not_found(model)
-            return name
-    return validate.check_adapter_id(model)
+            return named
+    return validate.check_adapter(model, source, token, settings)
 
 
 def model_of(adapter_id: str, settings: RouterSettings) -> str:
@@ -194,16 +200,19 @@ def check_common(body: CommonBody, context: Context) -> None:
     validate.check_count("top_k", body.top_k, -1, 2**31 - 1)
     validate.check_count("n", body.n, 1, settings.max_best_of)
     validate.check_seed(body.seed, signed=True)
-    validate.check_adapter_source(body.adapter_source)
     _check_lora_path(body, settings)
     _check_format(body)
     if body.stream_options is not None and not body.stream:
         raise Invalid("`stream_options` needs `stream` to be true", param="stream_options")
 
 
+def _adapter(body: CommonBody, settings: RouterSettings) -> Named:
+    return _named(body.model, body.adapter_source, body.api_token, settings)
+
+
 def _check_lora_path(body: CommonBody, settings: RouterSettings) -> None:
     """SGLang's name for the adapter: harmless when it says what `model` says."""
-    if body.lora_path in (None, body.model, adapter_of(body.model, settings)):
+    if body.lora_path in (None, body.model, _adapter(body, settings).adapter_id):
         return
     raise Invalid(
         "`lora_path` differs from `model`; name the adapter in `model`", param="lora_path"
@@ -364,7 +373,7 @@ def _job(
     options = body.stream_options
     return OpenaiJob(
         model=body.model or context.settings.model_names[0],
-        adapter_id=adapter_of(body.model, context.settings),
+        adapter_id=_adapter(body, context.settings).adapter_id,
         asks=asks,
         prompt_texts=prompt_texts,
         num_choices=body.n or 1,
@@ -389,13 +398,17 @@ def _all_asks(
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
     checked = validate.check_stops(stops, context.settings)
     seeds = iter(validate.pick_seeds(body.seed, num * len(prompts)))
-    adapter_id = adapter_of(body.model, context.settings)
+    named = _adapter(body, context.settings)
     found = []
     for ids in prompts:
         base = _sampling(body, context, len(ids), wanted, num_top)
         ending = validate.ending_of(base, context.info, checked)
         samplings = [msgspec.structs.replace(base, seed=next(seeds)) for _ in range(num)]
-        found.append(tuple(Ask(SequenceRequest(ids, s, adapter_id), ending) for s in samplings))
+        requests = [
+            SequenceRequest(ids, sampling, named.adapter_id, source=named.source, token=named.token)
+            for sampling in samplings
+        ]
+        found.append(tuple(Ask(request, ending) for request in requests))
     return tuple(found)
 
 

@@ -224,5 +224,8 @@ def _common_headers(job: LoraxJob, front: Front, info: EngineInfo) -> dict[str, 
         "x-model-id": header_text(front.settings.model_names[0]),
     }
     if job.adapter_id:
-        headers |= {"x-adapter-id": header_text(job.adapter_id), "x-adapter-source": "local"}
+        headers |= {
+            "x-adapter-id": header_text(job.adapter_id),
+            "x-adapter-source": job.adapter_source,
+        }
     return headers

@@ -100,15 +100,17 @@ class AdapterLabels:
         self._model = model
         self._name_of = name_of
         self._labels = {"": BASE}
+        self._shown: set[str] = set()
 
     def of(self, adapter_id: str) -> str:
         label = self._labels.get(adapter_id)
         if label is None:
-            if len(self._labels) > self._limit:
-                return OTHER
             label = self._name_of(adapter_id)
+            if len(self._shown) >= self._limit and label not in self._shown:
+                return OTHER
             if label in (BASE, OTHER, NONE):
                 label = f"{self._model}:{adapter_id}"
+            self._shown.add(label)
             self._labels[adapter_id] = label
         return label
 
@@ -179,6 +181,10 @@ class Metrics(Collector):
         return generate_latest(self._registry), CONTENT_TYPE_LATEST
 
     # -- from the engine --------------------------------------------------------------------
+
+    def add(self, collector: Collector) -> None:
+        """Tell what it collects, too."""
+        self._registry.register(collector)
 
     def engine_up(self, info: EngineInfo) -> None:
         self._info = info

@@ -35,7 +35,7 @@ class NamedEngine:
         return self._engine.is_draining()
 
     async def submit(self, request: SequenceRequest) -> EngineStream:
-        if request.adapter_id:
+        if request.adapter_id and request.source is None:
             target = find_target(self._registry, request.adapter_id)
             adapter_id, revision = target.adapter_id, target.revision
             request = replace(request, adapter_id=adapter_id, adapter_revision=revision)

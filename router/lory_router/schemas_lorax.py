@@ -13,10 +13,10 @@ Json = dict[str, object]
 class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     adapter_id: str | None = None
     adapter_source: str | None = None
-    """"local"; empty is not given."""
+    """"local", "hub", "s3", "https", ...; empty is not given."""
     merged_adapters: Json | None = None
     api_token: str | None = None
-    """Refused unless empty: no source here takes one."""
+    """The caller's, for a hub or a web server."""
     best_of: int | None = None
     temperature: float | None = None
     repetition_penalty: float | None = None

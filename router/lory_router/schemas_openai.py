@@ -40,6 +40,8 @@ class CommonBody(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     adapter_source: str | None = None
+    api_token: str | None = None
+    """LoRAX's names for where the adapter comes from, and the caller's token for it."""
     lora_path: str | None = None
     response_format: Json | None = None
 

@@ -17,7 +17,6 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from lory_router.app import create_app
 from lory_router.config import ServeConfig, StartError, engine_environment
@@ -29,11 +28,15 @@ from lory_router.intake_openai import model_of
 from lory_router.listener import listen, room_for_connections, url_of
 from lory_router.metrics import Metrics
 from lory_router.registry import Registry, RegistryError
+from lory_router.sourced_engine import SourcedEngine
+from lory_router.sources.disk import CacheFolderError
+from lory_router.sources.metrics import SourceMetrics
+from lory_router.sources.service import Sources
 from lory_router.supervisor import GaveUp, RestartPolicy, Supervisor
 from lory_router.text import TextModel, load_text_model
 from lory_router.values import comma_list
 from lory_router.warmup import WarmUp
-from lory_server.messages import EngineInfo
+from lory_server.messages import FETCHED, EngineInfo
 
 log = logging.getLogger("lory")
 
@@ -55,6 +58,7 @@ class _Parts:
     engine: ChildEngine
     supervisor: Supervisor
     warm_up: WarmUp
+    sources: Sources | None
     server: HttpServer
     listener: socket.socket
     url: str
@@ -107,6 +111,8 @@ async def _serve(launch: _Launch, after_ready: AfterReady | None) -> int:
         parts.warm_up.stop()
         code = await _shut_down(config, parts, keeping, serving)
     asked.cancel()
+    if parts.sources is not None:
+        await parts.sources.close()
     visited = (await asyncio.gather(visiting, return_exceptions=True))[0]
     if isinstance(visited, Exception):
         raise visited
@@ -115,13 +121,15 @@ async def _serve(launch: _Launch, after_ready: AfterReady | None) -> int:
 
 def _build(launch: _Launch) -> _Parts:
     config = launch.config
-    settings = config.router_settings()
+    settings, sources = config.router_settings(), _open_sources(config)
     metrics = Metrics(
         model=settings.model_names[0],
         price_per_hour=config.metrics.price_per_hour,
         max_adapter_labels=config.metrics.metrics_adapter_labels,
-        name_of=partial(model_of, settings=settings),
+        name_of=lambda name: model_of(sources.name_of(name) if sources else name, settings),
     )
+    if sources is not None:
+        metrics.add(SourceMetrics(sources))
     url = url_of(launch.listener)
 
     def on_info(info: EngineInfo) -> None:
@@ -139,11 +147,25 @@ def _build(launch: _Launch) -> _Parts:
     )
     warm_up = WarmUp(engine, launch.registry, comma_list(config.model.warm_up))
     app = create_app(
-        engine, settings, launch.text, metrics, launch.registry, is_warm=warm_up.is_done
+        SourcedEngine(engine, sources) if sources else engine,
+        settings,
+        launch.text,
+        metrics,
+        launch.registry,
+        warm_up.is_done,
+        sources,
     )
     server = http_server(app, room_for_connections(config.http.max_connections))
     supervisor = Supervisor(engine, metrics, launch.policy)
-    return _Parts(engine, supervisor, warm_up, server, launch.listener, url)
+    return _Parts(engine, supervisor, warm_up, sources, server, launch.listener, url)
+
+
+def _open_sources(config: ServeConfig) -> Sources | None:
+    settings = config.source_settings
+    try:
+        return Sources(settings) if settings else None
+    except CacheFolderError as error:
+        raise StartError(f"--adapter-cache: {error}") from error
 
 
 async def _visit(config: ServeConfig, parts: _Parts, after_ready: AfterReady | None) -> int | None:
@@ -153,7 +175,8 @@ async def _visit(config: ServeConfig, parts: _Parts, after_ready: AfterReady | N
     await parts.warm_up.check()
     with contextlib.suppress(Unavailable):
         entries = await parts.engine.list_adapters()
-        _announce_adapters(config, [entry.adapter_id for entry in entries])
+        names = [entry.adapter_id for entry in entries]
+        _announce_adapters(config, [name for name in names if not name.startswith(FETCHED)])
     if after_ready is not None:
         code = await after_ready(parts.url)
         if code is not None:

@@ -5,6 +5,8 @@ It must not know where a setting comes from (flags, files, environment).
 
 from dataclasses import dataclass
 
+from lory_router.sources.reference import SourceKind
+
 
 @dataclass(frozen=True, slots=True)
 class RouterSettings:
@@ -16,6 +18,8 @@ class RouterSettings:
     """The adapters folder, as it was given; only compared with, never opened."""
     api_keys: tuple[str, ...] = ()
     """Accepted bearer keys; empty: no authentication."""
+    adapter_sources: frozenset[SourceKind] = frozenset()
+    """Where adapters may come from beside the local folder."""
     max_concurrent_requests: int = 256
     """Most generation requests in flight; one more is refused with 429."""
     max_input_length: int = 0

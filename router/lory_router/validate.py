@@ -6,17 +6,24 @@ Shared by both dialects; each gives its own field names. It must not know JSON, 
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lory_router.engine import SequenceRequest, Unavailable
-from lory_router.errors import ContextTooLong, Invalid, adapter_not_found
+from lory_router.errors import ContextTooLong, Invalid, adapter_not_found, shown
 from lory_router.settings import RouterSettings
+from lory_router.sources.reference import (
+    BadReferenceError,
+    Reference,
+    SourceKind,
+    read_reference,
+)
 from lory_router.transcript import Ending
-from lory_server.messages import EngineInfo, Sampling
+from lory_server.messages import FETCHED, EngineInfo, Sampling
 
 MAX_SEED = 2**64 - 1
 MAX_ADAPTER_ID_CHARS = 256
 BASE_MODEL = "__base_model__"
+TOKEN = re.compile(r"[\x21-\x7e]{1,4096}")
 UNSAFE_CHARS = re.compile(r"[\x00-\x1f\x7f\\]")
 
 
@@ -118,17 +125,64 @@ def check_stops(stops: Sequence[str], settings: RouterSettings) -> tuple[str, ..
     return tuple(stops)
 
 
-def check_adapter_source(source: str | None) -> None:
-    if source and source != "local":
-        raise Invalid(
-            "`adapter_source` other than `local` is not supported yet", param="adapter_source"
-        )
+SOURCES_OFF: dict[SourceKind, str] = {
+    "hub": "fetched from a hub here; start the server with --adapter-cache FOLDER",
+    "s3": "fetched from S3 here; start the server with --adapter-cache FOLDER and --s3-buckets",
+    "web": "fetched by URL here; start the server with --adapter-cache FOLDER and --adapter-hosts",
+    "upload": "uploaded here; start the server with --adapter-cache FOLDER and --adapter-uploads",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Named:
+    """The adapter that a caller named."""
+
+    adapter_id: str
+    """Empty: the base."""
+    source: Reference | None = None
+    """None: the local folder."""
+    token: str = field(default="", repr=False)
+    """The caller's, for the source."""
+
+
+def check_adapter(
+    adapter_id: str | None, source: str | None, token: str | None, settings: RouterSettings
+) -> Named:
+    """What `adapter_id`, `adapter_source` and `api_token` name together."""
+    reference = _reference(adapter_id or "", source)
+    if reference is None:
+        if token:
+            raise Invalid("`api_token` is for the sources hub and https", param="api_token")
+        return Named(check_adapter_id(adapter_id))
+    if reference.kind not in settings.adapter_sources:
+        raise Invalid(f"adapters are not {SOURCES_OFF[reference.kind]}", param="adapter_source")
+    if token and not TOKEN.fullmatch(token):
+        raise Invalid("`api_token` holds what no token holds", param="api_token")
+    if token and reference.kind not in ("hub", "web"):
+        raise Invalid("`api_token` is for the sources hub and https", param="api_token")
+    return Named(reference.name, reference, token or "")
+
+
+def _reference(adapter_id: str, source: str | None) -> Reference | None:
+    if adapter_id in ("", BASE_MODEL):
+        if source not in (None, "", "local"):
+            raise Invalid(
+                f"`adapter_source` is {shown(source)}, but no adapter is named",
+                param="adapter_source",
+            )
+        return None
+    try:
+        return read_reference(adapter_id, source)
+    except BadReferenceError as error:
+        raise Invalid(error.message, param=error.param) from error
 
 
 def check_adapter_id(adapter_id: str | None) -> str:
-    """The adapter's name, empty for the base. One that cannot be a name is not found."""
+    """The local adapter's name, empty for the base. One that cannot be a name is not found."""
     if adapter_id is None or adapter_id in ("", BASE_MODEL):
         return ""
+    if adapter_id.startswith(FETCHED):
+        raise adapter_not_found(adapter_id)
     parts = adapter_id.split("/")
     unsafe = UNSAFE_CHARS.search(adapter_id) or len(adapter_id) > MAX_ADAPTER_ID_CHARS
     if unsafe or any(part in ("", ".", "..") for part in parts):

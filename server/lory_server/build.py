@@ -133,7 +133,7 @@ def memory_needs(options: EngineOptions, decoder: Decoder) -> MemoryNeeds:
         adapter_pool_bytes=options.adapter_pool_bytes,
         adapter_pool_cap_bytes=CPU_POOL_BYTES if decoder.device.type == "cpu" else 0,
         kv_bytes=options.kv_bytes,
-        serves_adapters=bool(options.adapters_dir),
+        serves_adapters=options.serves_adapters,
     )
 
 
@@ -168,7 +168,7 @@ def wants_graphs(options: EngineOptions, device: torch.device) -> bool:
 def graph_bytes(options: EngineOptions, decoder: Decoder) -> int:
     """All captured decode steps: each its own launches, together the activations of the largest."""
     sizes = padded_rows(options.max_batch_rows)
-    count = len(sizes) * len(variants(bool(options.adapters_dir)))
+    count = len(sizes) * len(variants(options.serves_adapters))
     launches = count * decoder.spec.num_layers * GRAPH_BYTES_A_LAYER
     return launches + activation_bytes(sizes[-1], decoder)
 
@@ -196,7 +196,7 @@ def assemble(
     )
     lora.attach(decoder, pool.tables, pool.data)
     adapters = AdapterCache(
-        AdapterStore(Path(options.adapters_dir) if options.adapters_dir else None),
+        AdapterStore(_folder(options.adapters_dir), fetched=_folder(options.fetched_dir)),
         pool,
         Base(decoder.sites, base_names(options), options.allow_base_mismatch),
         host_bytes(options, plan),
@@ -230,7 +230,7 @@ def assemble(
             max_model_len=plan.max_model_len,
             max_queued=options.max_queued,
             pipeline_depth=1 if device.type == "cuda" else 0,
-            serves_adapters=bool(options.adapters_dir),
+            serves_adapters=options.serves_adapters,
         ),
         clock=time.monotonic,
     )
@@ -256,7 +256,7 @@ def capture_graphs(
     """Says in the log what it took."""
     started, free_bytes = time.monotonic(), free_device_bytes(device)
     try:
-        count = runner.capture(capture, has_adapters=bool(options.adapters_dir))
+        count = runner.capture(capture, has_adapters=options.serves_adapters)
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         first = f" (after: {error.__context__})" if error.__context__ else ""
@@ -283,7 +283,7 @@ def max_slots(options: EngineOptions, plan: MemoryPlan) -> int:
 
 def reads_apart(options: EngineOptions) -> bool:
     """Whether processes read adapters: where they are wanted, of use, and can be had."""
-    return bool(options.adapters_dir and options.reader_processes and can_read_apart())
+    return bool(options.serves_adapters and options.reader_processes and can_read_apart())
 
 
 def host_bytes(options: EngineOptions, plan: MemoryPlan) -> int:
@@ -319,3 +319,7 @@ def describe(
         memory_table=plan.table(),
         load_seconds=load_seconds,
     )
+
+
+def _folder(path: str) -> Path | None:
+    return Path(path) if path else None

@@ -13,6 +13,10 @@ import msgspec
 PROTOCOL_VERSION = 2
 MAX_FRAME_BYTES = 256 * 1024 * 1024
 
+FETCHED = "@"
+"""First in the names of adapters that the router fetched; what follows is their folder. No
+caller's name begins so."""
+
 DeviceName = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 Quantization = Literal["none", "nf4"]
@@ -52,6 +56,9 @@ class EngineOptions(Message, frozen=True):
     """Local folder or hub id of the base, in safetensors."""
     adapters_dir: str = ""
     """Folder whose sub-folders (one or two levels) are PEFT adapters; empty: base only."""
+    fetched_dir: str = ""
+    """Folder whose sub-folders the router has fetched; each is named FETCHED and its sub-folder.
+    Empty: none are."""
     device: DeviceName = "auto"
     dtype: DtypeName = "auto"
     quantize: Quantization = "none"
@@ -86,6 +93,10 @@ class EngineOptions(Message, frozen=True):
     allow_base_mismatch: bool = False
     """Serve adapters whose configuration names another base of equal shapes."""
     log_level: LogLevel = "info"
+
+    @property
+    def serves_adapters(self) -> bool:
+        return bool(self.adapters_dir or self.fetched_dir)
 
 
 class Sampling(Message, frozen=True):
@@ -316,7 +327,7 @@ class Matched(msgspec.Struct, frozen=True, array_like=True):
     """The last part of its name, such as `q_proj`."""
     count: int
     ranks: tuple[int, ...]
-    """Those that occur, in order."""
+    """Those that occur, in order; 0: a bias alone."""
 
 
 class RevisionEntry(msgspec.Struct, frozen=True, kw_only=True):

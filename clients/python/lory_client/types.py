@@ -14,6 +14,10 @@ from typing import Any, TypedDict
 class GenerateParameters(TypedDict, total=False):
     """Parameters of `generate` and `generate_stream`. Only those given are sent."""
 
+    adapter_source: str
+    """Where the adapter comes from; unless given, what its name begins with says so."""
+    api_token: str
+    """The caller's own, for that source."""
     max_new_tokens: int
     do_sample: bool
     temperature: float
@@ -39,6 +43,8 @@ class GenerateParameters(TypedDict, total=False):
 class ChatParameters(TypedDict, total=False):
     """Parameters of `chat` and `chat_stream`. Only those given are sent."""
 
+    adapter_source: str
+    api_token: str
     max_tokens: int
     temperature: float
     top_k: int

@@ -1,4 +1,4 @@
-"""Which bytes? Adapter folders under one root, found by name at the time of each request.
+"""Which bytes? Adapter folders under a root, found by name at the time of each request.
 
 In: a caller's string. Out: two open files that lie inside the root, and a signature that changes
 when they do. A name is never used as a path before it has been checked; no link leads out of the
@@ -14,12 +14,14 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 
 from lory_server.adapters.config import CONFIG_NAME
 from lory_server.adapters.errors import AdapterInvalidError, AdapterNotFoundError
 from lory_server.adapters.header import WEIGHTS_NAME
+from lory_server.messages import FETCHED
 
 MAX_LISTED = 100_000
 MAX_REMEMBERED = 65_536
@@ -81,9 +83,11 @@ class AdapterFiles:
 class AdapterStore:
     """`locate` and `list_ids` may be called by any thread; the digests belong to one."""
 
-    def __init__(self, root: Path | None) -> None:
-        """Without a root there are no adapters."""
+    def __init__(self, root: Path | None, fetched: Path | None = None) -> None:
+        """Without a root there are no adapters but those below `fetched`, whose names begin with
+        FETCHED."""
         self.root = root
+        self.fetched = fetched
         self._revisions: OrderedDict[Signature, str] = OrderedDict()
 
     def locate(self, adapter_id: str) -> AdapterFiles:
@@ -91,13 +95,16 @@ class AdapterStore:
 
         An OSError is not the adapter's fault, and says nothing about it.
         """
-        if self.root is None:
+        folder, name = self.root, adapter_id
+        if self.fetched is not None and adapter_id.startswith(FETCHED):
+            folder, name = self.fetched, adapter_id.removeprefix(FETCHED)
+        if folder is None:
             raise AdapterNotFoundError("no adapters are served; start with an adapters folder")
-        if not _ADAPTER_ID.fullmatch(adapter_id):
+        if not _ADAPTER_ID.fullmatch(name):
             raise AdapterNotFoundError(f"no adapter {adapter_id[:100]!r}: {NAME_RULE}")
-        root = os.path.realpath(self.root)
+        root = os.path.realpath(folder)
         for _ in range(MAX_TRIES):
-            files = self._open(root, adapter_id)
+            files = self._open(root, name)
             try:
                 if _is_still_there(root, files):
                     return files
@@ -148,7 +155,12 @@ class AdapterStore:
             self._revisions.popitem(last=False)
 
     def list_ids(self) -> tuple[str, ...]:
-        """Names of the folders, one and two levels deep, that hold a configuration."""
+        """Names of the folders, one and two levels deep, that hold a configuration; and of those
+        that were fetched."""
+        fetched = () if self.fetched is None else _fetched_ids(os.path.realpath(self.fetched))
+        return (*self._local_ids(), *sorted(fetched))
+
+    def _local_ids(self) -> tuple[str, ...]:
         if self.root is None:
             return ()
         root = os.path.realpath(self.root)
@@ -170,6 +182,11 @@ class AdapterStore:
         Hidden ones are meant to be, and what lies within an adapter belongs to it.
         """
         return () if self.root is None else tuple(sorted(_nameless(os.path.realpath(self.root))))
+
+
+def _fetched_ids(root: str) -> Iterator[str]:
+    names = islice(_folders(root, root), MAX_LISTED)
+    return (FETCHED + name for name in names if _has_config(os.path.join(root, name)))
 
 
 def _is_still_there(root: str, files: AdapterFiles) -> bool:

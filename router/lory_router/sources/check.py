@@ -1,0 +1,70 @@
+"""Is what arrives an adapter's file? Judged by its first bytes, before the rest is fetched.
+
+The weights' header is judged by the engine's own rules as soon as it is there, all of it once more
+when the file is whole. It must not know networks or where the file will lie.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lory_server.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES
+from lory_server.adapters.errors import AdapterInvalidError
+from lory_server.adapters.header import (
+    MAX_HEADER_BYTES,
+    WEIGHTS_NAME,
+    read_exactly,
+    read_header,
+    read_header_bytes,
+)
+from lory_server.adapters.strict_json import parse_object
+
+_LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class FileCheck:
+    """Both raise AdapterInvalidError, and read from the file itself."""
+
+    beginning: Callable[[int, int, int | None], bool]
+    """Of an open file, its bytes so far and in the end, if known: whether they were judged; False
+    asks again with more."""
+    whole: Callable[[int, int], None]
+    """Of an open file and its bytes."""
+
+
+def _begins_as_weights(fd: int, num_bytes: int, total_bytes: int | None) -> bool:
+    if num_bytes < _LENGTH_BYTES:
+        return False
+    size = int.from_bytes(read_exactly(fd, _LENGTH_BYTES, 0, WEIGHTS_NAME), "little")
+    if size <= MAX_HEADER_BYTES and num_bytes < _LENGTH_BYTES + size:
+        return False
+    raw = read_header_bytes(fd)
+    if total_bytes is not None:
+        read_header(raw, total_bytes)
+    return True
+
+
+def _are_weights(fd: int, num_bytes: int) -> None:
+    read_header(read_header_bytes(fd), num_bytes)
+
+
+def _begins_as_config(fd: int, num_bytes: int, total_bytes: int | None) -> bool:
+    if os.pread(fd, 1, 0) not in (b"{", b" ", b"\n", b"\r", b"\t"):
+        raise AdapterInvalidError(f"{CONFIG_NAME}: a JSON object is expected")
+    return True
+
+
+def _is_config(fd: int, num_bytes: int) -> None:
+    parse_object(read_exactly(fd, num_bytes, 0, CONFIG_NAME), CONFIG_NAME)
+
+
+CHECKS = {
+    CONFIG_NAME: FileCheck(_begins_as_config, _is_config),
+    WEIGHTS_NAME: FileCheck(_begins_as_weights, _are_weights),
+}
+
+
+def most_bytes(name: str, adapter_bytes: int) -> int:
+    """The most that a file of an adapter may have, if all of it may have `adapter_bytes`."""
+    return min(adapter_bytes, MAX_CONFIG_BYTES) if name == CONFIG_NAME else adapter_bytes

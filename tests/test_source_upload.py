@@ -1,0 +1,280 @@
+"""Adapters that callers send: whole or not at all, bounded, replaced and taken away in use."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from hypothesis import given
+from hypothesis import settings as with_effort
+from hypothesis import strategies as st
+
+from lory_router.errors import BodyTimeout
+from lory_router.sources.multipart import (
+    MultipartError,
+    MultipartReader,
+    Part,
+    boundary_of,
+)
+from lory_router.sources.reference import Reference
+from lory_router.sources.service import Sources
+from scripted_engine import Front
+from source_files import is_clean, kept, settings, with_sources
+from source_servers import CONFIG, WEIGHTS
+from sourced_front import ONE, TWO, SourcedFront, World, lorax
+
+BODY = b'--b\r\nContent-Disposition: form-data; name="x"; filename="y"\r\n\r\n1\r\n--\r\n--b' + (
+    b'\r\nx-y: z\r\ncontent-disposition: form-data; filename=a; name="two"\r\n\r\n\r\n--b--\r\nend'
+)
+
+
+# -- the body -------------------------------------------------------------------------------------
+
+
+def parts(pieces: list[bytes]) -> tuple[list[tuple[str, bytes]], bool]:
+    reader, found = MultipartReader(b"b"), []
+    for piece in pieces:
+        for event in reader.feed(piece):
+            if isinstance(event, Part):
+                found.append((event.name, b""))
+            else:
+                found[-1] = (found[-1][0], found[-1][1] + event)
+    return found, reader.is_whole
+
+
+@with_effort(max_examples=60, deadline=None)
+@given(st.sets(st.integers(0, len(BODY))))
+def test_parts_are_the_same_whatever_the_pieces(cuts: set[int]):
+    ends = [0, *sorted(cuts), len(BODY)]
+    pieces = [BODY[a:b] for a, b in itertools.pairwise(ends)]
+    assert parts(pieces) == ([("x", b"1\r\n--"), ("two", b"")], True)
+
+
+def test_a_body_cut_anywhere_is_not_whole():
+    end = BODY.index(b"--b--") + len(b"--b--")
+    assert not any(parts([BODY[:size]])[1] for size in range(end))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"preamble\r\n--b\r\n",
+        b"--c\r\n",
+        b"--bb\r\n",
+        b"--b \r\n",
+        b"--b\r\ncontent-type: x\r\n\r\n",
+        b"--b\r\n" + b"a" * 5000,
+    ],
+)
+def test_what_is_no_multipart_is_refused(body: bytes):
+    with pytest.raises(MultipartError):
+        parts([body])
+
+
+@pytest.mark.parametrize(
+    ("header", "boundary"),
+    [
+        ("multipart/form-data; boundary=abc", b"abc"),
+        ('multipart/form-data; boundary="a b"', b"a b"),
+        ("multipart/form-data", None),
+        ("multipart/mixed; boundary=abc", None),
+        ("multipart/form-data; boundary=" + "a" * 71, None),
+        ("application/json", None),
+    ],
+)
+def test_the_boundary_stands_in_the_header(header: str, boundary: bytes | None):
+    assert boundary_of(header) == boundary
+
+
+# -- the routes -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    return World(tmp_path, hub_url="http://127.0.0.1:9")
+
+
+def send(front: Front, name: str, files: dict[str, bytes], **more: Any) -> httpx.Response:
+    """As `curl -F` and every HTTP library send files."""
+    named = [(file, (file, body)) for file, body in files.items()]
+    return front.ask("PUT", f"/v1/adapters/{name}/files", files=named, **more)
+
+
+def uploading(world: World, **changes: Any) -> SourcedFront:
+    return world.front(allows_upload=True, **changes)
+
+
+@pytest.mark.parametrize("name", ["support", "team/support"])
+def test_an_uploaded_adapter_is_served_listed_and_outlives_a_restart(world: World, name: str):
+    sent = send(uploading(world), name, ONE)
+    assert sent.status_code == 201
+    size = sum(map(len, ONE.values()))
+    assert (sent.json()["id"], sent.json()["bytes"]) == (f"upload:{name}", size)
+    for wish in (
+        lorax(adapter_id=f"upload:{name}"),
+        lorax(adapter_id=name, adapter_source="upload"),
+    ):
+        assert uploading(world).post("/generate", wish).status_code == 200
+    cards = uploading(world).get("/v1/models").json()["data"]
+    assert f"upload:{name}" in {card["id"] for card in cards}
+    assert list(kept(world.folder).values()) == [ONE]
+
+
+def test_either_order_of_the_files_will_do(world: World):
+    assert send(uploading(world), "a", dict(reversed(ONE.items()))).status_code == 201
+
+
+@pytest.mark.parametrize(
+    ("files", "status", "told"),
+    [
+        ({CONFIG: ONE[CONFIG]}, 400, WEIGHTS),
+        ({**ONE, "adapter_model.bin": b"x"}, 400, "no part of an upload"),
+        ({**ONE, "../../etc/passwd": b"x"}, 400, "no part of an upload"),
+        ({**ONE, WEIGHTS: ONE[WEIGHTS][:-1]}, 400, "truncated"),
+        ({**ONE, WEIGHTS: b"\xff" * 100}, 400, "header"),
+        ({**ONE, CONFIG: b"[]"}, 400, CONFIG),
+        ({**ONE, CONFIG: b" " * 2**20 + b"{}"}, 413, "1048576"),
+        ({**ONE, WEIGHTS: ONE[WEIGHTS] + b"x" * 60_000}, 413, "--max-adapter-size"),
+    ],
+)
+def test_what_is_no_adapter_is_refused_and_nothing_is_kept(
+    world: World, files: dict[str, bytes], status: int, told: str
+):
+    limit = {} if told == "1048576" else {"max_adapter_bytes": 50_000}
+    response = send(uploading(world, **limit), "a", files)
+    assert (response.status_code, set(response.json())) == (status, {"error"})
+    assert told in response.text
+    assert not kept(world.folder)
+    assert is_clean(world.folder)
+
+
+def test_a_file_that_comes_twice_is_refused(world: World):
+    body = [(WEIGHTS, (WEIGHTS, ONE[WEIGHTS])), (WEIGHTS, (WEIGHTS, ONE[WEIGHTS]))]
+    response = uploading(world).ask("PUT", "/v1/adapters/a/files", files=body)
+    assert (response.status_code, "twice" in response.text) == (400, True)
+
+
+@pytest.mark.parametrize("name", ["a/b/c", ".hidden", "a%20b", "@a"])
+def test_a_name_that_is_none_is_not_found(world: World, name: str):
+    assert send(uploading(world), name, ONE).status_code == 404
+
+
+def test_json_is_not_taken(world: World):
+    front = uploading(world)
+    assert front.ask("PUT", "/v1/adapters/a/files", json={}).status_code == 415
+
+
+def test_without_the_flag_there_is_no_such_route(world: World):
+    assert send(world.front(), "a", ONE).status_code in (404, 405)
+    refused = world.front().post("/generate", lorax(adapter_id="upload:a"))
+    assert (refused.status_code, "--adapter-uploads" in refused.text) == (422, True)
+
+
+def test_a_key_is_asked_for(world: World):
+    front = uploading(world)
+    front.settings = replace(front.settings, api_keys=("key",))
+    assert send(front, "a", ONE).status_code == 401
+    assert not kept(world.folder)
+    assert send(front, "a", ONE, headers={"authorization": "Bearer key"}).status_code == 201
+
+
+def test_a_deleted_upload_is_gone_at_once(world: World):
+    send(uploading(world), "a", ONE)
+    done = uploading(world).ask("DELETE", "/v1/adapters/a/files")
+    assert (done.status_code, done.json()["deleted"]) == (200, True)
+    assert uploading(world).post("/generate", lorax(adapter_id="upload:a")).status_code == 404
+    assert uploading(world).ask("DELETE", "/v1/adapters/a/files").status_code == 404
+    assert not kept(world.folder)
+
+
+# -- in use ---------------------------------------------------------------------------------------
+
+
+def multipart(files: dict[str, bytes]) -> bytes:
+    parts = [
+        b'--b\r\ncontent-disposition: form-data; name="%b"\r\n\r\n%b\r\n' % (name.encode(), body)
+        for name, body in files.items()
+    ]
+    return b"".join(parts) + b"--b--\r\n"
+
+
+async def put(sources: Sources, files: dict[str, bytes]) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        whole = multipart(files)
+        for start in range(0, len(whole), 700):
+            yield whole[start : start + 700]
+
+    await sources.uploads.take(UPLOAD, b"b", body())
+
+
+UPLOAD = Reference("upload", "a")
+
+
+def test_who_holds_the_old_one_keeps_it_while_others_get_the_new(tmp_path: Path):
+    chosen = settings(tmp_path / "c", allows_upload=True)
+
+    def read(name: str) -> dict[str, bytes]:
+        return kept(tmp_path / "c")[name.removeprefix("@")]
+
+    async def work(sources: Sources) -> None:
+        await put(sources, ONE)
+        async with sources.using(UPLOAD) as old:
+            await put(sources, TWO)
+            async with sources.using(UPLOAD) as new:
+                assert (read(old), read(new)) == (ONE, TWO)
+            await sources.remove_uploaded(UPLOAD)
+            assert read(old) == ONE
+
+    async def again(sources: Sources) -> None:
+        assert not sources.listing()
+
+    with_sources(chosen, work)
+    with_sources(chosen, again)
+    assert not kept(tmp_path / "c")
+
+
+def test_uploads_are_not_removed_for_what_can_be_fetched_again(tmp_path: Path):
+    size = sum(map(len, ONE.values()))
+    chosen = settings(tmp_path / "c", allows_upload=True, budget_bytes=size + 100)
+
+    async def work(sources: Sources) -> None:
+        await put(sources, ONE)
+        with pytest.raises(Exception, match="--adapter-cache-size"):
+            async with sources.disk.arriving() as arrival:
+                await arrival.cover(size)
+        async with sources.using(UPLOAD) as name:
+            assert kept(tmp_path / "c")[name.removeprefix("@")] == ONE
+
+    with_sources(chosen, work)
+
+
+def test_an_upload_that_stops_is_given_up(tmp_path: Path):
+    chosen = settings(tmp_path / "c", allows_upload=True, stall_s=0.1)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield multipart(ONE)[:100]
+        await asyncio.sleep(10)
+
+    async def work(sources: Sources) -> None:
+        with pytest.raises(BodyTimeout):
+            await sources.uploads.take(UPLOAD, b"b", body())
+
+    with_sources(chosen, work)
+    assert not kept(tmp_path / "c")
+    assert is_clean(tmp_path / "c")
+
+
+def test_uploads_at_once_leave_one(tmp_path: Path):
+    chosen = settings(tmp_path / "c", allows_upload=True)
+
+    async def work(sources: Sources) -> None:
+        await asyncio.gather(*(put(sources, files) for files in (ONE, TWO) * 5))
+        assert len(sources.listing()) == 1
+
+    with_sources(chosen, work)
+    (files,) = kept(tmp_path / "c").values()
+    assert files in (ONE, TWO)
