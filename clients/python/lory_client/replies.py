@@ -39,11 +39,13 @@ _STATUS_OF_CODE = {
     "context_length_exceeded": 400,
     "adapter_invalid": 400,
     "adapter_capacity": 400,
+    "source_forbidden": 403,
     "adapter_not_found": 404,
     "model_not_found": 404,
     "revision_not_found": 404,
     "reader_too_slow": 408,
     "conflict": 409,
+    "adapter_too_large": 413,
     "validation": 422,
     "generation": 424,
     "overloaded": 429,
@@ -53,7 +55,9 @@ _STATUS_OF_CODE = {
     "healthcheck": 503,
     "unavailable": 503,
     "too_many_connections": 503,
+    "source_unavailable": 503,
     "timeout": 504,
+    "disk_full": 507,
 }
 
 
