@@ -107,12 +107,6 @@ def test_answers_stay_after_eviction_from_the_device_and_the_host(world: ParityW
     compare(session, Reference(world.base), world.adapters).check()
 
 
-def test_preempted_and_in_pieces(world: ParityWorld) -> None:
-    session = run(world, warm=True, kv_bytes=11 * 4096, max_step_tokens=16)
-    assert session.preemptions > 0
-    compare(session, Reference(world.base), world.adapters).check()
-
-
 @pytest.mark.parametrize("left_out", ["gain", "bias"])
 def test_the_comparison_catches_a_gain_or_a_bias_that_is_left_out(
     left_out: str, world: ParityWorld, monkeypatch: pytest.MonkeyPatch

@@ -253,6 +253,9 @@ def test_copies_share_no_memory_and_bytes_are_counted() -> None:
     tensors = [inputs.y_TN, inputs.x_TH, inputs.pool, inputs.segments.starts_G1]
     tensors += [inputs.segments.slots_G, inputs.site.a_offset_SK, inputs.site.b_offset_SK]
     tensors += [inputs.site.rank_SK, inputs.site.scale_SK]
+    for offset_SK in (inputs.site.gain_offset_SK, inputs.site.bias_offset_SK):
+        assert offset_SK is not None
+        tensors.append(offset_SK)
     assert tensor_bytes(inputs) == sum(one.nbytes for one in tensors)
 
 

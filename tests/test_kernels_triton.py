@@ -267,6 +267,7 @@ def launch(
     misaligned: int = 0,
     alignment: int = 32,
     has_outputs: bool = False,
+    has_gain_or_bias: bool = True,
 ) -> Callable[[], None]:
     """A call of the kernels by sizes alone; its tables begin `misaligned` elements later."""
     from lory_kernels.triton_sgmv import sgmv
@@ -283,7 +284,7 @@ def launch(
     )  # fmt: skip
     segments = Segments(
         table(torch.int32, num_segments + 1), table(torch.int32, num_segments), rows, num_segments,
-        max_rank, rows,
+        max_rank, rows, has_gain_or_bias,
     )  # fmt: skip
     x_TH, y_TN = torch.empty(rows, 256, dtype=dtype), torch.empty(rows, 256 * slices, dtype=dtype)
     columns_2K = table(torch.int64, 2, slices)

@@ -78,7 +78,7 @@ class Segments:
     adapted_rows: int
     """Rows whose slot is not BASE_SLOT; 0 makes SGMV return at once."""
     has_gain_or_bias: bool = True
-    """False: no table has a gain or a bias for the slots named here, and none is looked for."""
+    """False: no table has a gain or a bias for the slots named here; none need be looked for."""
 
     @property
     def changes_rows(self) -> bool:

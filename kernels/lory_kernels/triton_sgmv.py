@@ -19,6 +19,9 @@ float16 it may also be 2^-25, and an h beyond 65504 becomes NaN, where PEFT has 
 is a second product in a kernel that moves memory: at rank 64, 8192 rows of an 8B model's qkv make
 13 GFLOP and move 0.2 GB. float32 models multiply in float32 ("ieee").
 
+Gains and biases are looked for wherever a site has tables of them, whatever the step's rows: that
+is two offsets read beside the rank, and one kernel, compiled and captured once, for every step.
+
 This module must not know the other backends. Contract and legend are in contract.py.
 """
 
@@ -149,7 +152,7 @@ def expand_kernel(
     VECTOR: tl.constexpr, HAS_GAINS: tl.constexpr, HAS_BIASES: tl.constexpr,
 ):  # fmt: skip
     """y[t, columns of k] = gain * y + scale * h[t, k, :rank] @ B + bias; grid (blocks of columns,
-    tiles). Without HAS_GAINS and HAS_BIASES there is nobody who has any, and no table of them."""
+    tiles). Without HAS_GAINS and HAS_BIASES there is no table of them."""
     tile = tl.program_id(1)
     slot, first, end = _rows_of(starts_ptr, slots_ptr, num_segments, tile, TILE, BLOCK_G)
     if slot < 0:
@@ -203,8 +206,7 @@ def sgmv(
     columns_2K: Tensor,
 ) -> None:
     """Ops.sgmv; columns_2K holds the site's out_offsets and out_features as int64 on the device."""
-    outputs = _outputs(site, segments)
-    if segments.adapted_rows == 0 or (segments.max_rank == 0 and outputs == (None, None)):
+    if not segments.changes_rows:
         return
     if segments.max_rank > MAX_RANK:
         raise ValueError(f"segments.max_rank: {segments.max_rank} is above {MAX_RANK}")
@@ -213,14 +215,7 @@ def sgmv(
         segments.max_rank, site.in_features, len(site.out_offsets),
     )  # fmt: skip
     h = _shrink(x_TH, site, pool, segments, cut)
-    _expand(y_TN, h, site, pool, segments, columns_2K, cut, outputs)
-
-
-def _outputs(site: SiteTable, segments: Segments) -> tuple[Tensor | None, Tensor | None]:
-    """Where gains and biases are found, if anybody may have any."""
-    if not segments.has_gain_or_bias:
-        return None, None
-    return site.gain_offset_SK, site.bias_offset_SK
+    _expand(y_TN, h, site, pool, segments, columns_2K, cut)
 
 
 def _shrink(x_TH: Tensor, site: SiteTable, pool: Tensor, segments: Segments, cut: Cut) -> Tensor:
@@ -246,9 +241,8 @@ def _expand(
     segments: Segments,
     columns_2K: Tensor,
     cut: Cut,
-    outputs: tuple[Tensor | None, Tensor | None],
 ) -> None:
-    rule, (gain_SK, bias_SK) = cut.rule, outputs
+    rule, gain_SK, bias_SK = cut.rule, site.gain_offset_SK, site.bias_offset_SK
     blocks = sum(triton.cdiv(width, rule.expand_block) for width in site.out_features)
     expand_kernel[(blocks, cut.tiles)](
         y_TN, y_TN.stride(0), h, pool, site.b_offset_SK, site.rank_SK, site.scale_SK,

@@ -151,6 +151,9 @@ def _table(place: Place, shape: LinearShape, dealt: Sequence[int]) -> tuple[Site
             b_offset[-1].append(at + rank * shape.in_features)
             at += rank * (shape.in_features + width)
     slices = len(shape.slices)
+    gain_offset_SK, bias_offset_SK = (
+        place.integers([[-1] * slices for _ in dealt], torch.int64) for _ in range(2)
+    )
     site = SiteTable(
         in_features=shape.in_features,
         out_offsets=shape.out_offsets,
@@ -159,6 +162,8 @@ def _table(place: Place, shape: LinearShape, dealt: Sequence[int]) -> tuple[Site
         b_offset_SK=place.integers(b_offset, torch.int64),
         rank_SK=place.integers([[rank] * slices for rank in dealt], torch.int32),
         scale_SK=torch.full((len(dealt), slices), SCALE, device=place.device),
+        gain_offset_SK=gain_offset_SK,
+        bias_offset_SK=bias_offset_SK,
     )
     return site, at
 
