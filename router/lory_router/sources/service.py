@@ -42,6 +42,8 @@ from lory_server.messages import FETCHED
 FAILURE_S = 3.0
 """How long a download that failed is not tried again."""
 MAX_FAILURES = 4096
+TOLD_S = 60.0
+"""Between lines in the log about one adapter that is served unchecked."""
 MAX_NAMES = 65_536
 MAX_CHANGES = 3
 """Lookups for one request, while what it names changes under it."""
@@ -88,6 +90,7 @@ class Sources:
         self.uploads = Uploads(self.disk, settings, open_writer)
         self._flights: Flights[str, None] = Flights()
         self._failures: Memory[str, ApiError] = Memory(MAX_FAILURES)
+        self._told: Memory[Reference, bool] = Memory(MAX_FAILURES)
         self._progress: dict[str, Progress] = {}
         self._names: Memory[str, str] = Memory(MAX_NAMES)
         for entry in self.disk.entries():
@@ -175,7 +178,9 @@ class Sources:
             kept = self.disk.latest(source.scope, reference.name)
             if kept is None or not kept.origin.is_public:
                 raise
-            log.warning("%s; served as it was fetched before", error.message)
+            if self._told.get(reference) is None:
+                self._told.put(reference, True, TOLD_S)
+                log.warning("%s; served as it was fetched before", error.message)
             return kept.origin.revision
         except AdapterNotFound:
             if not token:
