@@ -43,8 +43,9 @@ class Front:
         return validate.engine_info(self.engine.info)
 
     def served_as(self, name: str) -> str:
-        """The adapter behind a name: what is counted is counted under it."""
-        target = self.registry.target(name) if name else None
+        """The adapter behind a name: what is counted is counted under it. One with a colon is from
+        a source, and no name of ours."""
+        target = self.registry.target(name) if name and ":" not in name else None
         return target.adapter_id if target else name
 
 

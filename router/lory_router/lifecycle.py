@@ -96,6 +96,7 @@ class Lifecycle:
         """Let a name, which `field` gave, stand for an adapter that can be read, or serve again one
         that was removed. And whether the name is new."""
         check_new_name(field, name, self._settings.model_names)
+        _check_local(adapter_id or name)
         check_revision("revision", revision or "")
         plain, alias = split(name)
         target = self._registered_target(name, adapter_id or plain)
@@ -116,6 +117,7 @@ class Lifecycle:
     async def remove(self, name: str) -> None:
         """Forget a name; an adapter of that name is not served any more, and let go of when the
         last request that holds it has ended. Its files stay where they are."""
+        _check_local(name)
         registered = self._registry.state.names.get(name)
         if registered is not None and registered.adapter_id != name:
             await self._registry.forget(name)
@@ -171,6 +173,7 @@ class Lifecycle:
             raise adapter_not_found(name)
 
     async def _order(self, kind: OrderKind, name: str) -> OrderDone:
+        _check_local(name)
         target = find_target(self._registry, name)
         done = await self._engine.order(kind, target.adapter_id, target.revision)
         self._listing.expire()
@@ -189,6 +192,16 @@ class Lifecycle:
     def _reply(self, entry: AdapterEntry, age_s: float) -> AdapterReply:
         names = self._registry.state.names_by_adapter().get(entry.adapter_id, {})
         return adapter_reply(entry, names, age_s)
+
+
+def _check_local(name: str) -> None:
+    """Names of adapters from elsewhere begin with their source and a colon."""
+    if ":" in name:
+        raise Invalid(
+            f"{shown(name)} comes from a source and is fetched when it is asked for; adapters of"
+            " the adapters folder alone can be loaded, pinned, named and removed",
+            param="adapter_id",
+        )
 
 
 def _list_reply(entries: Entries, state: State, age_s: float) -> AdapterListReply:

@@ -152,8 +152,8 @@ def _build(launch: _Launch) -> _Parts:
         launch.text,
         metrics,
         launch.registry,
-        is_warm=warm_up.is_done,
-        sources=sources,
+        warm_up.is_done,
+        sources,
     )
     server = http_server(app, room_for_connections(config.http.max_connections))
     supervisor = Supervisor(engine, metrics, launch.policy)

@@ -49,6 +49,10 @@ class SourcedEngine:
             raise
         return _HoldingStream(stream, self._sources, name)
 
+    async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
+        """Of local adapters: what was fetched is held by requests alone."""
+        return await self._engine.order(kind, adapter_id, revision)
+
     async def list_adapters(self) -> tuple[AdapterEntry, ...]:
         """The local ones, and of those that were fetched what everybody may see, newest only."""
         entries = await self._engine.list_adapters()
@@ -74,6 +78,10 @@ class _HoldingStream:
         self._stream = stream
         self._sources = sources
         self._name = name
+
+    @property
+    def adapter_revision(self) -> str:
+        return self._stream.adapter_revision
 
     def __aiter__(self) -> "_HoldingStream":
         return self

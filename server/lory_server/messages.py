@@ -327,7 +327,7 @@ class Matched(msgspec.Struct, frozen=True, array_like=True):
     """The last part of its name, such as `q_proj`."""
     count: int
     ranks: tuple[int, ...]
-    """Those that occur, in order."""
+    """Those that occur, in order; 0: a bias alone."""
 
 
 class RevisionEntry(msgspec.Struct, frozen=True, kw_only=True):
