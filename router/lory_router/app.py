@@ -69,7 +69,6 @@ def create_app(
     front = Front(named, settings, text, metrics, Gate(settings), registry)
     listing = Listing(named)
     lifecycle = Lifecycle(named, registry, listing, settings)
-    uploads = sources if "upload" in settings.adapter_sources else None
     app = Starlette(
         routes=[
             *_generation_routes(front),

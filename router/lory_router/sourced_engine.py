@@ -66,10 +66,6 @@ class SourcedEngine:
         ]
         return (*local, *sorted(shown, key=lambda entry: entry.adapter_id))
 
-    async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
-        """Of local adapters: what was fetched is kept and let go by its folder's budget."""
-        return await self._engine.order(kind, adapter_id, revision)
-
 
 class _HoldingStream:
     """A stream that holds its adapter on disk until it ends or is cancelled."""
@@ -91,10 +87,6 @@ class _HoldingStream:
         if isinstance(event, Finished):
             self._release()
         return event
-
-    @property
-    def adapter_revision(self) -> str:
-        return self._stream.adapter_revision
 
     def gather(self, num_tokens: int) -> None:
         self._stream.gather(num_tokens)

@@ -56,7 +56,6 @@ _STATUS_OF_CODE = {
     "source_unavailable": 503,
     "unavailable": 503,
     "too_many_connections": 503,
-    "source_unavailable": 503,
     "timeout": 504,
     "disk_full": 507,
 }
