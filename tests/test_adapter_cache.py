@@ -249,6 +249,21 @@ def test_a_cancelled_ticket_is_not_answered_and_holds_nothing(make: MakeCache, g
     assert world.cache.host.entry(answer.revision).holds == 0
 
 
+def test_a_load_that_nobody_waits_for_any_more_is_found_by_its_name(
+    make: MakeCache, gate: Gate
+) -> None:
+    """Or no order to unload or drop the adapter would reach it."""
+    world = make()
+    gate.closed.add("a0")
+    ticket = world.ask("a0")
+    world.until(lambda: gate.reads)
+    world.cache.cancel(ticket)
+    gate.open()
+    world.until(lambda: len(world.cache.host))
+    (revision,) = world.cache.host.revisions("a0")
+    assert world.cache.known.revisions("a0") == (revision,)
+
+
 def test_failures_name_the_cause_and_leave_others_alone(make: MakeCache, root: Path) -> None:
     world = make()
     write_adapter(root / "bad", r=3)

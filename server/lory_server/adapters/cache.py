@@ -338,6 +338,8 @@ class AdapterCache:
     def _on_ready_for_the_device(self, loaded: Loaded) -> Iterator[Outcome]:
         revision = loaded.blob.revision
         self.host.put(loaded.key.adapter_id, loaded.blob)
+        # Whether or not anybody still waits: unload and drop find it by its name.
+        self.host.name(revision, loaded.key.adapter_id)
         if loaded.is_settled:
             self._store.remember(loaded.signature, revision)
         self._journal.loaded(
