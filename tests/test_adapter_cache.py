@@ -1,6 +1,5 @@
 """Adapters move between disk, host and device while requests hold them; nothing is lost or torn."""
 
-import dataclasses
 import os
 import random
 import re
@@ -15,15 +14,18 @@ import pytest
 import torch
 
 from adapter_files import BASE, SITES, Tensors, make_folder, write_adapter
-from lory_server.adapters import cache as cache_module
 from lory_server.adapters import known as known_module
+from lory_server.adapters import refusals as refusals_module
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.cache import AdapterCache, Listed, Outcome, Resolved, ResolveFailed
+from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.host import HostBudget
+from lory_server.adapters.jobs import LoadKey
 from lory_server.adapters.journal import MAX_LINES, MAX_SKIPPED_LINES, Journal
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import ThreadReader
+from lory_server.adapters.refusals import Refusals
 from lory_server.adapters.store import AdapterFiles, AdapterStore
 from lory_server.adapters.workers import Workers
 from lory_server.plan import AdapterDemand, Residency
@@ -295,8 +297,8 @@ def test_a_broken_file_is_not_read_for_each_of_a_storm(
     for _ in range(5):
         assert "not finite" in world.refusal("bad").message
     assert gate.reads == ["bad"]
-    monkeypatch.setattr(cache_module, "REFUSAL_MEMORY_S", -1.0)
-    world.cache._refusals.clear()
+    monkeypatch.setattr(refusals_module, "REFUSAL_MEMORY_S", -1.0)
+    world.cache._refusals = Refusals()
     for _ in range(2):
         assert world.refusal("bad").code == "adapter_invalid"
     assert gate.reads == ["bad"] * 3
@@ -318,20 +320,22 @@ def test_a_message_names_its_adapter_once(
 
 
 def test_refusals_are_remembered_up_to_a_number_and_for_a_while(
-    make: MakeCache, root: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cache_module, "MAX_REFUSALS", 2)
-    monkeypatch.setattr(cache_module, "REFUSAL_MEMORY_S", 1000.0)
-    world = make()
-    for index in range(4):
-        write_adapter(root / f"bad{index}", r=3)
-        world.refusal(f"bad{index}")
-    remembered = world.cache._refusals
-    assert [key.adapter_id for key in remembered] == ["bad0", "bad1"]
-    for key, refusal in remembered.items():
-        remembered[key] = dataclasses.replace(refusal, until_s=0.0)
-    world.refusal("bad2")
-    assert [key.adapter_id for key in world.cache._refusals] == ["bad2"]
+    monkeypatch.setattr(refusals_module, "MAX_REFUSALS", 2)
+    now_s = 0.0
+    refusals = Refusals(lambda: now_s)
+    keys = [LoadKey(f"bad{index}", (index,)) for index in range(4)]
+    for key in keys:
+        refusals.remember(key, AdapterInvalidError(key.adapter_id))
+    assert [refusals.find(key) is not None for key in keys] == [True, True, False, False]
+    now_s = refusals_module.REFUSAL_MEMORY_S
+    assert refusals.find(keys[0]) is None
+    refusals.remember(keys[2], AdapterInvalidError("bad2"))
+    refusals.remember(keys[3], OSError("no more files"))
+    assert str(refusals.find(keys[2])) == "bad2"
+    assert refusals.find(keys[3]) is None
+    assert len(refusals) == 1
 
 
 def test_a_file_written_to_while_it_is_read_is_refused(

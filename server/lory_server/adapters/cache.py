@@ -46,18 +46,17 @@ from lory_server.adapters.known import KnownNames
 from lory_server.adapters.pins import Pins
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import Reader, ThreadReader
+from lory_server.adapters.refusals import Refusals
 from lory_server.adapters.store import AdapterStore
+from lory_server.adapters.walks import Walks
 from lory_server.adapters.workers import JobFailed, Workers
 from lory_server.messages import AdapterEntry, AdapterMove, FailureCode
 from lory_server.plan import AdapterDemand, Residency
 
 NUM_LOADERS = 2
-REFUSAL_MEMORY_S = 2.0
-MAX_REFUSALS = 1024
 NAMED_HERE = ("adapter_capacity", "revision_not_found")
 """Failures whose message begins with the adapter's name here, and not where it is passed on."""
 
-COUNT_INTERVAL_S = 10.0
 JOIN_TIMEOUT_S = 5.0
 
 
@@ -97,7 +96,7 @@ Outcome = Resolved | ResolveFailed | Listed
 @dataclass(frozen=True, slots=True)
 class AdapterCounts:
     disk: int
-    """As of the last look, at most COUNT_INTERVAL_S and a walk ago."""
+    """As of the last look."""
     host: int
     device: int
     host_bytes: int
@@ -127,12 +126,6 @@ class _Load:
 
     order: int
     tickets: list[int] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    error: AdapterError
-    until_s: float
 
 
 class AdapterCache:
@@ -173,11 +166,8 @@ class AdapterCache:
         self._loads: dict[LoadKey, _Load] = {}
         self._waiting_for_room: list[NeedsRoom] = []
         self._num_loads = 0
-        self._refusals: dict[LoadKey, _Refusal] = {}
-        self._calls: list[int] = []
-        self._is_walking = False
-        self._num_on_disk = 0
-        self._counted_s = float("-inf")
+        self._refusals = Refusals()
+        self._walks = Walks(lambda calls: self._loaders.submit(ListJob(store, calls)))
         self._loaders.submit(SurveyJob(store))
 
     # -- requests ---------------------------------------------------------------------------
@@ -244,10 +234,8 @@ class AdapterCache:
     # -- reports ----------------------------------------------------------------------------
 
     def counts(self) -> AdapterCounts:
-        if time.monotonic() - self._counted_s > COUNT_INTERVAL_S:
-            self._walk()
         return AdapterCounts(
-            disk=self._num_on_disk,
+            disk=self._walks.count(),
             host=len(self.host),
             device=len(self.device),
             host_bytes=self.budget.used_bytes,
@@ -261,8 +249,7 @@ class AdapterCache:
 
     def request_list(self, call_id: int) -> None:
         """Ask for all adapters and their tiers; `poll` answers with `Listed`."""
-        self._calls.append(call_id)
-        self._walk()
+        self._walks.ask(call_id)
 
     def wait_until_ready(self) -> None:
         """Return when the first load need not wait for a reader to start; call it before any."""
@@ -317,9 +304,9 @@ class AdapterCache:
             yield self._on_disk(located.ticket, revision)
             return
         key = LoadKey(located.adapter_id, located.signature)
-        refusal = self._refusals.get(key)
-        if refusal is not None and time.monotonic() < refusal.until_s:
-            yield self._failed(located.ticket, refusal.error)
+        refusal = self._refusals.find(key)
+        if refusal is not None:
+            yield self._failed(located.ticket, refusal)
             return
         if key not in self._loads:
             self._num_loads += 1
@@ -361,26 +348,12 @@ class AdapterCache:
         self.budget.hold_back(True)
 
     def _on_walked(self, found: OnDisk) -> Iterator[Outcome]:
-        self._num_on_disk = len(found.entries)
+        self._walks.found(len(found.entries))
         if found.call_ids:
             known = {i: self.known.entry(i) for i in self.known.names() if i in found.entries}
             entries = tuple((found.entries | known).values())
             yield from (Listed(call_id, entries) for call_id in found.call_ids)
-        self._end_walk()
-
-    def _walk(self) -> None:
-        """One walk at a time, so that no number of calls keeps loaders from loading: those that
-        come during one share the next."""
-        if not self._is_walking:
-            self._is_walking = True
-            self._loaders.submit(ListJob(self._store, tuple(self._calls)))
-            self._calls.clear()
-
-    def _end_walk(self) -> None:
-        self._is_walking = False
-        self._counted_s = time.monotonic()
-        if self._calls:
-            self._walk()
+        self._walks.ended()
 
     def _on_failed(self, failed: JobFailed) -> Iterator[Outcome]:
         job, error = failed.job, failed.error
@@ -394,10 +367,10 @@ class AdapterCache:
             yield from self._end_in_failure(job.loaded.key, error)
         elif isinstance(job, ListJob):
             yield from (Listed(call_id, ()) for call_id in job.call_ids)
-            self._end_walk()
+            self._walks.ended()
 
     def _end_in_failure(self, key: LoadKey, error: Exception) -> Iterator[ResolveFailed]:
-        self._remember_refusal(key, error)
+        self._refusals.remember(key, error)
         for ticket in self._end_load(key):
             yield self._failed(ticket, error)
 
@@ -457,16 +430,6 @@ class AdapterCache:
             return ResolveFailed(ticket, adapter_id, error.code, f"{about}{error}")
         message = f"adapter {adapter_id!r} could not be loaded; the engine's log says why"
         return ResolveFailed(ticket, adapter_id, "internal", message)
-
-    def _remember_refusal(self, key: LoadKey, error: Exception) -> None:
-        """For a moment, so that a storm of requests does not read a broken file each time."""
-        if not isinstance(error, AdapterError):
-            return
-        now_s = time.monotonic()
-        if len(self._refusals) >= MAX_REFUSALS:
-            self._refusals = {k: r for k, r in self._refusals.items() if r.until_s > now_s}
-        if len(self._refusals) < MAX_REFUSALS:
-            self._refusals[key] = _Refusal(error, now_s + REFUSAL_MEMORY_S)
 
     # -- room on the host -------------------------------------------------------------------
 
