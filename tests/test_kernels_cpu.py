@@ -123,7 +123,7 @@ def test_a_site_whose_pool_was_replaced_is_read_from_the_new_one(
 ) -> None:
     case = sgmv_case("distinct", 3, torch.float32)
     case.run(one_thread)
-    other = replace(case, pool=-case.pool)
+    other = replace(case, pool=2 * case.pool)
     assert_close(other.run(one_thread), other.run(reference))
 
 
