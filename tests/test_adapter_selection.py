@@ -73,14 +73,15 @@ configurations = st.fixed_dictionaries(
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    shape = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
-    model: Any = random_model("llama", num_hidden_layers=NUM_LAYERS, **shape).to("meta")
+    shape: dict[str, Any] = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2}
+    model: Any = random_model("llama", num_hidden_layers=NUM_LAYERS, **shape)
+    model.to("meta")
     kept = {str(number): model.model.layers[number] for number in KEPT_LAYERS}
     model.model.layers = torch.nn.ModuleDict(kept)
     return model
 
 
-def pefts_choice(model: Any, config: LoraConfig) -> Chosen:
+def pefts_choice(model: Any, config: Any) -> Chosen:
     """Raises ValueError where PEFT finds nothing to change, or something it cannot."""
     tuned = LoraModel(model, config, "default", low_cpu_mem_usage=True)
     try:

@@ -337,8 +337,10 @@ def test_an_adapter_that_is_not_invoked_is_held_but_never_brought_to_the_device(
 def test_scores_of_prompt_and_answer_are_pefts(llama: ParityWorld) -> None:
     session, reference = Session(llama.options(max_step_tokens=12)), InvokedReference(llama.base)
     prompt = [*range(30, 50), 7, 8, 9, *range(50, 60)]
-    for request_id, fields in enumerate(({}, {"max_new_tokens": 0})):
-        session.submit(request_id, prompt, "alora-8", prompt_logprobs=True, **fields)
+    for request_id, num_tokens in enumerate((12, 0)):
+        session.submit(
+            request_id, prompt, "alora-8", prompt_logprobs=True, max_new_tokens=num_tokens
+        )
     session.run()
     session.close()
     for answer in session.answers.values():

@@ -1,6 +1,7 @@
 """Where an adapter with invocation tokens begins to act, and whose KV a block is."""
 
 import random
+from typing import Any
 
 import pytest
 
@@ -39,15 +40,17 @@ def test_the_activation_is_pefts_for_any_prompt() -> None:
 
     rng = random.Random(0)
     found = 0
-    for _ in range(300):
+    for _ in range(150):
         prompt = tuple(rng.randrange(2) for _ in range(rng.randint(1, 12)))
         invocation = tuple(rng.randrange(2) for _ in range(rng.randint(1, 4)))
-        config = LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=list(invocation))
-        (offset,) = calculate_alora_offsets({"a": config}, "a", torch.tensor([prompt]))
+        configs: Any = {
+            "a": LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=list(invocation))
+        }
+        (offset,) = calculate_alora_offsets(configs, "a", torch.tensor([prompt]))
         expected = None if offset is None else len(prompt) - offset
         assert activation_of(prompt, invocation) == expected
         found += expected is not None
-    assert 100 < found < 300
+    assert 50 < found < 150
 
 
 def hashes(weights: str, activation: int = 0, tenant: str = "t", num_tokens: int = 16) -> list:
