@@ -30,7 +30,8 @@ def with_config(files: dict[str, bytes], **metadata: str) -> bytes:
     weights = files[WEIGHTS]
     (size,) = struct.unpack("<Q", weights[:8])
     header = json.loads(weights[8 : 8 + size])
-    told = {"adapter_config": files[CONFIG].decode(), **metadata}
+    before = header.pop("__metadata__", {})
+    told = {**before, "adapter_config": files[CONFIG].decode(), **metadata}
     text = json.dumps({"__metadata__": told, **header}).encode()
     return struct.pack("<Q", len(text)) + text + weights[8 + size :]
 
