@@ -67,6 +67,14 @@ def test_the_old_one_is_let_go_of(world: World):
     assert is_clean(world.folder)
 
 
+def test_what_replaces_itself_stays_where_it_is(world: World):
+    """The engine knows equal bytes as one revision: letting go of the old took the new along."""
+    replace(world, ONE)
+    replace(world, ONE)
+    assert {kind for kind, _, _ in world.engine.orders} == {"load"}
+    assert len(kept(world.folder)) == 1
+
+
 def test_one_that_cannot_be_loaded_replaces_nothing(world: World):
     replace(world, ONE)
     world.engine.refuses = Failure(code="adapter_invalid", message="tensor x has no module")

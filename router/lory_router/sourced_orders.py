@@ -60,7 +60,10 @@ class SourcedOrders:
             done = await self._tell("load", reference, FETCHED + staged.folder)
             if done.failure is not None:
                 return done
-            before = [FETCHED + entry.folder for entry in self._sources.entries_of(reference)]
+            # Equal bytes are one revision to the engine, which the new one needs.
+            entries = self._sources.entries_of(reference)
+            others = (entry for entry in entries if entry.origin.revision != staged.revision)
+            before = [FETCHED + entry.folder for entry in others]
             await uploads.adopt(staged)
             await self._move_pin(reference)
             for engine_name in before:
