@@ -330,6 +330,25 @@ def test_an_upload_that_dribbles_is_given_up(tmp_path: Path):
     assert is_clean(tmp_path / "c")
 
 
+def test_a_tenant_that_sends_slowly_keeps_no_other_waiting(tmp_path: Path):
+    chosen = settings(tmp_path / "c", allows_upload=True, max_downloads=1)
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield multipart(ONE)[:100]
+        await asyncio.sleep(10)
+
+    async def work(sources: Sources) -> None:
+        upload = Upload(Reference("upload", "acme/a"), MultipartReader(b"b"), slow(), "acme")
+        sending = asyncio.ensure_future(sources.uploads.take(upload))
+        await asyncio.sleep(0.02)
+        async with asyncio.timeout(0.4):
+            await put_for(sources, "beta/a", "beta")
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+
+    with_sources(chosen, work)
+
+
 def test_an_upload_that_is_cancelled_leaves_nothing(tmp_path: Path):
     chosen = settings(tmp_path / "c", allows_upload=True)
 

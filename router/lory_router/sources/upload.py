@@ -95,7 +95,8 @@ class Uploads:
         self._disk = disk
         self._settings = settings
         self._open_writer = open_writer
-        self._room = asyncio.Semaphore(settings.max_downloads)
+        self._rooms: dict[str, asyncio.Semaphore] = {}
+        """Of each owner, so that none keeps another waiting."""
 
     async def take(self, upload: Upload) -> Uploaded:
         """Keep what is sent in place of what had that name. Raises an ApiError."""
@@ -128,7 +129,9 @@ class Uploads:
 
     async def _receive_in_time(self, upload: Upload, is_served: bool) -> Uploaded:
         """What is not served yet is held."""
-        async with asyncio.timeout(self._settings.download_timeout_s), self._room:
+        at_once = asyncio.Semaphore(self._settings.max_downloads)
+        room = self._rooms.setdefault(upload.owner, at_once)
+        async with asyncio.timeout(self._settings.download_timeout_s), room:
             return await self._receive(upload, is_served)
 
     async def _receive(self, upload: Upload, is_served: bool) -> Uploaded:
