@@ -59,6 +59,15 @@ class Catalogue:
         """What every view is made of: others whenever something has changed."""
         return await self._listing.read(), self._registry.state
 
+    async def find(self, caller: Caller, name: str) -> AdapterEntry | None:
+        """One of `named`."""
+        target = self._rights.find_target(caller, name)
+        entry = await self._listing.find(target.adapter_id)
+        is_listed = name == target.adapter_id or name in self._registry.state.names
+        if entry is None or not is_listed or not self._rights.lists(caller, target.adapter_id):
+            return None
+        return _as_named(name, entry, target.revision)
+
     def named(self, caller: Caller, entries: Entries, state: State) -> Sequence[AdapterEntry]:
         """The adapters that a caller is served, and each again under its further names."""
         served = {entry.adapter_id: entry for entry in self._served(caller, entries, state)}

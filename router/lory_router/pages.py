@@ -128,11 +128,12 @@ class Pages:
         if model_id in self._front.settings.model_names:
             return _json(self._base_card(model_id))
         adapter_id = adapter_of(model_id, self._front.settings)
-        entries, state = await self._catalogue.read()
-        for entry in self._catalogue.named(caller_of(request.scope), entries, state):
-            if entry.adapter_id == adapter_id:
-                return _json(self._adapter_card(entry))
-        raise adapter_not_found(model_id)
+        entry = None
+        if adapter_id:
+            entry = await self._catalogue.find(caller_of(request.scope), adapter_id)
+        if entry is None:
+            raise adapter_not_found(model_id)
+        return _json(self._adapter_card(entry))
 
     async def metrics(self, request: Request) -> Response:
         """All tenants' figures, and so for admins."""
