@@ -410,6 +410,7 @@ class AdapterCache:
             is_latest=is_latest,
             num_bytes=entry.device_bytes,
             max_rank=entry.max_rank,
+            invocation_tokens=entry.facts.invocation_tokens,
             load_seconds=time.monotonic() - asked.asked_s,
         )
 

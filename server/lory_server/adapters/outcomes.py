@@ -20,6 +20,7 @@ class Resolved:
     num_bytes: int
     """What it takes in the device's pool."""
     max_rank: int
+    invocation_tokens: tuple[int, ...]
     load_seconds: float
     """From `resolve` to now."""
 
