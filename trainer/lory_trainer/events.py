@@ -5,8 +5,9 @@ A program that starts runs (the fine-tuning API does) needs these two and nothin
 The process
   `lory train CONFIG --output ADAPTER --run RUN [--dataset FILE] [--resume] [--replace]`
   exit 0    finished: ADAPTER is there, whole (and published, if that was asked for)
-  exit 1    failed: the last event is `failed` and says why; ADAPTER is as it was before. Before the
-            run folder exists (a config that cannot be read), the reason is on stderr alone
+  exit 1    failed: the last event is `failed` and says why; ADAPTER is as it was before (but with
+            the code `publish` it is written, and only the handing over failed). A command that
+            fails before the run begins (a config that cannot be read) says so on stderr alone
   exit 130  stopped: SIGTERM or SIGINT ends the step under way, writes a checkpoint and exits; the
             last event is `failed` with code `stopped`. A second signal exits without a checkpoint
   --resume  goes on from the newest whole checkpoint in RUN, or from the start if there is none
