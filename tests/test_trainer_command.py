@@ -145,6 +145,15 @@ def test_a_forecast_counts_what_the_run_will_do(world):
     )
 
 
+@pytest.mark.parametrize("lora", ["{r: 4, use_dora: true}", "{r: 4, init: orthogonal}"])
+def test_a_forecast_needs_no_weights(world, monkeypatch, lora):
+    text = CONFIG.replace("{r: 4, dtype: float32}", lora) + "quantization: {bits: 4}\n"
+    (world / "tiny" / "model.safetensors").unlink()
+    found = forecast(parse_options(text), world)
+    assert found.num_trainable > 0
+    assert found.memory.weights < 4 * found.num_parameters / 3
+
+
 def test_the_mask_is_drawn_over_the_very_tokens(world):
     from lory_trainer.dry_run import _masked
 

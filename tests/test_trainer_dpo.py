@@ -227,9 +227,7 @@ def test_loss_and_gradients_are_trls(world, tmp_path, ours, theirs):
             output_dir=str(tmp_path / "trl"), beta=0.2, use_cpu=True, report_to=[], **theirs
         ),
         # Its own tokens of these are not looked at: it takes no rows of ids.
-        train_dataset=datasets.Dataset.from_list(
-            [{"prompt": "a", "chosen": "b", "rejected": "c"}]
-        ),
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
         processing_class=char_tokenizer(),
         peft_config=lora_config(parse_options(CONFIG).lora),
     )

@@ -129,6 +129,8 @@ def test_what_has_no_effect_is_said(tmp_path):
         ("datasets: [{path: a, type: sharegpt_x}]", "template: ..."),
         ("effective_batch_size: 4\ngradient_accumulation_steps: 2", "not both"),
         ("early_stop: 3", "needs rows to evaluate"),
+        ("trainer: {dpo_beta: 0.2}", "trainer.dpo_beta: is for method: dpo"),
+        ("method: dpo\ntrain_on_prompt: true", "is not for dpo"),
         ("method: dpo\npacking: true", "pairs are not packed"),
         ("method: dpo\ndpo: {loss: ipo, label_smoothing: 0.1}", "sigmoid"),
         ("lora: {r: 300}", "lora.r: "),

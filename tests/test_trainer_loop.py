@@ -1,5 +1,6 @@
 """What a run must never change: gradients, sums, steps, whatever is cut, kept or evaluated."""
 
+import json
 import math
 import warnings
 from typing import Any
@@ -219,6 +220,7 @@ def test_auto_settles_batch_accumulation_and_learning_rate(world):
         "optimizer: adamw_8bit",
         "optimizer: paged_adamw_8bit",
         "optimizer: sgd",
+        "quantization: {bits: 8}",
         "neftune_noise_alpha: 5",
         "train_on_prompt: true",
         "method: pretrain\ntemplate: '{text}'",
@@ -237,6 +239,29 @@ def test_every_method_learns_and_writes_a_servable_folder(world, extra):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         PeftModel.from_pretrained(plain, result.output)
+
+
+def test_long_texts_are_learned_piece_by_piece(world):
+    write_rows(world / "rows.jsonl", {"text": "abcdefghij"}, {"text": "xy"})
+    text = CONFIG.replace('template: "{text}>"\n', "method: pretrain\nmax_length: 5\n")
+    result = train(world, text)
+    assert (result.num_rows, result.num_dropped_rows) == (2, 0)
+    manifest = json.loads((result.output / "adapter_manifest.json").read_text())
+    rows = [row["ids"] for row in manifest["probe"]["rows"]]
+    assert rows == [[0, 3, 4, 5, 6], [6, 7, 8, 9, 10], [10, 11, 12, 1], [0, 26, 27, 1]]
+
+
+def test_a_base_whose_rows_see_each_other_is_not_packed(world, monkeypatch):
+    from transformers import LlamaForCausalLM
+
+    real = LlamaForCausalLM.forward
+
+    def forgetful(self: Any, *, position_ids: Any = None, **more: Any) -> Any:
+        return real(self, **more)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", forgetful)
+    with pytest.raises(ConfigError, match="see each other"):
+        train(world, CONFIG + "packing: true\n")
 
 
 def test_lora_plus_lets_b_learn_faster(world):

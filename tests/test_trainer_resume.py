@@ -33,9 +33,9 @@ def world(tmp_path) -> Path:
     return tmp_path
 
 
-def after(count: int) -> Callable[[], bool]:
-    """Wishes to stop after so many questions: one a step."""
-    asked = 0
+def after(count: int, *, is_new: bool = True) -> Callable[[], bool]:
+    """Wishes to stop after so many steps: it is asked after each, and before the first of all."""
+    asked = -1 if is_new else 0
 
     def should_stop() -> bool:
         nonlocal asked
@@ -64,7 +64,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(world, text):
     shutil.rmtree(world / "runs")
     for count in (1, 2):
         with pytest.raises(StoppedError, match="after a checkpoint"):
-            train(world, text, resume=True, should_stop=after(count))
+            train(world, text, resume=True, should_stop=after(count, is_new=count == 1))
         assert not (world / "adapters").exists()
         assert events(world)[-1]["code"] == "stopped"
     resumed = train(world, text, resume=True)
@@ -75,6 +75,13 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(world, text):
     assert [event["resumed_from"] for event in started] == [None, 1, 3]
     steps = [event["step"] for event in events(world, "step")]
     assert steps == sorted(set(steps))
+
+
+def test_a_run_stopped_before_its_first_step_begins_at_the_start(world):
+    with pytest.raises(StoppedError, match="before the first step"):
+        train(world, STEPS, should_stop=lambda: True)
+    assert events(world)[-1]["checkpoint"] is None
+    train(world, STEPS, resume=True)
 
 
 def test_resume_without_a_checkpoint_begins_at_the_start(world):

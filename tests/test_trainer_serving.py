@@ -24,9 +24,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*Unused or unrecognized kwargs.*:UserWarning"),
 ]
 ATOL = 1e-4
-NF4_ATOL = 0.05
-"""Of log-probabilities: the engine sums in another order than bitsandbytes. A scale that is wrong
-by a tenth moves them further."""
+"""Of log-probabilities, on a base in float32 and on one in NF4. A scale that is wrong by one in a
+hundred moves them further, and so does a base that is quantized in another way."""
 DEMO_BASE = Path(__file__).parents[1] / "demo" / "base"
 
 
@@ -120,12 +119,12 @@ def test_qlora_learns_and_the_engine_says_the_same_of_the_same_base(tmp_path):
     manifest = json.loads((result.output / "adapter_manifest.json").read_text())
     assert manifest["base_files"]["quantization"]["bits"] == 4
     nf4 = {"quantize": "nf4", "double_quant": True}
-    right = worst_difference(world / "tiny", result.output, **nf4)
-    assert right < NF4_ATOL
+    assert worst_difference(world / "tiny", result.output, **nf4) < ATOL
+    assert worst_difference(world / "tiny", result.output, quantize="nf4") > 10 * ATOL
     tensors = load_file(result.output / "adapter_model.safetensors")
-    scaled = {name: t * 1.1 if "lora_B" in name else t for name, t in tensors.items()}
+    scaled = {name: t * 1.01 if "lora_B" in name else t for name, t in tensors.items()}
     save_file(scaled, result.output / "adapter_model.safetensors", {"format": "pt"})
-    assert worst_difference(world / "tiny", result.output, **nf4) > max(NF4_ATOL, 3 * right)
+    assert worst_difference(world / "tiny", result.output, **nf4) > 10 * ATOL
 
 
 def test_an_evaluation_does_not_cut_qloras_gradients(tmp_path):

@@ -4,6 +4,7 @@ A file may be written with these names, with Ludwig's or with Axolotl's; config_
 the others are called here. This module must not know torch, peft or any data.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -290,25 +291,30 @@ def _check_together(options: TrainOptions, found: Translation) -> None:
         columns = template_fields(options.template)
         if (shown := options.completion) in columns:
             raise ConfigError(f"template: shows the answer, column `{shown}`, in the prompt")
-    name = found.name_of
-    if options.effective_batch_size and options.gradient_accumulation_steps:
-        raise ConfigError(
-            f"{name('effective_batch_size')}: give it or "
-            f"{name('gradient_accumulation_steps')}, not both"
-        )
-    if options.dpo.label_smoothing and options.dpo.loss == "ipo":
-        raise ConfigError(f"{name('dpo.label_smoothing')}: is for the sigmoid loss; ipo has none")
-    if options.packing and options.method == "dpo":
-        raise ConfigError(f"{name('packing')}: pairs are not packed; leave it off for dpo")
-    if options.early_stop and options.split is None and options.eval_data is None:
-        raise ConfigError(f"{name('early_stop')}: needs rows to evaluate; give split or eval_data")
+    for key, text in _contradictions(options):
+        raise ConfigError(f"{found.name_of(key)}: {text}")
     if options.split is not None:
-        _check_split(options.split, name("split"))
-    given = options.quantization.model_fields_set
+        _check_split(options.split, found.name_of("split"))
+
+
+def _contradictions(options: TrainOptions) -> Iterator[tuple[str, str]]:
+    method, given = options.method, options.quantization.model_fields_set
+    if options.effective_batch_size and options.gradient_accumulation_steps:
+        yield "effective_batch_size", "give it or gradient_accumulation_steps, not both"
     if given and "bits" not in given:
-        raise ConfigError(
-            f"{name('quantization.bits')}: is missing beside the other keys; give 4 or 8"
-        )
+        yield "quantization.bits", "is missing beside the other keys; give 4 or 8"
+    if options.early_stop and options.split is None and options.eval_data is None:
+        yield "early_stop", "needs rows to evaluate; give split or eval_data"
+    if method != "dpo":
+        for key in sorted(options.dpo.model_fields_set):
+            yield f"dpo.{key}", f"is for method: dpo, and this is {method}"
+        return
+    if options.dpo.label_smoothing and options.dpo.loss == "ipo":
+        yield "dpo.label_smoothing", "is for the sigmoid loss; ipo has none"
+    if options.train_on_prompt:
+        yield "train_on_prompt", "is not for dpo: both prompts are the same"
+    if options.packing:
+        yield "packing", "pairs are not packed; leave it off for dpo"
 
 
 def _check_split(split: SplitOptions, name: str) -> None:

@@ -36,6 +36,7 @@ class LoadedData:
     """Read to train on; a conversation may give several examples."""
     num_dropped: int
     num_cut: int
+    num_held_out_dropped: int
     file_name: str
     digest: str
 
@@ -56,8 +57,10 @@ def load_data(
     findings = tuple(lint(train, [*validation, *test]))
     _refuse(findings, options)
 
-    encoded = _encode(train, encoder)
+    encoded = _encode(train, encoder, options)
     examples = fit_length(encoded, options.max_length, options.overlong)
+    encoded_validation = _encode(validation, encoder, options)
+    fitting = _fitting(encoded_validation, options)
     is_cutting = options.overlong == "cut_prompt"
     num_cut = sum(longest(e) > options.max_length for e in encoded) if is_cutting else 0
     num_dropped = len(encoded) - len(examples)
@@ -66,7 +69,8 @@ def load_data(
         encoder=encoder,
         examples=tuple(examples),
         items=_items(examples, options),
-        validation=tuple(_fitting(_encode(validation, encoder), options)),
+        validation=tuple(fitting),
+        num_held_out_dropped=len(encoded_validation) - len(fitting),
         test=parts.test,
         findings=findings,
         num_rows=len(train),
@@ -99,8 +103,17 @@ def _refuse(findings: Sequence[Finding], options: TrainOptions) -> None:
         raise DataError(f"data: lint: error was asked for, and it finds\n{lines}")
 
 
-def _encode(samples: Sequence[Sample], encoder: Encoder) -> list[Row]:
-    return [example for sample in samples for example in encoder.encode(sample)]
+def _encode(samples: Sequence[Sample], encoder: Encoder, options: TrainOptions) -> list[Row]:
+    found = [example for sample in samples for example in encoder.encode(sample)]
+    if options.method != "pretrain":
+        return found
+    return [piece for example in found for piece in _pieces(example.ids, options.max_length)]
+
+
+def _pieces(ids: Sequence[int], length: int) -> list[Row]:
+    """A long text goes on where it was cut; the token it goes on from is read again."""
+    starts = range(0, max(1, len(ids) - 1), length - 1)
+    return [Example(tuple(ids[start : start + length]), 0) for start in starts]
 
 
 def _fitting(examples: list[Row], options: TrainOptions) -> list[Row]:

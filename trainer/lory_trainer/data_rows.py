@@ -102,8 +102,11 @@ def plan_rows(options: TrainOptions, first: RawRow) -> Plan:
         return _text_plan(options, columns, first)
     if options.method == "dpo":
         return _pair_plan(options, columns, first)
-    if options.template is None and columns & {"messages", "conversations"}:
-        return Plan("messages", chat=True)
+    is_asked_in_messages = isinstance(first.values.get("prompt"), list)
+    if options.template is None and (
+        is_asked_in_messages or columns & {"messages", "conversations"}
+    ):
+        return Plan("messages", completion=options.completion or "completion", chat=True)
     template, completion = _template(options, columns, first)
     return Plan("columns", template, completion, options.completion_prefix, options.chat)
 
@@ -167,12 +170,10 @@ def make_sample(row: RawRow, plan: Plan) -> Sample:
         case "text":
             return Sample(row.place, "", _prompt(row, plan))
         case "messages":
-            return _conversation(row)
+            return _conversation(row, plan)
         case "pair":
             return _pair(row, plan)
         case _:
-            if isinstance(row.values.get("prompt"), list):
-                return _joined(row, plan)
             answer = plan.prefix + _column(row, plan.completion)
             return Sample(row.place, _prompt(row, plan), answer)
 
@@ -203,21 +204,20 @@ def _text_of(value: Any) -> str | None:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _conversation(row: RawRow) -> Sample:
+def _conversation(row: RawRow, plan: Plan) -> Sample:
     said = row.values.get("messages", row.values.get("conversations"))
-    messages = _messages(said, row.place)
+    messages = _messages(said, row.place) if said is not None else _asked_then_said(row, plan)
     if not any(m["role"] == "assistant" for m in messages):
         raise DataError(f"data: {row.place}: no message of the assistant's; nothing to learn")
     return Sample(row.place, messages, "", tools=_tools(row))
 
 
-def _joined(row: RawRow, plan: Plan) -> Sample:
+def _asked_then_said(row: RawRow, plan: Plan) -> tuple[Message, ...]:
     """A prompt of messages, and the completion's messages after them."""
-    prompt = _messages(row.values["prompt"], row.place)
     answer = row.values.get(plan.completion)
     if isinstance(answer, str):
         answer = [{"role": "assistant", "content": answer}]
-    return Sample(row.place, (*prompt, *_messages(answer, row.place)), "", tools=_tools(row))
+    return (*_messages(row.values.get("prompt"), row.place), *_messages(answer, row.place))
 
 
 def _pair(row: RawRow, plan: Plan) -> Sample:

@@ -98,6 +98,8 @@ def fit(job: Job, progress: Progress) -> Progress:
     """Takes every step that is left; raises StoppedError, after a checkpoint, when asked to."""
     job.model.train()
     _preflight(job, progress)
+    if progress.step == 0 and job.should_stop():
+        raise StoppedError("stopped before the first step")
     while progress.step < len(job.steps):
         started_s = perf_counter()
         _take_step(job, progress, started_s)

@@ -246,6 +246,8 @@ def _tell_start(
         job.log.message(str(finding), finding.level)
     if data.num_dropped:
         job.log.message(f"{data.num_dropped} rows are too long and left out", "warning")
+    if data.num_held_out_dropped:
+        job.log.message(f"{data.num_held_out_dropped} held-out rows are too long and left out")
     if data.num_cut:
         job.log.message(
             f"{data.num_cut} prompts are too long and lose their beginning: raise max_length, or "
@@ -296,6 +298,8 @@ def _facts(
     lora = options.lora.model_dump(mode="json") | {"alpha": options.lora.resolved_alpha}
     config = options.model_dump(mode="json") | {"lora": lora}
     config |= {"base": base.name, "data": data.file_name, "output": None}
+    config["eval_data"] = _file_name(options.eval_data)
+    config["lora"]["start_from"] = _file_name(options.lora.start_from)
     generation = options.generation.model_dump(mode="json", exclude_none=True)
     return AdapterFacts(
         name=result.name,
@@ -326,6 +330,11 @@ def _facts(
         },
         probe=probe(job.model, data.items),
     )
+
+
+def _file_name(path: str | None) -> str | None:
+    """A manifest names no path of this machine."""
+    return None if path is None else Path(path).name
 
 
 def _quantization(options: TrainOptions) -> dict[str, Any] | None:
