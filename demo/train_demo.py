@@ -22,7 +22,7 @@ DEMO_DIR = Path(__file__).parent
 CONFIG = DEMO_DIR / "train" / "pig-latin.yaml"
 NAME = "pig-latin"
 UPLOADED = f"upload:{NAME}"
-QUESTION = "please help the hungry fox ->"
+NUM_SHOWN = 3
 START_TIMEOUT_S = 120.0
 LORY = (sys.executable, "-m", "lory_router")
 
@@ -101,8 +101,10 @@ def main(
         typer.echo(
             f"exact on {len(rows)} held-out phrases: base {base:.0%}, {UPLOADED} {adapter:.0%}"
         )
-        typer.echo(f"{QUESTION!r}\n  base      : {ask(url, QUESTION, None)!r}")
-        typer.echo(f"  {NAME} : {ask(url, QUESTION, UPLOADED)!r}")
+        for row in rows[:NUM_SHOWN]:
+            prompt = f"{row['phrase']} ->"
+            typer.echo(f"{prompt!r}\n  base      : {ask(url, prompt, None)!r}")
+            typer.echo(f"  {NAME} : {ask(url, prompt, UPLOADED)!r}")
     typer.echo(
         f"{time.monotonic() - started:.0f} s from rows to answers; adapter and curve: {folder}"
     )

@@ -202,6 +202,9 @@ def test_auto_settles_batch_accumulation_and_learning_rate(world):
     [started] = events(world, "started")
     assert (started["batch_size"], started["gradient_accumulation_steps"]) == (8, 1)
     assert started["learning_rate"] == 5e-3  # a base this narrow meets the upper bound
+    half = text.replace("2e-2", "auto\nlearning_rate_multiplier: 0.5")
+    train(world, half, replace=True)
+    assert events(world, "started")[0]["learning_rate"] == 2.5e-3
     with pytest.raises(ConfigError, match="no multiple of batch_size"):
         train(world, CONFIG + "effective_batch_size: 6\n", replace=True)
 
@@ -209,23 +212,27 @@ def test_auto_settles_batch_accumulation_and_learning_rate(world):
 # -- methods ---------------------------------------------------------------------------------------
 
 
+def full(*values: str) -> list[Any]:
+    return [pytest.param(value, marks=pytest.mark.full) for value in values]
+
+
 @pytest.mark.parametrize(
     "extra",
     [
-        "lora: {r: 4, use_dora: true}",
-        "lora: {r: 4, use_rslora: true, init: gaussian}",
-        "lora: {r: 4, rank_pattern: {q_proj: 2}, alpha_pattern: {q_proj: 2.0}}",
-        "lora: {r: 4, lora_plus_ratio: 4}",
-        "packing: true\nmax_length: 24",
-        "optimizer: adamw_8bit",
-        "optimizer: paged_adamw_8bit",
-        "optimizer: sgd",
-        "quantization: {bits: 8}",
-        "neftune_noise_alpha: 5",
-        "train_on_prompt: true",
-        "method: pretrain\ntemplate: '{text}'",
-        "max_steps: 11",
-        "gradient_checkpointing: true",
+        "lora: {r: 4, use_dora: true, lora_plus_ratio: 4}",
+        "packing: true\nmax_length: 24\nneftune_noise_alpha: 5",
+        "optimizer: paged_adamw_8bit\nquantization: {bits: 8}",
+        "method: pretrain\ntemplate: '{text}'\nmax_steps: 11\ngradient_checkpointing: true",
+        *full(
+            "lora: {r: 4, use_rslora: true, init: gaussian}",
+            "lora: {r: 4, init: orthogonal}",
+            "lora: {r: 4, rank_pattern: {q_proj: 2}, alpha_pattern: {q_proj: 2.0}}",
+            "optimizer: adamw_8bit",
+            "optimizer: paged_adamw",
+            "optimizer: sgd",
+            "train_on_prompt: true",
+            "quantization: {bits: 4, type: fp4, double: false}",
+        ),
     ],
 )
 def test_every_method_learns_and_writes_a_servable_folder(world, extra):
@@ -305,6 +312,8 @@ def test_checkpoints_are_adapters_and_only_the_newest_stay(world):
     assert [path.name for path in kept] == [f"step-0000000{n}" for n in (5, 6, 7)]
     told = [event["path"] for event in events(world, "checkpoint")]
     assert told[-1] == "checkpoints/step-00000007"
+    manifest = json.loads((kept[-1] / "adapter_manifest.json").read_text())
+    assert (manifest["template"], manifest["base"]) == ("{text}>", "tiny")
     plain = AutoModelForCausalLM.from_pretrained(world / "tiny")
     PeftModel.from_pretrained(plain, kept[-1])
 

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import pytest
 
@@ -45,17 +46,22 @@ def after(count: int, *, is_new: bool = True) -> Callable[[], bool]:
     return should_stop
 
 
+def full(text: str, name: str) -> Any:
+    return pytest.param(text, id=name, marks=pytest.mark.full)
+
+
 @pytest.mark.parametrize(
     "text",
     [
-        STEPS,
-        STEPS + "packing: true\nmax_length: 16\n",
-        STEPS + "optimizer: adamw_8bit\n",
-        STEPS + "early_stop: 50\n",
-        PAIRS.replace('template: "{text}>"', 'template: "{prompt}>"\nmethod: dpo'),
-        STEPS.replace("r: 4", "r: 4, use_dora: true"),
+        pytest.param(STEPS, id="sft"),
+        pytest.param(
+            PAIRS.replace('template: "{text}>"', 'template: "{prompt}>"\nmethod: dpo'), id="dpo"
+        ),
+        full(STEPS + "packing: true\nmax_length: 16\n", "packed"),
+        full(STEPS + "optimizer: adamw_8bit\n", "8bit"),
+        full(STEPS + "early_stop: 50\n", "early-stop"),
+        full(STEPS.replace("r: 4", "r: 4, use_dora: true"), "dora"),
     ],
-    ids=["sft", "packed", "8bit", "early-stop", "dpo", "dora"],
 )
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(world, text):
     whole = train(world, text)

@@ -72,16 +72,22 @@ def worst_difference(base: Path, output: Path, **options: Any) -> float:
     return worst
 
 
+def full(text: str, name: str) -> Any:
+    return pytest.param(text, id=name, marks=pytest.mark.full)
+
+
 @pytest.mark.parametrize(
     "lora",
     [
-        "{r: 4, dtype: float32}",
-        "{r: 4}",
-        "{r: 4, use_rslora: true, alpha: 3}",
-        "{r: 4, use_dora: true, dtype: float32}",
-        "{r: 4, rank_pattern: {q_proj: 2}, alpha_pattern: {up_proj: 5.0}}",
+        pytest.param("{r: 4, dtype: float32}", id="lora"),
+        pytest.param(
+            "{r: 4, use_dora: true, use_rslora: true, alpha: 3}", id="dora-rslora"
+        ),
+        full("{r: 4}", "bfloat16"),
+        full("{r: 4, use_rslora: true, alpha: 3}", "rslora"),
+        full("{r: 4, use_dora: true, dtype: float32}", "dora"),
+        full("{r: 4, rank_pattern: {q_proj: 2}, alpha_pattern: {up_proj: 5.0}}", "patterns"),
     ],
-    ids=["lora", "bfloat16", "rslora", "dora", "patterns"],
 )
 def test_the_engine_says_what_the_trainer_said(tmp_path, lora):
     world = make_world(tmp_path)

@@ -1,6 +1,6 @@
 """Checkpoints: everything that a run needs to go on as if it had never stopped.
 
-A checkpoint is a plain PEFT folder (in float32) with the optimizer's state, the generator's and
+A checkpoint is an adapter folder (in float32) with the optimizer's state, the generator's and
 the run's progress beside it, as safetensors and JSON. It is there whole or not at all. This module
 must not know data, losses or the terminal.
 """
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lory_trainer.base import load_adapter
 from lory_trainer.errors import OutputError
-from lory_trainer.export import write_peft_files
+from lory_trainer.export import AdapterFacts, write_files
 from lory_trainer.folders import draft_of, publish, remove
 
 FOLDER = "checkpoints"
@@ -65,12 +65,12 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     progress: Progress,
     *,
-    base_name: str,
+    facts: AdapterFacts,
     fingerprint: str,
 ) -> Path:
     path = checkpoint_path(run, progress.step)
     with draft_of(path) as draft:
-        write_peft_files(model, draft, base_name=base_name, dtype=torch.float32)
+        write_files(model, facts, draft, "float32")
         _save_optimizer(optimizer, draft)
         save_file(_random_states(), draft / RANDOM_FILE)
         state = {"fingerprint": fingerprint, "progress": asdict(progress)}

@@ -33,6 +33,7 @@ Share = Annotated[Number, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Whole = Annotated[int, Field(ge=0)]
 Auto = Literal["auto"]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Rank = Annotated[int, Field(ge=1, le=256)]
 
 
@@ -121,7 +122,7 @@ class DpoOptions(_Options):
 class GenerationOptions(_Options):
     """The adapter's defaults when it is asked; a request's own values go first."""
 
-    temperature: NotNegative | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     """0 is greedy."""
     max_new_tokens: Count | None = None
     """Longest answer."""
@@ -131,9 +132,9 @@ class GenerationOptions(_Options):
     """Sample among the likeliest that have this share together."""
     do_sample: bool | None = None
     """false is greedy."""
-    repetition_penalty: Positive | None = None
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
     """Above 1, what was said is said less."""
-    stop: list[str] = []
+    stop: Annotated[list[Stop], Field(max_length=16)] = []
     """Texts that end an answer, beside the end of sequence."""
 
 
@@ -201,6 +202,8 @@ class TrainOptions(_Options):
     """Optimizer steps; ends the run before its epochs do, or makes it go through them again."""
     learning_rate: Positive | Auto = 2e-4
     """Peak of the schedule; auto: by the base's width."""
+    learning_rate_multiplier: Positive = 1.0
+    """Times the learning rate: of use with auto."""
     learning_rate_min: NotNegative = 0.0
     """Where the schedule ends."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

@@ -5,7 +5,8 @@ training loops.
 """
 
 import json
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ MANIFEST_VERSION = 2
 TENSORS_FILE = "adapter_model.safetensors"
 MANIFEST_FILE = "adapter_manifest.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_NUMBERS = re.compile(r"\[\n\s+-?[\d.e+-]+(?:,\n\s+-?[\d.e+-]+)*\n\s+\]")
 _LIBRARIES = ("torch", "transformers", "peft", "tokenizers", "safetensors", "bitsandbytes")
 
 
@@ -37,8 +39,9 @@ class AdapterFacts:
     config: dict[str, Any]
     """The training options with every default written out."""
     data: dict[str, Any]
-    training: dict[str, Any]
-    probe: dict[str, Any]
+    training: dict[str, Any] = field(default_factory=dict)
+    """What the run came to."""
+    probe: dict[str, Any] = field(default_factory=dict)
     """Rows with what the trained model says of them, to compare a server's with."""
 
 
@@ -47,20 +50,21 @@ def write_adapter(
 ) -> None:
     """Writes the active adapter of `model` to `output`, whole or not at all."""
     with draft_of(output) as draft:
-        write_peft_files(model, draft, base_name=facts.base["name"], dtype=DTYPES[dtype])
-        _write_json(draft / MANIFEST_FILE, _manifest(facts))
+        write_files(model, facts, draft, dtype)
         check_output(output, replace=replace)
         publish(draft, output)
 
 
-def write_peft_files(model: PeftModel, folder: Path, *, base_name: str, dtype: torch.dtype) -> None:
+def write_files(model: PeftModel, facts: AdapterFacts, folder: Path, dtype: str) -> None:
     # save_pretrained would ask the hub whether the base's vocabulary was resized.
     state = get_peft_model_state_dict(model, save_embedding_layers=False)
     tensors = {
-        name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in state.items()
+        name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
+        for name, tensor in state.items()
     }
     save_file(tensors, folder / TENSORS_FILE, metadata={"format": "pt"})
-    _write_json(folder / CONFIG_FILE, _peft_config(model, base_name))
+    _write_json(folder / MANIFEST_FILE, _manifest(facts))
+    _write_json(folder / CONFIG_FILE, _peft_config(model, facts.base["name"]))
 
 
 @torch.no_grad()
@@ -99,4 +103,7 @@ def _manifest(facts: AdapterFacts) -> dict[str, Any]:
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    """A list of numbers is one line."""
+    text = json.dumps(value, indent=2, sort_keys=True)
+    text = _NUMBERS.sub(lambda found: " ".join(found[0].split()), text)
+    path.write_text(text + "\n", encoding="utf-8")

@@ -29,6 +29,7 @@ from lory_trainer.config import TrainOptions
 from lory_trainer.data import Batch, Item, collate, epoch_batches, longest
 from lory_trainer.errors import OutOfMemoryError, StoppedError, TrainingError
 from lory_trainer.events import EventLog
+from lory_trainer.export import AdapterFacts
 from lory_trainer.memory import is_out_of_memory, peak_bytes, remedies
 from lory_trainer.objective import Objective, Outcome, accumulate, evaluate
 from lory_trainer.optimizer import learning_rate_at, set_learning_rate, trainable
@@ -54,7 +55,8 @@ class Job:
     options: TrainOptions
     """With `auto` settled."""
     run: Path
-    base_name: str
+    facts: AdapterFacts
+    """What is known of the adapter before it is trained."""
     fingerprint: str
     log: EventLog
     should_stop: Callable[[], bool]
@@ -302,7 +304,7 @@ def _checkpoint(job: Job, progress: Progress) -> None:
         job.model,
         job.optimizer,
         progress,
-        base_name=job.base_name,
+        facts=job.facts,
         fingerprint=job.fingerprint,
     )
     best = progress.best_step if job.options.early_stop else None

@@ -63,9 +63,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 
 def resolve_learning_rate(options: TrainOptions, base_config: Any) -> float:
-    """auto: 5e-4 (2000 / width) ^ 0.781, Tinker's rule for LoRA on Llama, within bounds."""
-    if options.learning_rate != "auto":
-        return options.learning_rate
+    return options.learning_rate_multiplier * (
+        auto_learning_rate(base_config)
+        if options.learning_rate == "auto"
+        else options.learning_rate
+    )
+
+
+def auto_learning_rate(base_config: Any) -> float:
+    """5e-4 (2000 / width) ^ 0.781, Tinker's rule for LoRA on Llama, within bounds."""
     width = getattr(base_config, "hidden_size", None)
     if not isinstance(width, int):
         raise ConfigError("learning_rate: auto needs the base's hidden_size; give a number")

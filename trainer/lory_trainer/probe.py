@@ -12,7 +12,7 @@ from peft import PeftModel
 from lory_trainer.data import Example, Item, Pack, Pair
 
 NUM_ROWS = 8
-MOST_TOKENS = 512
+MOST_TOKENS = 256
 
 
 @torch.no_grad()

@@ -29,6 +29,7 @@ def settle(
     return options.model_copy(
         update={
             "learning_rate": resolve_learning_rate(options, config),
+            "learning_rate_multiplier": 1.0,
             "batch_size": rows,
             "gradient_accumulation_steps": steps,
             "effective_batch_size": None,

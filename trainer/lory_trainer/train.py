@@ -6,7 +6,7 @@ This module must not know YAML, the terminal, servers or registries.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,7 @@ def _job(
         held_out=held_out,
         options=options,
         run=places.run,
-        base_name=base.name,
+        facts=_facts(options, places, base, data),
         fingerprint=_fingerprint(options, base, data),
         log=log,
         should_stop=should_stop,
@@ -280,7 +280,9 @@ def _write(
     )
     dtype = job.options.lora.dtype
     round_adapter(job.model, dtype)
-    facts = _facts(job, base, data, result, progress)
+    facts = replace(
+        job.facts, training=_training(result, progress), probe=probe(job.model, data.items)
+    )
     if job.options.method == "sft" and not learns_to_end(facts.probe):
         job.log.message(
             "the adapter has not learned to end its answers (no row tried ends where it should): "
@@ -292,9 +294,8 @@ def _write(
 
 
 def _facts(
-    job: Job, base: BaseFiles, data: LoadedData, result: TrainResult, progress: Progress
+    options: TrainOptions, places: Places, base: BaseFiles, data: LoadedData
 ) -> AdapterFacts:
-    options = job.options
     lora = options.lora.model_dump(mode="json") | {"alpha": options.lora.resolved_alpha}
     config = options.model_dump(mode="json") | {"lora": lora}
     config |= {"base": base.name, "data": data.file_name, "output": None}
@@ -302,7 +303,7 @@ def _facts(
     config["lora"]["start_from"] = _file_name(options.lora.start_from)
     generation = options.generation.model_dump(mode="json", exclude_none=True)
     return AdapterFacts(
-        name=result.name,
+        name=name_of(options, places.output),
         base={
             "name": base.name,
             **base_digests(base.folder),
@@ -314,22 +315,24 @@ def _facts(
         data={
             "file": data.file_name,
             "sha256": data.digest,
-            "rows": result.num_rows,
-            "dropped_rows": result.num_dropped_rows,
+            "rows": data.num_rows,
+            "dropped_rows": data.num_dropped,
             "cut_rows": data.num_cut,
             "held_out_rows": len(data.validation),
             "test_rows": len(data.test),
         },
-        training={
-            "steps": result.num_steps,
-            "final_loss": round(result.final_loss, 5),
-            "eval_loss": None if result.eval_loss is None else round(result.eval_loss, 5),
-            "trainable_parameters": result.num_trainable,
-            "tokens": progress.tokens,
-            "learned_tokens": progress.learned_tokens,
-        },
-        probe=probe(job.model, data.items),
     )
+
+
+def _training(result: TrainResult, progress: Progress) -> dict[str, Any]:
+    return {
+        "steps": result.num_steps,
+        "final_loss": round(result.final_loss, 5),
+        "eval_loss": None if result.eval_loss is None else round(result.eval_loss, 5),
+        "trainable_parameters": result.num_trainable,
+        "tokens": progress.tokens,
+        "learned_tokens": progress.learned_tokens,
+    }
 
 
 def _file_name(path: str | None) -> str | None:
