@@ -60,9 +60,9 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.2)
 
 
-def train(url: str, folder: Path, extra: Sequence[str]) -> None:
+def train(config: Path, url: str, folder: Path, extra: Sequence[str]) -> None:
     places = ["--output", str(folder / NAME), "--run", str(folder / "run")]
-    command = [*LORY, "train", str(CONFIG), *places, "--replace", "--publish", url, *extra]
+    command = [*LORY, "train", str(config), *places, "--replace", "--publish", url, *extra]
     done = subprocess.run(command)
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -86,6 +86,7 @@ def exact_match(url: str, rows: Sequence[dict[str, str]], adapter_id: str | None
 
 def main(
     url: Annotated[str, typer.Option(help="Of the demo server.")] = "http://127.0.0.1:8080",
+    config: Annotated[Path, typer.Option(help="Of the run; its rows have phrases.")] = CONFIG,
     folder: Annotated[Path, typer.Option(help="For the adapter and its run.")] = Path("runs/demo"),
     extra: Annotated[
         list[str] | None, typer.Argument(help="After --, more options of lory train.")
@@ -94,7 +95,7 @@ def main(
     """Train an adapter on the demo's base, publish it, score it, ask it."""
     started = time.monotonic()
     with demo_server(url):
-        train(url, folder, extra or ())
+        train(config, url, folder, extra or ())
         lines = (folder / "run" / "test.jsonl").read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line]
         base, adapter = exact_match(url, rows, None), exact_match(url, rows, UPLOADED)
