@@ -218,12 +218,34 @@ class AdapterRevision:
 
 
 @dataclass(frozen=True)
+class Download:
+    """An adapter on its way to the server."""
+
+    num_bytes: int
+    """That have come."""
+    total_bytes: int | None
+    """That will have; None: its source does not tell."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class UploadedAdapter:
+    """What came of sending one."""
+
+    id: str
+    """What requests name: `upload:NAME`."""
+    revision: str | None
+    """A digest of its bytes; None until it has been read."""
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class Adapter:
     """An adapter, as the server knows it."""
 
     id: str
     state: str
-    """`disk`, `host`, `device`, or `refused`."""
+    """`fetching`, `disk`, `host`, `device`, or `refused`."""
     revision: str | None
     """A digest of its bytes, known once it has been read."""
     matched: Mapping[str, MatchedModules]
@@ -244,6 +266,10 @@ class Adapter:
     """Why it could not be loaded."""
     invocation_tokens: tuple[int, ...] = ()
     """Of an aLoRA, while it is in memory: it acts from these on."""
+    owner: str | None = None
+    """The tenant that it is for alone."""
+    download: Download | None = None
+    """What is on its way."""
 
 
 @dataclass(frozen=True)
