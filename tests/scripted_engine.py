@@ -249,6 +249,7 @@ class ScriptedEngine:
             host_bytes=200,
             device_bytes=100,
             is_pinned=adapter_id in self.pinned,
+            invocation_tokens=(7, 8),
         )
         return AdapterEntry(
             adapter_id=adapter_id,

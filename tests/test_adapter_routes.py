@@ -49,6 +49,7 @@ def test_a_list_tells_what_is_known_of_each_adapter():
         "revision": REVISION,
         "state": "device",
         "matched": {"q_proj": {"modules": 2, "ranks": [4, 8]}},
+        "invocation_tokens": [7, 8],
         "bytes": {"disk": 300, "host": 200, "device": 100},
         "requests": 0,
         "pinned": True,

@@ -73,6 +73,8 @@ class RevisionReply(msgspec.Struct, frozen=True, kw_only=True):
     revision: str
     state: State
     matched: dict[str, MatchedReply]
+    invocation_tokens: tuple[int, ...]
+    """Of an aLoRA: it acts from these on."""
     bytes: BytesReply
     requests: int
     pinned: bool
@@ -86,6 +88,8 @@ class AdapterReply(msgspec.Struct, frozen=True, kw_only=True):
     """The latest that was read."""
     matched: dict[str, MatchedReply] | None
     """What it changes; None while it is not in memory."""
+    invocation_tokens: tuple[int, ...] | None
+    """As `matched`; empty: it acts everywhere."""
     bytes: BytesReply
     """Of all its revisions."""
     requests: int
@@ -137,6 +141,7 @@ def adapter_reply(
         state="refused" if entry.refusal else entry.tier,
         revision=entry.revision or None,
         matched=_matched(latest) if latest else None,
+        invocation_tokens=latest.invocation_tokens if latest else None,
         bytes=BytesReply(
             disk=latest.file_bytes if latest else None,
             host=sum(one.host_bytes for one in entry.revisions),
@@ -172,6 +177,7 @@ def _revision_reply(one: RevisionEntry) -> RevisionReply:
         revision=one.revision,
         state=one.tier,
         matched=_matched(one),
+        invocation_tokens=one.invocation_tokens,
         bytes=BytesReply(one.file_bytes, one.host_bytes, one.device_bytes),
         requests=one.num_requests,
         pinned=one.is_pinned,

@@ -137,6 +137,7 @@ def _as_adapter(item: Fields) -> Adapter:
         names=_mapping(item, "names"),
         revisions=tuple(_as_revision(one) for one in item.objects("revisions")),
         refused=item.text_or_none("refused"),
+        invocation_tokens=_invocation(item),
         owner=item.text_or_none("owner"),
         download=_download(item.object("fetching")) if item.has("fetching") else None,
     )
@@ -156,7 +157,15 @@ def _as_revision(item: Fields) -> AdapterRevision:
         device_bytes=sizes.integer("device"),
         requests=item.integer("requests"),
         pinned=item.flag("pinned"),
+        invocation_tokens=_invocation(item),
     )
+
+
+def _invocation(item: Fields) -> tuple[int, ...]:
+    tokens = item.value.get("invocation_tokens") or []
+    if not isinstance(tokens, list):
+        raise ProtocolError(f"{item.name}.invocation_tokens should be a list")
+    return tuple(tokens)
 
 
 def _matched(item: Fields) -> Mapping[str, MatchedModules]:

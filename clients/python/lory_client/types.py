@@ -213,6 +213,8 @@ class AdapterRevision:
     device_bytes: int
     requests: int
     pinned: bool
+    invocation_tokens: tuple[int, ...] = ()
+    """Of an aLoRA: it acts from these on."""
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,8 @@ class Adapter:
     """Those in memory, oldest first: one that was replaced stays while requests use it."""
     refused: str | None
     """Why it could not be loaded."""
+    invocation_tokens: tuple[int, ...] = ()
+    """Of an aLoRA, while it is in memory: it acts from these on."""
     owner: str | None = None
     """The tenant that it is for alone."""
     download: Download | None = None
