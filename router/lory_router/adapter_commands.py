@@ -3,7 +3,7 @@
 It must not know the server's inside.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 from urllib.parse import quote
 
@@ -13,17 +13,59 @@ from rich.console import Console
 from lory_router.config import ConfigError
 from lory_router.remote import check, connect, one_line_errors
 
-Deed = Literal["list", "show", "load", "unload", "pin", "unpin", "register", "delete"]
+Deed = Literal["list", "show", "load", "unload", "pin", "unpin", "register", "merge", "delete"]
+
+Wish = dict[str, Any]
+"""Fields of a request's body."""
 
 MIB = 1 << 20
 
 
-def check_arguments(deed: Deed, name: str, adapter_id: str, revision: str) -> None:
+def check_arguments(deed: Deed, name: str, registered: Wish, merged: Wish) -> Wish:
+    """What the request's body says beside the name: the fields that were given."""
     if bool(name) != (deed != "list"):
         wants = "takes no name" if name else "needs the name of an adapter"
         raise ConfigError(f"lory adapters {deed}: {wants}")
-    if (adapter_id or revision) and deed != "register":
+    registered = _given(registered)
+    if registered and deed != "register":
         raise ConfigError(f"lory adapters {deed}: --adapter and --revision are for register")
+    if merged and deed != "merge":
+        raise ConfigError(
+            f"lory adapters {deed}: --of, --method, --density, --sign, --rank and --seed are for"
+            " merge"
+        )
+    if deed == "merge" and "adapters" not in merged:
+        raise ConfigError("lory adapters merge: --of ADAPTER=WEIGHT names what it is merged from")
+    return registered or merged
+
+
+def _given(wish: Wish) -> Wish:
+    return {field: value for field, value in wish.items() if value not in ("", None, [])}
+
+
+def merge_wish(
+    of: Sequence[str] | None,
+    method: str,
+    density: float | None,
+    sign: str,
+    rank: int | None,
+    seed: int | None,
+) -> Wish:
+    """The flags that were given, by the names of the server's fields."""
+    fields = {"method": method, "density": density, "majority_sign_method": sign}
+    return _given({"adapters": read_weights(of or ()), **fields, "rank": rank, "seed": seed})
+
+
+def read_weights(of: Sequence[str]) -> list[Wish]:
+    """ADAPTER=WEIGHT, as the server wants it."""
+    found: list[Wish] = []
+    for text in of:
+        adapter_id, _, weight = text.rpartition("=")
+        try:
+            found.append({"adapter_id": adapter_id, "weight": float(weight)})
+        except ValueError as error:
+            raise ConfigError(f"--of {text}: write ADAPTER=WEIGHT, as support=0.5") from error
+    return found
 
 
 def do(
@@ -31,16 +73,15 @@ def do(
     api_key: str,
     deed: Deed,
     name: str,
+    wish: Wish,
     *,
-    adapter_id: str = "",
-    revision: str = "",
     as_json: bool = False,
     console: Console | None = None,
 ) -> None:
     """Do it, and print the adapter as it is afterwards."""
     assert deed in get_args(Deed)
     with connect(url, api_key) as client, one_line_errors():
-        reply = _request(client, deed, name, adapter_id, revision)
+        reply = _request(client, deed, name, wish)
     check(reply)
     console, told = console or Console(), reply.json()
     if as_json:
@@ -49,9 +90,7 @@ def do(
         console.print("\n".join(_lines(told)), highlight=False, soft_wrap=True)
 
 
-def _request(
-    client: httpx.Client, deed: Deed, name: str, adapter_id: str, revision: str
-) -> httpx.Response:
+def _request(client: httpx.Client, deed: Deed, name: str, wish: Wish) -> httpx.Response:
     path = f"/v1/adapters/{quote(name, safe='/@')}"
     match deed:
         case "show":
@@ -59,8 +98,9 @@ def _request(
         case "delete":
             return client.delete(path)
         case "register":
-            body = {"name": name, "adapter_id": adapter_id, "revision": revision}
-            return client.post("/v1/adapters", json={k: v for k, v in body.items() if v})
+            return client.post("/v1/adapters", json={"name": name, **wish})
+        case "merge":
+            return client.post("/v1/adapters/merge", json={"name": name, **wish})
         case _:
             return client.post(f"{path}/{deed}")
 
@@ -72,6 +112,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         ("state", lambda a: a["state"] + (", pinned" if a["pinned"] else "")),
         ("revision", lambda a: a["revision"]),
         ("refused", lambda a: a["refused"]),
+        ("merged", _merged),
         ("changes", _changes),
         ("memory", _memory),
         ("requests", lambda a: a["requests"] or None),
@@ -79,6 +120,14 @@ def _lines(told: dict[str, Any]) -> list[str]:
     ]
     found = [(label, fact(told)) for label, fact in facts]
     return [told["id"], *(f"  {label:9} {value}" for label, value in found if value)]
+
+
+def _merged(adapter: dict[str, Any]) -> str:
+    told = adapter.get("merged")
+    if not told:
+        return ""
+    weighted = ", ".join(f"{one['weight']:g} x {one['adapter_id']}" for one in told["adapters"])
+    return f"{weighted} by {told['method']}"
 
 
 def _changes(adapter: dict[str, Any]) -> str:

@@ -18,13 +18,16 @@ from lory_router.endpoint import Endpoint, Front
 from lory_router.errors import Invalid, adapter_not_found, shown
 from lory_router.exchange import Exchange
 from lory_router.lifecycle import Lifecycle
+from lory_router.merges import Merges
 from lory_router.names import is_adapter_id
 from lory_router.schemas_adapters import (
     AdapterReply,
     LoadLoraBody,
+    MergeBody,
     RegisterBody,
     RemovedReply,
     UnloadLoraBody,
+    WeightedAdapter,
 )
 
 PATH = "/v1/adapters"
@@ -38,9 +41,10 @@ Work = Callable[[Exchange, bytes], Coroutine[None, None, None]]
 
 
 class AdapterRoutes:
-    def __init__(self, front: Front, lifecycle: Lifecycle) -> None:
+    def __init__(self, front: Front, lifecycle: Lifecycle, merges: Merges) -> None:
         self._front = front
         self._lifecycle = lifecycle
+        self._merges = merges
         root = front.settings.adapters_dir
         folders = (root, os.path.abspath(root), os.path.realpath(root)) if root else ()
         self._roots = tuple(folder.rstrip("/") + "/" for folder in folders)
@@ -57,6 +61,7 @@ class AdapterRoutes:
         return [
             Route(PATH, self.list),
             self._route(PATH, PATH, self.register),
+            self._route(f"{PATH}/merge", PATH, self.merge),
             *[self._route(f"{one}/{name}", PATH, self._doing(do)) for name, do in deeds.items()],
             self._route(one, PATH, self.remove, "DELETE"),
             Route(one, self.get),
@@ -81,6 +86,16 @@ class AdapterRoutes:
     async def register(self, exchange: Exchange, body: bytes) -> None:
         wish = _read(body, RegisterBody)
         reply, is_new = await self._lifecycle.register(wish.name, wish.adapter_id, wish.revision)
+        await exchange.reply_json(reply, 201 if is_new else 200)
+
+    async def merge(self, exchange: Exchange, body: bytes) -> None:
+        value = read_object(body)
+        refuse_unknown(value, MergeBody)
+        parts = value.get("adapters")
+        for index, part in enumerate(parts if isinstance(parts, list) else ()):
+            if isinstance(part, dict):
+                refuse_unknown(part, WeightedAdapter, inside=f"adapters[{index}].")
+        reply, is_new = await self._merges.save(read_struct(value, MergeBody))
         await exchange.reply_json(reply, 201 if is_new else 200)
 
     async def remove(self, exchange: Exchange, body: bytes) -> None:

@@ -32,6 +32,7 @@ from lory_router.exchange import REQUEST_ID, Exchange, error_headers
 from lory_router.gate import Gate, authorise
 from lory_router.lifecycle import Lifecycle
 from lory_router.listing import Listing
+from lory_router.merges import Merges
 from lory_router.named_engine import NamedEngine
 from lory_router.observe import MetricsSink
 from lory_router.pages import Pages
@@ -69,12 +70,13 @@ def create_app(
     front = Front(named, settings, text, metrics, Gate(settings), registry)
     listing = Listing(named)
     lifecycle = Lifecycle(named, registry, listing, settings)
+    merges = Merges(named, registry, listing, settings)
     app = Starlette(
         routes=[
             *_generation_routes(front),
             *(UploadRoutes(uploads).routes() if uploads else ()),
             *_page_routes(Pages(front, listing, int(time.time()))),
-            *AdapterRoutes(front, lifecycle).routes(),
+            *AdapterRoutes(front, lifecycle, merges).routes(),
         ],
         exception_handlers={
             HTTPException: _on_http_exception,

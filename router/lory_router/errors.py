@@ -21,7 +21,7 @@ second. It must not know routes or how a reply is sent.
 from typing import Literal
 
 from lory_router.engine import Unavailable
-from lory_server.messages import Failure, Finished
+from lory_server.messages import FETCHED, Failure, Finished
 
 Dialect = Literal["lorax", "openai"]
 
@@ -289,9 +289,9 @@ PARAMS = {
 
 def from_failure(failure: Failure, retry_after_s: int, adapter_id: str = "") -> ApiError:
     """The engine's refusal; what is wrong with an adapter is told under its name."""
-    kind = FAILURES[failure.code]
-    if kind is AdapterNotFound and adapter_id:
-        return adapter_not_found(adapter_id)
+    kind, missing = FAILURES[failure.code], failure.source or adapter_id
+    if kind is AdapterNotFound and missing and not missing.startswith(FETCHED):
+        return adapter_not_found(missing)
     wait = retry_after_s if kind is Overloaded else None
     about = f"adapter {shown(adapter_id)}: " if kind is AdapterInvalid and adapter_id else ""
     return kind(about + failure.message, param=PARAMS.get(failure.code), retry_after_s=wait)

@@ -142,9 +142,10 @@ class Lifecycle:
         self._listing.expire()
         if await self._listing.find(adapter_id) is None:
             raise adapter_not_found(adapter_id)
+        engine_name = self._registry.engine_name(adapter_id)
         await self._registry.remove(adapter_id)
         try:
-            await self._engine.order("drop", adapter_id)
+            await self._engine.order("drop", engine_name)
         except Unavailable:
             return  # an engine that is gone holds nothing, and the next one is not told of it
 
@@ -190,8 +191,9 @@ class Lifecycle:
         return self._reply(self._check(done, name), 0.0)
 
     def _reply(self, entry: AdapterEntry, age_s: float) -> AdapterReply:
-        names = self._registry.state.names_by_adapter().get(entry.adapter_id, {})
-        return adapter_reply(entry, names, age_s)
+        state = self._registry.state
+        names = state.names_by_adapter().get(entry.adapter_id, {})
+        return adapter_reply(entry, names, age_s, state.merges.get(entry.adapter_id))
 
 
 def _check_local(name: str) -> None:
@@ -208,6 +210,9 @@ def _list_reply(entries: Entries, state: State, age_s: float) -> AdapterListRepl
     names = state.names_by_adapter()
     served = [entry for entry in entries if entry.adapter_id not in state.removed]
     return AdapterListReply(
-        data=tuple(adapter_reply(e, names.get(e.adapter_id, {}), age_s) for e in served),
+        data=tuple(
+            adapter_reply(e, names.get(e.adapter_id, {}), age_s, state.merges.get(e.adapter_id))
+            for e in served
+        ),
         removed=tuple(sorted(state.removed)),
     )

@@ -3,6 +3,7 @@
     names      support@prod -> (support, 1f3a9c...), helpdesk -> (support, whichever it has)
     pins       (support, whichever it has), (support, 1f3a9c...)
     removed    adapters that lie in the folder and are not served
+    merges     blend -> how it is merged, whenever it is loaded
 
 In memory, and written through to SQLite: reading never waits, a change is there once it is on the
 disk. One server a file. It must not know HTTP, the engine, or which adapters there are.
@@ -15,10 +16,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
+
 from lory_router.errors import RegistryUnwritable
 from lory_router.names import Target, is_revision, split
+from lory_server.recipes import Recipe, merged_id
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x4C6F7279
 """In the file's header: "Lory"."""
 IN_MEMORY = ":memory:"
@@ -28,8 +32,12 @@ _SCHEMA = (
     "CREATE TABLE pins (adapter_id TEXT, revision TEXT, PRIMARY KEY (adapter_id, revision))",
     "CREATE TABLE removed (adapter_id TEXT PRIMARY KEY)",
     f"PRAGMA application_id = {APPLICATION_ID}",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
+    "PRAGMA user_version = 1",
 )
+_MIGRATIONS = {
+    1: ("CREATE TABLE merges (name TEXT PRIMARY KEY, recipe TEXT NOT NULL)",),
+}
+"""By the version that each begins with."""
 
 Statement = tuple[str, tuple[str, ...]]
 
@@ -45,6 +53,7 @@ class State:
     names: Mapping[str, Target]
     pins: frozenset[Target]
     removed: frozenset[str]
+    merges: Mapping[str, Recipe]
 
     def names_by_adapter(self) -> dict[str, dict[str, str]]:
         """Further names of each adapter that has any, each with the revision it stands for."""
@@ -96,6 +105,11 @@ class Registry:
                 target = Target(target.adapter_id, suffix)
         return None if target.adapter_id in self._state.removed else target
 
+    def engine_name(self, adapter_id: str) -> str:
+        """What the engine calls an adapter: of merges, the recipe."""
+        recipe = self._state.merges.get(adapter_id)
+        return merged_id(recipe) if recipe else adapter_id
+
     # -- changes ----------------------------------------------------------------------------
 
     async def register(self, name: str, target: Target) -> None:
@@ -109,11 +123,20 @@ class Registry:
     async def forget(self, name: str) -> None:
         await self._write([("DELETE FROM names WHERE name = ?", (name,))])
 
+    async def save_merge(self, recipe: Recipe) -> None:
+        """Let its name stand for what it makes."""
+        put = "INSERT OR REPLACE INTO merges VALUES (?, ?)"
+        await self._write([(put, (recipe.name, msgspec.json.encode(recipe).decode()))])
+
     async def remove(self, adapter_id: str) -> None:
-        """Serve an adapter no more, under whichever name, and forget its names and pins."""
+        """Serve an adapter no more, under whichever name, and forget its names and pins; of a merge
+        nothing is left."""
         of_it = " WHERE adapter_id = ?"
         statements = [f"DELETE FROM names{of_it}", f"DELETE FROM pins{of_it}"]
-        statements.append("INSERT OR IGNORE INTO removed VALUES (?)")
+        if adapter_id in self._state.merges:
+            statements.append("DELETE FROM merges WHERE name = ?")
+        else:
+            statements.append("INSERT OR IGNORE INTO removed VALUES (?)")
         await self._write([(statement, (adapter_id,)) for statement in statements])
 
     async def pin(self, target: Target) -> None:
@@ -145,6 +168,10 @@ def _read(connection: sqlite3.Connection) -> State:
             Target(*row) for row in connection.execute("SELECT adapter_id, revision FROM pins")
         ),
         removed=frozenset(row[0] for row in connection.execute("SELECT adapter_id FROM removed")),
+        merges={
+            name: msgspec.json.decode(recipe, type=Recipe)
+            for name, recipe in connection.execute("SELECT name, recipe FROM merges ORDER BY name")
+        },
     )
 
 
@@ -194,6 +221,7 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
         if is_new and not version and not owner:
             for statement in _SCHEMA:
                 connection.execute(statement)
+            version = 1
         elif owner != APPLICATION_ID:
             raise RegistryError(f"{path}: is another program's SQLite file; name one of its own")
         elif version > SCHEMA_VERSION:
@@ -201,6 +229,9 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
                 f"{path}: was written by a newer Lory (schema {version}, this one knows"
                 f" {SCHEMA_VERSION}); upgrade, or name another file"
             )
+        for begun in range(version, SCHEMA_VERSION):
+            for statement in (*_MIGRATIONS[begun], f"PRAGMA user_version = {begun + 1}"):
+                connection.execute(statement)
         connection.execute("COMMIT")
     except RegistryError:
         connection.execute("ROLLBACK")

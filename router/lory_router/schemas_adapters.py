@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from lory_server.messages import AdapterEntry, RevisionEntry
+from lory_server.recipes import ELECTING, PRUNING, RANDOM, MergeMethod, Recipe, SignMethod
 
 State = Literal["disk", "host", "device", "refused"]
 
@@ -18,6 +19,22 @@ class RegisterBody(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     adapter_id: str | None = None
     revision: str | None = None
+
+
+class WeightedAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    adapter_id: str
+    weight: float
+
+
+class MergeBody(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    adapters: list[WeightedAdapter]
+    method: str | None = None
+    """linear unless given."""
+    density: float | None = None
+    majority_sign_method: str | None = None
+    rank: int | None = None
+    seed: int | None = None
 
 
 class LoadLoraBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -56,6 +73,24 @@ class RevisionReply(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool
 
 
+class MergeSourceReply(msgspec.Struct, frozen=True):
+    adapter_id: str
+    weight: float
+    revision: str | None
+    """None: whichever the adapter has."""
+
+
+class MergeReply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How an adapter is merged; what its method does not use is left out."""
+
+    method: MergeMethod
+    adapters: tuple[MergeSourceReply, ...]
+    density: float | None = None
+    majority_sign_method: SignMethod | None = None
+    rank: int | None = None
+    seed: int | None = None
+
+
 class AdapterReply(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     object: Literal["adapter"] = "adapter"
@@ -74,6 +109,7 @@ class AdapterReply(msgspec.Struct, frozen=True, kw_only=True):
     """Aliases and further names, each with its revision; None: it follows the adapter."""
     revisions: tuple[RevisionReply, ...]
     refused: str | None
+    merged: MergeReply | None = None
 
 
 class AdapterListReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -89,7 +125,9 @@ class RemovedReply(msgspec.Struct, frozen=True, kw_only=True):
     deleted: bool = True
 
 
-def adapter_reply(entry: AdapterEntry, names: Mapping[str, str], age_s: float) -> AdapterReply:
+def adapter_reply(
+    entry: AdapterEntry, names: Mapping[str, str], age_s: float, recipe: Recipe | None = None
+) -> AdapterReply:
     """An adapter as it was `age_s` seconds ago."""
     latest = next((one for one in entry.revisions if one.revision == entry.revision), None)
     used = None
@@ -111,6 +149,22 @@ def adapter_reply(entry: AdapterEntry, names: Mapping[str, str], age_s: float) -
         names={name: revision or None for name, revision in names.items()},
         revisions=tuple(map(_revision_reply, entry.revisions)),
         refused=entry.refusal or None,
+        merged=_merge_reply(recipe) if recipe else None,
+    )
+
+
+def _merge_reply(recipe: Recipe) -> MergeReply:
+    method = recipe.method
+    return MergeReply(
+        method,
+        tuple(
+            MergeSourceReply(one.adapter_id, one.weight, one.revision or None)
+            for one in recipe.sources
+        ),
+        density=recipe.density if method in PRUNING else None,
+        majority_sign_method=recipe.majority_sign_method if method in ELECTING else None,
+        rank=recipe.rank or None,
+        seed=recipe.seed if method in RANDOM else None,
     )
 
 

@@ -5,11 +5,13 @@ request that leaves, or whose deadline comes, leaves nothing behind. It must not
 are fetched, nor HTTP.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import msgspec
 
 from lory_router.engine import EngineClient, EngineStream, SequenceRequest, StreamEvent
+from lory_router.sources.reference import Reference
 from lory_router.sources.service import Sources
 from lory_server.messages import (
     FETCHED,
@@ -20,6 +22,7 @@ from lory_server.messages import (
     OrderDone,
     OrderKind,
 )
+from lory_server.recipes import MergeSource
 
 
 class SourcedEngine:
@@ -39,15 +42,23 @@ class SourcedEngine:
 
     async def submit(self, request: SequenceRequest) -> EngineStream:
         """Raises an ApiError, too, for an adapter that cannot be had."""
-        if request.source is None:
-            return await self._engine.submit(request)
-        name = await self._sources.acquire(request.source, request.token)
+        wanted = request.references or (request.source,)
+        held: list[str] = []
         try:
-            stream = await self._engine.submit(replace(request, adapter_id=name))
+            names = [await self._acquire(one, request.token, held) for one in wanted]
+            stream = await self._engine.submit(_of_fetched(request, names))
         except BaseException:
-            self._sources.release(name)
+            for name in held:
+                self._sources.release(name)
             raise
-        return _HoldingStream(stream, self._sources, name)
+        return _HoldingStream(stream, self._sources, held) if held else stream
+
+    async def _acquire(self, source: Reference | None, token: str, held: list[str]) -> str:
+        """The engine's name for it, which `held` notes; empty for a local adapter."""
+        if source is None:
+            return ""
+        held.append(await self._sources.acquire(source, token))
+        return held[-1]
 
     async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
         """Of local adapters: what was fetched is held by requests alone."""
@@ -67,13 +78,25 @@ class SourcedEngine:
         return (*local, *sorted(shown, key=lambda entry: entry.adapter_id))
 
 
-class _HoldingStream:
-    """A stream that holds its adapter on disk until it ends or is cancelled."""
+def _of_fetched(request: SequenceRequest, names: Sequence[str]) -> SequenceRequest:
+    """The same of what was fetched under these names."""
+    recipe = request.recipe
+    if not request.references or recipe is None:
+        return replace(request, adapter_id=names[0] or request.adapter_id)
+    sources = tuple(
+        MergeSource(name, source.weight) if name else source
+        for name, source in zip(names, recipe.sources, strict=True)
+    )
+    return replace(request, recipe=msgspec.structs.replace(recipe, sources=sources))
 
-    def __init__(self, stream: EngineStream, sources: Sources, name: str) -> None:
+
+class _HoldingStream:
+    """A stream that holds its adapters on disk until it ends or is cancelled."""
+
+    def __init__(self, stream: EngineStream, sources: Sources, names: Sequence[str]) -> None:
         self._stream = stream
         self._sources = sources
-        self._name = name
+        self._names = names
 
     @property
     def adapter_revision(self) -> str:
@@ -96,6 +119,6 @@ class _HoldingStream:
         self._release()
 
     def _release(self) -> None:
-        if self._name:
-            self._sources.release(self._name)
-            self._name = ""
+        names, self._names = self._names, ()
+        for name in names:
+            self._sources.release(name)

@@ -70,7 +70,8 @@ class WarmUp:
         """Empty, or why not. An engine that ends meanwhile is followed by another one."""
         async with self._room:
             try:
-                done = await self._engine.order(kind, adapter_id, revision)
+                engine_name = self._registry.engine_name(adapter_id)
+                done = await self._engine.order(kind, engine_name, revision)
             except Unavailable as error:
                 return f"adapter {adapter_id!r}: {error}" if error.reason == "loading" else ""
         if done.failure is None:

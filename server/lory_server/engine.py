@@ -327,7 +327,8 @@ class Engine:
                 self._outbox.resolved.append(Resolution(outcome.ticket, outcome.revision))
                 self._enqueue(request, outcome.revision, outcome.num_bytes)
             else:
-                self._end(request, "error", _failure(outcome.code, outcome.message))
+                failure = _failure(outcome.code, outcome.message, outcome.source)
+                self._end(request, "error", failure)
 
     def _enqueue(self, request: _Request, revision: str, adapter_bytes: int) -> None:
         command = request.command
@@ -406,7 +407,7 @@ class Engine:
         return Share(
             request_id=command.request_id,
             tenant=command.tenant,
-            adapter_id=command.adapter_id,
+            adapter_id=command.charged_as or command.adapter_id,
             work=self._cost_model.work(start, num_tokens, adapter_bytes),
             prompt_tokens=prompt_tokens,
             generated_tokens=int(samples),
@@ -441,8 +442,8 @@ class Engine:
         )
 
 
-def _failure(code: FailureCode, message: str) -> Failure:
-    return Failure(code=code, message=message)
+def _failure(code: FailureCode, message: str, source: str = "") -> Failure:
+    return Failure(code=code, message=message, source=source)
 
 
 def _with_requests(answer: AdapterList | OrderDone, holders: Holders) -> AdapterList | OrderDone:

@@ -14,7 +14,7 @@ from urllib.parse import quote
 from .errors import ProtocolError
 from .fields import Fields, parse_json
 from .replies import Head
-from .types import Adapter, AdapterRevision, MatchedModules
+from .types import Adapter, AdapterRevision, MatchedModules, Merge, MergeSource
 from .wire import Call
 
 _PATH = "/v1/adapters"
@@ -32,6 +32,13 @@ def register(name: str, adapter_id: str | None, revision: str | None) -> Call[Ad
     given = {"name": name, "adapter_id": adapter_id, "revision": revision}
     body = {field: value for field, value in given.items() if value is not None}
     return Call("POST", _PATH, json.dumps(body).encode("ascii"), _adapter)
+
+
+def merge(name: str, weights: Mapping[str, float], **fields: Any) -> Call[Adapter]:
+    adapters = [{"adapter_id": one, "weight": weight} for one, weight in weights.items()]
+    given = {field: value for field, value in fields.items() if value is not None}
+    body = {"name": name, "adapters": adapters, **given}
+    return Call("POST", f"{_PATH}/merge", json.dumps(body).encode("ascii"), _adapter)
 
 
 def delete(name: str) -> Call[None]:
@@ -80,6 +87,21 @@ def _as_adapter(item: Fields) -> Adapter:
         names=_mapping(item, "names"),
         revisions=tuple(_as_revision(one) for one in item.objects("revisions")),
         refused=item.text_or_none("refused"),
+        merged=_as_merge(item.object("merged")) if item.has("merged") else None,
+    )
+
+
+def _as_merge(item: Fields) -> Merge:
+    return Merge(
+        method=item.text("method"),
+        adapters=tuple(
+            MergeSource(one.text("adapter_id"), one.number("weight"), one.text_or_none("revision"))
+            for one in item.objects("adapters")
+        ),
+        density=item.number_or_none("density"),
+        majority_sign_method=item.text_or_none("majority_sign_method"),
+        rank=item.integer_or_none("rank"),
+        seed=item.integer_or_none("seed"),
     )
 
 

@@ -43,6 +43,7 @@ from lory_server.adapters.jobs import (
 )
 from lory_server.adapters.journal import Journal
 from lory_server.adapters.known import KnownNames
+from lory_server.adapters.loaders import Loaders
 from lory_server.adapters.pins import Pins
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import Reader, ThreadReader
@@ -50,6 +51,7 @@ from lory_server.adapters.store import AdapterStore
 from lory_server.adapters.workers import JobFailed, Workers
 from lory_server.messages import AdapterEntry, AdapterMove, FailureCode
 from lory_server.plan import AdapterDemand, Residency
+from lory_server.recipes import MERGED, called
 
 NUM_LOADERS = 2
 REFUSAL_MEMORY_S = 2.0
@@ -83,6 +85,8 @@ class ResolveFailed:
     adapter_id: str
     code: FailureCode
     message: str
+    source: str = ""
+    """Of a merge, the adapter to blame."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,10 +157,6 @@ class AdapterCache:
         `make_reader` makes a reader for each loader thread.
         """
         self._store = store
-        self._all_readers = [make_reader(base, pool.dtype) for _ in range(num_loaders)]
-        self._readers: SimpleQueue[Reader] = SimpleQueue()
-        for reader in self._all_readers:
-            self._readers.put(reader)
         self._limits = Limits(pool.dtype, pool.total_bytes, pool.needed_bytes)
         self._outcomes: SimpleQueue[object] = SimpleQueue()
         self.budget = HostBudget(host_bytes)
@@ -166,7 +166,9 @@ class AdapterCache:
         self.pins = Pins(self.host, self.device)
         self.known = KnownNames(self.host, self.device, self.pins, self._journal)
         self._locators = Workers("lory-adapter-locate", 1, self._outcomes, on_ready)
-        self._loaders = Workers("lory-adapter-load", num_loaders, self._outcomes, on_ready)
+        self._loaders = Loaders(
+            lambda: make_reader(base, pool.dtype), num_loaders, self._outcomes, on_ready
+        )
         self._folder = folder
         self._folders = Workers("lory-adapter-fold", 1, self._outcomes, on_ready)
         self._tickets: dict[int, _Ticket] = {}
@@ -266,8 +268,7 @@ class AdapterCache:
 
     def wait_until_ready(self) -> None:
         """Return when the first load need not wait for a reader to start; call it before any."""
-        for reader in self._all_readers:
-            reader.wait_until_ready()
+        self._loaders.wait_until_ready()
 
     def close(self) -> None:
         """Stop the threads; those in the middle of a read end on their own."""
@@ -276,8 +277,7 @@ class AdapterCache:
             worker.stop()
         for worker in workers:
             worker.join(JOIN_TIMEOUT_S)
-        for reader in self._all_readers:
-            reader.close()
+        self._loaders.close()
 
     # -- what came of jobs ------------------------------------------------------------------
 
@@ -363,7 +363,7 @@ class AdapterCache:
     def _on_walked(self, found: OnDisk) -> Iterator[Outcome]:
         self._num_on_disk = len(found.entries)
         if found.call_ids:
-            known = {i: self.known.entry(i) for i in self.known.names() if i in found.entries}
+            known = {i: self.known.entry(i) for i in self.known.listed(found.entries)}
             entries = tuple((found.entries | known).values())
             yield from (Listed(call_id, entries) for call_id in found.call_ids)
         self._end_walk()
@@ -453,9 +453,10 @@ class AdapterCache:
     def _failed(self, ticket: int, error: Exception) -> ResolveFailed:
         adapter_id = self._tickets.pop(ticket).adapter_id
         if isinstance(error, AdapterError):
-            about = f"adapter {adapter_id!r} " if error.code in NAMED_HERE else ""
-            return ResolveFailed(ticket, adapter_id, error.code, f"{about}{error}")
-        message = f"adapter {adapter_id!r} could not be loaded; the engine's log says why"
+            is_named = error.code in NAMED_HERE and not error.source
+            about = f"adapter {called(adapter_id)!r} " if is_named else ""
+            return ResolveFailed(ticket, adapter_id, error.code, f"{about}{error}", error.source)
+        message = f"adapter {called(adapter_id)!r} could not be loaded; the engine's log says why"
         return ResolveFailed(ticket, adapter_id, "internal", message)
 
     def _remember_refusal(self, key: LoadKey, error: Exception) -> None:
@@ -471,8 +472,10 @@ class AdapterCache:
     # -- room on the host -------------------------------------------------------------------
 
     def _submit_load(self, key: LoadKey, reserved_bytes: int = 0) -> None:
-        job = LoadJob(self._store, self._readers, self._limits, self.budget, key, reserved_bytes)
-        self._loaders.submit(job)
+        loaders = self._loaders
+        lane = loaders.merges if key.adapter_id.startswith(MERGED) else loaders.plain
+        job = LoadJob(self._store, lane.free, self._limits, self.budget, key, reserved_bytes)
+        lane.workers.submit(job)
 
     def _grant_room(self) -> None:
         """Loads that found the budget taken, first come, first served, as holds end."""

@@ -6,7 +6,7 @@ It belongs to the engine's thread. It must not know files, tickets or requests.
 
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 
 from lory_server.adapters.device import DeviceTier
@@ -14,6 +14,7 @@ from lory_server.adapters.host import HostTier
 from lory_server.adapters.journal import Journal
 from lory_server.adapters.pins import Pins
 from lory_server.messages import AdapterEntry, RevisionEntry
+from lory_server.recipes import MERGED
 
 MAX_NAMES = 65_536
 
@@ -43,6 +44,12 @@ class KnownNames:
 
     def names(self) -> Iterable[str]:
         return self._known
+
+    def listed(self, on_disk: Container[str]) -> Iterator[str]:
+        """Those that are on the disk, and merges as long as they are in memory."""
+        for name in self._known:
+            if name in on_disk or (name.startswith(MERGED) and self.revisions(name)):
+                yield name
 
     def resolved(self, adapter_id: str, revision: str) -> None:
         """A name was found to stand for this revision on disk."""
