@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,10 @@ from lory_server.adapters.merge import dare_generator, source_revision
 from lory_server.adapters.merge_plan import MAX_SVD_RANKS, module_of
 from lory_server.adapters.merge_sources import locate
 from lory_server.adapters.reader import Reader, ThreadReader
-from lory_server.adapters.reader_process import ProcessReader, can_read_apart
 from lory_server.adapters.store import AdapterStore
 from lory_server.model.families import read_spec
 from lory_server.model.sites import Site
-from lory_server.recipes import MAX_SOURCES, MergeSource, Recipe, called, merged_id, read_recipe
+from lory_server.recipes import MergeSource, Recipe, called, merged_id, read_recipe
 
 SPLIT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -333,22 +332,20 @@ def test_a_revision_is_of_the_sources_bytes_and_the_recipe(tmp_path: Path) -> No
     write_adapter(tmp_path / "copy", seed=0)
     base = merged(tmp_path, ("a", 0.5), ("b", 0.5)).revision
     assert merged(tmp_path, ("copy", 0.5), ("b", 0.5), name="saved").revision == base
+    hows: tuple[dict[str, Any], ...] = (
+        {"method": "svd"},
+        {"method": "svd", "rank": 2},
+        {"method": "ties", "density": 0.5},
+        {"method": "ties", "density": 0.25},
+        {"method": "ties", "density": 0.5, "majority_sign_method": "frequency"},
+        {"method": "dare_linear", "density": 0.5},
+        {"method": "dare_linear", "density": 0.5, "seed": 1},
+    )
     others = {
         merged(tmp_path, ("a", 0.5), ("b", 0.25)).revision,
         merged(tmp_path, ("b", 0.5), ("a", 0.5)).revision,
         merged(tmp_path, ("a", 0.5)).revision,
-        *(
-            merged(tmp_path, ("a", 0.5), ("b", 0.5), **how).revision
-            for how in (
-                {"method": "svd"},
-                {"method": "svd", "rank": 2},
-                {"method": "ties", "density": 0.5},
-                {"method": "ties", "density": 0.25},
-                {"method": "ties", "density": 0.5, "majority_sign_method": "frequency"},
-                {"method": "dare_linear", "density": 0.5},
-                {"method": "dare_linear", "density": 0.5, "seed": 1},
-            )
-        ),
+        *(merged(tmp_path, ("a", 0.5), ("b", 0.5), **how).revision for how in hows),
     }
     assert len(others) == 10
     assert base not in others
@@ -435,35 +432,6 @@ def test_merging_knows_all_that_an_adapter_may_have() -> None:
     }  # fmt: skip
     manifest_fields = {field.name for field in dataclasses.fields(AdapterManifest)}
     assert manifest_fields == {"slices", "base_model_name", "file_bytes", "digest"}
-
-
-# -- the reader's process -------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not can_read_apart(), reason="needs Linux: no shared memory here")
-def test_a_process_merges_as_a_thread_does(tmp_path: Path) -> None:
-    for index in range(MAX_SOURCES):
-        write_adapter(tmp_path / f"a{index}", rank=4, seed=index)
-    write_adapter(tmp_path / "dora", use_dora=True)
-    many = recipe_of(*((f"a{index}", 1.0) for index in range(MAX_SOURCES)))
-    ties = recipe_of(("a0", 0.5), ("a1", 2.0), method="ties", density=0.5)
-    bad = recipe_of(("a0", 0.5), ("dora", 2.0))
-    thread, apart = (make(BASE, torch.bfloat16) for make in (ThreadReader, ProcessReader))
-    with_both: list[Callable[[str], AdapterBlob]] = [
-        lambda name: load(tmp_path, name, reader=apart),
-        lambda name: load(tmp_path, name, reader=thread),
-    ]
-    for name in (merged_id(many), "a3", merged_id(ties), "a3"):
-        one, other = (loaded(name) for loaded in with_both)
-        assert (one.revision, one.manifest) == (other.revision, other.manifest)
-        assert torch.equal(one.data.view(torch.uint8), other.data.view(torch.uint8))
-    told: list[tuple[str, str]] = []
-    for loaded in with_both:
-        with pytest.raises(AdapterInvalidError) as caught:
-            loaded(merged_id(bad))
-        told.append((str(caught.value), caught.value.source))
-    assert told[0] == told[1]
-    apart.close()
 
 
 def test_a_name_says_all_of_a_recipe() -> None:

@@ -208,7 +208,7 @@ def adapters(
     api_key: str = caller_key_option(),
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
 ) -> None:
-    """List what a running server serves, or pin, load, name, merge, delete one."""
+    """List what a running server serves; pin, name, merge, delete one."""
     from lory_router.adapter_commands import check_arguments, do, merge_wish
     from lory_router.chat import show_adapters
 
@@ -235,7 +235,7 @@ def merge(
     rank: Rank = None,
     seed: Seed = None,
 ) -> None:
-    """Merge adapters into a new one, a folder that PEFT reads; no server is needed."""
+    """Merge adapters into a new folder, without a server."""
     from lory_router.adapter_commands import merge_wish
     from lory_router.merge_command import run_merge
 

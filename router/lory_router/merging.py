@@ -31,9 +31,12 @@ from lory_server.recipes import (
 
 MAX_WEIGHT = 1000.0
 MAX_RANK = 256
-METHODS: dict[str, MergeMethod] = {name: name for name in get_args(MergeMethod)} | {"cat": "linear"}
+METHODS: Mapping[str, MergeMethod] = {
+    **{name: name for name in get_args(MergeMethod)},
+    "cat": "linear",
+}
 """By what callers call them; PEFT's `cat` is the exact sum, which is our `linear`."""
-SIGN_METHODS: dict[str, SignMethod] = {name: name for name in get_args(SignMethod)}
+SIGN_METHODS: Mapping[str, SignMethod] = {name: name for name in get_args(SignMethod)}
 
 T = TypeVar("T")
 

@@ -73,8 +73,8 @@ def merge_numbers(weights_fds: Sequence[int], plan: MergePlan, data: Tensor) -> 
         assert merged.a is not None
         factors = [_read(weights_fds[part.source], plan.recipe, part) for part in parts]
         a_RK, b_NR = _merge(plan.recipe, factors, merged.rank, module_of(merged))
-        for kind, numbers in (("a", a_RK), ("b", b_NR.T)):
-            target = data[places[kind] : places[kind] + numbers.numel()].view(numbers.shape)
+        for start, numbers in ((places["a"], a_RK), (places["b"], b_NR.T)):
+            target = data[start : start + numbers.numel()].view(numbers.shape)
             target.copy_(numbers)
             _check_finite(target, merged.a.name)
     return revision
