@@ -372,6 +372,20 @@ def test_a_fresh_file_is_not_settled(root: Path) -> None:
         assert files.is_settled == (files.located_ns - changed_ns > SETTLED_NS)
 
 
+def test_a_fetched_file_is_settled_and_known_by_its_folder(root: Path) -> None:
+    """Its folder never gets other bytes; that of a removed one, whose inodes come again, has
+    another name. Otherwise a replacement would be read twice, at once and when it is first used."""
+    store = AdapterStore(None, root)
+    with store.locate("@one") as files:
+        assert files.is_settled
+        files.check_unchanged()
+        store.remember(files.signature, "abc")
+    (root / "one").rename(root / "other")
+    assert store.revision_of(signature_of(store, "@other")) is None
+    (root / "other").rename(root / "one")
+    assert store.revision_of(signature_of(store, "@one")) == "abc"
+
+
 def test_digests_are_remembered_by_signature(root: Path) -> None:
     store = AdapterStore(root)
     signature = signature_of(store, "one")

@@ -376,7 +376,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "has a bias": {"lora_bias": True},
     "not finite": {"change": poison},
     "is missing": {"change": lambda tensors: tensors.pop(next(iter(tensors)))},
-    "activated LoRA": {"alora_invocation_tokens": [1, 2]},
+    "an activated LoRA": {"alora_invocation_tokens": [1, 2]},
     "full modules": {"modules_to_save": ["lm_head"]},
 }
 
@@ -431,7 +431,9 @@ def test_merging_knows_all_that_an_adapter_may_have() -> None:
         "site", "slice", "rank", "scale", "a", "b", "magnitude", "b_bias", "bias", "has_base_bias"
     }  # fmt: skip
     manifest_fields = {field.name for field in dataclasses.fields(AdapterManifest)}
-    assert manifest_fields == {"slices", "base_model_name", "file_bytes", "digest"}
+    assert manifest_fields == {
+        "slices", "base_model_name", "file_bytes", "digest", "invocation_tokens"
+    }  # fmt: skip
 
 
 def test_a_name_says_all_of_a_recipe() -> None:

@@ -22,9 +22,11 @@ from lory_client import (
 )
 from lory_router.cli import app
 from lory_router.engine import SequenceRequest
+from lory_router.keys import Keyring
 from lory_router.metrics import Metrics
 from lory_router.names import Target
-from lory_router.registry import SCHEMA_VERSION, Registry, RegistryError
+from lory_router.registry import Registry
+from lory_router.registry_file import SCHEMA_VERSION, RegistryError
 from lory_router.sourced_engine import SourcedEngine
 from lory_router.sources.reference import Reference, read_reference
 from lory_router.warmup import WarmUp
@@ -346,6 +348,72 @@ def test_a_source_that_was_removed_is_not_served_by_a_merge() -> None:
     assert reply.status_code == 200
 
 
+# -- whose ----------------------------------------------------------------------------------
+
+
+def as_(who: str) -> dict[str, Any]:
+    return {"headers": {"authorization": f"Bearer {who}"}}
+
+
+@pytest.fixture
+def owned(tmp_path: Path) -> Front:
+    """`secret` is acme's, and the admin has merged it with `french`, which is for all."""
+    path = tmp_path / "keys"
+    path.write_text(json.dumps([{"key": name, "tenant": name} for name in ("acme", "beta")]))
+    front = Front(
+        engine=ScriptedEngine(adapters=("french", "secret")),
+        registry=Registry(str(tmp_path / "registry")),
+        keys=Keyring(("admin",), str(path)),
+    )
+    front.post("/v1/adapters", {"name": "secret", "owner": "acme"}, **as_("admin"))
+    adapters = [{"adapter_id": name, "weight": 1} for name in ("french", "secret")]
+    reply = front.post(MERGE, {"name": "blend", "adapters": adapters}, **as_("admin"))
+    assert reply.status_code == 201, reply.text
+    return front
+
+
+def test_a_merge_is_there_for_who_may_see_all_its_sources(owned: Front) -> None:
+    def ask(who: str, **parameters: Any) -> tuple[int, Any]:
+        reply = owned.post("/generate", {"inputs": "a", "parameters": parameters}, **as_(who))
+        return reply.status_code, reply.json()
+
+    both = {"ids": ["french", "secret"], "weights": [1, 1]}
+    for who, status in (("admin", 200), ("acme", 200), ("beta", 404)):
+        assert ask(who, adapter_id="blend")[0] == status
+        assert ask(who, merged_adapters=both)[0] == status
+        ids = [one["id"] for one in owned.get("/v1/adapters", **as_(who)).json()["data"]]
+        assert ("blend" in ids) == (status == 200)
+    status, told = ask("beta", merged_adapters=both)
+    absent = ask("beta", merged_adapters={**both, "ids": ["french", "sacred"]})
+    assert told == json.loads(json.dumps(absent[1]).replace("sacred", "secret"))
+    assert ask("beta", merged_adapters={"ids": ["french"], "weights": [1]})[0] == 200
+
+
+def test_a_tenant_saves_merges_of_what_it_sees_under_names_of_its_own(owned: Front) -> None:
+    def save_as(who: str, name: str, *sources: str) -> int:
+        adapters = [{"adapter_id": source, "weight": 1} for source in sources]
+        return owned.post(MERGE, {"name": name, "adapters": adapters}, **as_(who)).status_code
+
+    assert save_as("acme", "mine", "french") == 403
+    assert save_as("acme", "acme/mine", "french", "secret") == 201
+    assert save_as("beta", "acme/mine", "french") == 403
+    assert save_as("beta", "beta/theirs", "secret") == 404
+    body = {"inputs": "a", "parameters": {"adapter_id": "acme/mine"}}
+    for who, status in (("acme", 200), ("beta", 404)):
+        assert owned.post("/generate", body, **as_(who)).status_code == status
+    assert owned.ask("DELETE", "/v1/adapters/blend", **as_("acme")).status_code == 403
+    assert owned.ask("DELETE", "/v1/adapters/acme/mine", **as_("acme")).status_code == 200
+    assert owned.registry.state.owners == {"secret": "acme"}
+
+
+def test_a_tenants_merge_needs_a_registry_that_is_kept(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text(json.dumps([{"key": "acme", "tenant": "acme"}]))
+    front = Front(keys=Keyring((), str(path)))
+    body = {"name": "acme/mine", "adapters": BOTH[:1]}
+    assert "--registry" in refusal(front.post(MERGE, body, **as_("acme")), 400)
+
+
 # -- the registry ---------------------------------------------------------------------------
 
 
@@ -365,7 +433,7 @@ def test_a_merge_outlives_the_server(tmp_path: Path) -> None:
         engine = ScriptedEngine()
         run(_warmed(WarmUp(engine, second, ())))
         assert engine.orders == [("pin", merged_id(recipe), "")]
-        run(second.remove("blend"))
+        run(second.clear("blend"))
         assert (second.state.merges, second.state.pins, second.state.removed) == ({}, set(), set())
 
 
@@ -408,6 +476,9 @@ class FakeSources:
             raise LookupError(reference.name)
         self.held.append(f"@{reference.name}")
         return self.held[-1]
+
+    def listing(self) -> tuple[()]:
+        return ()
 
     def release(self, name: str) -> None:
         self.held.remove(name)

@@ -15,32 +15,32 @@ from lory_router.remote import check, connect, one_line_errors
 
 Deed = Literal["list", "show", "load", "unload", "pin", "unpin", "register", "merge", "delete"]
 
-Wish = dict[str, Any]
-"""Fields of a request's body."""
-
 MIB = 1 << 20
 
 
+Wish = dict[str, Any]
+"""Fields of a request's body, beside the name."""
+
+
 def check_arguments(deed: Deed, name: str, registered: Wish, merged: Wish) -> Wish:
-    """What the request's body says beside the name: the fields that were given."""
+    """The wish, which is of one of the two."""
     if bool(name) != (deed != "list"):
         wants = "takes no name" if name else "needs the name of an adapter"
         raise ConfigError(f"lory adapters {deed}: {wants}")
-    registered = _given(registered)
     if registered and deed != "register":
-        raise ConfigError(f"lory adapters {deed}: --adapter and --revision are for register")
+        text = "--adapter, --revision and --owner are for register"
+        raise ConfigError(f"lory adapters {deed}: {text}")
     if merged and deed != "merge":
-        raise ConfigError(
-            f"lory adapters {deed}: --of, --method, --density, --sign, --rank and --seed are for"
-            " merge"
-        )
+        text = "--of, --method, --density, --sign, --rank and --seed are for merge"
+        raise ConfigError(f"lory adapters {deed}: {text}")
     if deed == "merge" and "adapters" not in merged:
         raise ConfigError("lory adapters merge: --of ADAPTER=WEIGHT names what it is merged from")
     return registered or merged
 
 
-def _given(wish: Wish) -> Wish:
-    return {field: value for field, value in wish.items() if value not in ("", None, [])}
+def given(**fields: object) -> Wish:
+    """The flags that were given."""
+    return {field: value for field, value in fields.items() if value not in ("", None, [])}
 
 
 def merge_wish(
@@ -51,9 +51,15 @@ def merge_wish(
     rank: int | None,
     seed: int | None,
 ) -> Wish:
-    """The flags that were given, by the names of the server's fields."""
-    fields = {"method": method, "density": density, "majority_sign_method": sign}
-    return _given({"adapters": read_weights(of or ()), **fields, "rank": rank, "seed": seed})
+    """By the names of the server's fields."""
+    return given(
+        adapters=read_weights(of or ()),
+        method=method,
+        density=density,
+        majority_sign_method=sign,
+        rank=rank,
+        seed=seed,
+    )
 
 
 def read_weights(of: Sequence[str]) -> list[Wish]:
@@ -110,6 +116,8 @@ def _lines(told: dict[str, Any]) -> list[str]:
         return [f"{told['id']} is not served any more; its files are where they were"]
     facts: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
         ("state", lambda a: a["state"] + (", pinned" if a["pinned"] else "")),
+        ("fetching", lambda a: fetched(a["fetching"]) if a.get("fetching") else None),
+        ("owner", lambda a: a.get("owner")),
         ("revision", lambda a: a["revision"]),
         ("refused", lambda a: a["refused"]),
         ("merged", _merged),
@@ -120,6 +128,13 @@ def _lines(told: dict[str, Any]) -> list[str]:
     ]
     found = [(label, fact(told)) for label, fact in facts]
     return [told["id"], *(f"  {label:9} {value}" for label, value in found if value)]
+
+
+def fetched(download: dict[str, Any]) -> str:
+    """How far it has come."""
+    total = download["total"]
+    of = "" if total is None else f" of {total / MIB:.1f}"
+    return f"{download['bytes'] / MIB:.1f}{of} MiB in {download['seconds']:.0f} s"
 
 
 def _merged(adapter: dict[str, Any]) -> str:

@@ -198,6 +198,7 @@ def adapters(
     name: Annotated[str, typer.Argument(help="Adapter, name@alias or name@revision.")] = "",
     adapter: Annotated[str, typer.Option(help="For register: what the name stands for.")] = "",
     revision: Annotated[str, typer.Option(help="For register: which revision of it.")] = "",
+    owner: Annotated[str, typer.Option(help="For register: tenant that it is for alone.")] = "",
     of: Of = None,
     method: Method = "",
     density: Density = None,
@@ -209,10 +210,10 @@ def adapters(
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
 ) -> None:
     """List what a running server serves; pin, name, merge, delete one."""
-    from lory_router.adapter_commands import check_arguments, do, merge_wish
+    from lory_router.adapter_commands import check_arguments, do, given, merge_wish
     from lory_router.chat import show_adapters
 
-    registered = {"adapter_id": adapter, "revision": revision}
+    registered = given(adapter_id=adapter, revision=revision, owner=owner)
     merged = merge_wish(of, method, density, sign, rank, seed)
     wish = check_arguments(deed, name, registered, merged)
     if deed == "list":

@@ -155,7 +155,7 @@ class ChildEngine:
             adapter_id=merged_id(recipe) if recipe else request.adapter_id,
             adapter_revision=request.adapter_revision,
             charged_as=request.adapter_id or MERGED if recipe else "",
-            tenant=request.tenant,
+            tenant=request.caller.tenant,
         )
         life.send(command)
         stream = SequenceStream(number, len(request.prompt_ids), request.room, life.send_cancel)

@@ -3,8 +3,9 @@
 ApiError
  |- BadJson 400               |- NotFound 404 (no such path)      |- Overloaded 429
  |- Unauthorized 401          |- MethodNotAllowed 405             |- GenerationFailed 424 / 500
- |- AdapterNotFound 404       |- BodyTimeout 408                  |- IncompleteGeneration 500
- |- RevisionNotFound 404      |- ReaderTooSlow 408                |- InternalError 500
+ |- Forbidden 403             |- BodyTimeout 408                  |- IncompleteGeneration 500
+ |- AdapterNotFound 404       |- ReaderTooSlow 408                |- InternalError 500
+ |- RevisionNotFound 404      |                                   |
  |- BodyTooLarge 413          |- Conflict 409                     |- RegistryUnwritable 500
  |- WrongMediaType 415        |- Invalid 422 / 400                |- EngineUnavailable 503
  |- ClientGone 499                |- ContextTooLong               |- TooManyConnections 503
@@ -21,7 +22,7 @@ second. It must not know routes or how a reply is sent.
 from typing import Literal
 
 from lory_router.engine import Unavailable
-from lory_server.messages import FETCHED, Failure, Finished
+from lory_server.messages import Failure, Finished
 
 Dialect = Literal["lorax", "openai"]
 
@@ -88,6 +89,14 @@ class Unauthorized(ApiError):
     error_type = "unauthorized"
     openai_type = "authentication_error"
     code = "invalid_api_key"
+
+
+class Forbidden(ApiError):
+    """Known, and not this caller's to do."""
+
+    status = 403
+    error_type = "forbidden"
+    openai_type = "permission_error"
 
 
 class NotFound(ApiError):
@@ -290,7 +299,7 @@ PARAMS = {
 def from_failure(failure: Failure, retry_after_s: int, adapter_id: str = "") -> ApiError:
     """The engine's refusal; what is wrong with an adapter is told under its name."""
     kind, missing = FAILURES[failure.code], failure.source or adapter_id
-    if kind is AdapterNotFound and missing and not missing.startswith(FETCHED):
+    if kind is AdapterNotFound and missing:
         return adapter_not_found(missing)
     wait = retry_after_s if kind is Overloaded else None
     about = f"adapter {shown(adapter_id)}: " if kind is AdapterInvalid and adapter_id else ""

@@ -5,12 +5,19 @@ request that leaves, or whose deadline comes, leaves nothing behind. It must not
 are fetched, nor HTTP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
 
-from lory_router.engine import EngineClient, EngineStream, SequenceRequest, StreamEvent
+from lory_router.engine import (
+    EngineClient,
+    EngineStream,
+    SequenceRequest,
+    StreamEvent,
+    Unavailable,
+)
+from lory_router.sourced_orders import SourcedOrders, renamed, renamed_failure
 from lory_router.sources.reference import Reference
 from lory_router.sources.service import Sources
 from lory_server.messages import (
@@ -28,7 +35,12 @@ from lory_server.recipes import MergeSource
 class SourcedEngine:
     def __init__(self, engine: EngineClient, sources: Sources) -> None:
         self._engine = engine
-        self._sources = sources
+        self.sources = sources
+        self.orders = SourcedOrders(engine, sources)
+
+    async def close(self) -> None:
+        await self.orders.close()
+        await self.sources.close()
 
     @property
     def info(self) -> EngineInfo | None:
@@ -42,40 +54,66 @@ class SourcedEngine:
 
     async def submit(self, request: SequenceRequest) -> EngineStream:
         """Raises an ApiError, too, for an adapter that cannot be had."""
-        wanted = request.references or (request.source,)
-        held: list[str] = []
+        held: dict[str, str] = {}
         try:
+            wanted = request.references or (request.source,)
             names = [await self._acquire(one, request.token, held) for one in wanted]
             stream = await self._engine.submit(_of_fetched(request, names))
         except BaseException:
-            for name in held:
-                self._sources.release(name)
+            for engine_name in held:
+                self.sources.release(engine_name)
             raise
-        return _HoldingStream(stream, self._sources, held) if held else stream
+        for reference, engine_name in zip(wanted, names, strict=True):
+            if reference is not None:
+                self.orders.used(reference, engine_name)
+        return _HoldingStream(stream, self.sources, held) if held else stream
 
-    async def _acquire(self, source: Reference | None, token: str, held: list[str]) -> str:
-        """The engine's name for it, which `held` notes; empty for a local adapter."""
+    async def _acquire(self, source: Reference | None, token: str, held: dict[str, str]) -> str:
+        """The engine's name for it, which `held` notes once; empty for a local adapter."""
         if source is None:
             return ""
-        held.append(await self._sources.acquire(source, token))
-        return held[-1]
+        engine_name = await self.sources.acquire(source, token)
+        if engine_name in held:
+            self.sources.release(engine_name)
+        held[engine_name] = source.name
+        return engine_name
 
     async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
-        """Of local adapters: what was fetched is held by requests alone."""
+        """Of local adapters; `orders` takes those of others."""
         return await self._engine.order(kind, adapter_id, revision)
 
+    async def drop(self, reference: Reference) -> None:
+        """Nobody new gets it; what requests hold stays until they end."""
+        try:
+            await self.orders.order("drop", reference)
+        except Unavailable:
+            return  # an engine that is gone holds nothing, and the next one is not told of it
+        finally:
+            await self.sources.remove(reference)
+
     async def list_adapters(self) -> tuple[AdapterEntry, ...]:
-        """The local ones, and of those that were fetched what everybody may see, newest only."""
-        entries = await self._engine.list_adapters()
-        fetched = self._sources.listing()
-        names = {f.engine_name: f.name for f in fetched if f.is_public and f.is_latest}
+        """The local ones, and those that were fetched, by their names, each once: what it has in
+        memory of older bytes stands with the newest."""
+        entries, all_fetched = await self._engine.list_adapters(), self.sources.listing()
         local = [entry for entry in entries if not entry.adapter_id.startswith(FETCHED)]
-        shown = [
-            msgspec.structs.replace(entry, adapter_id=names[entry.adapter_id])
-            for entry in entries
-            if entry.adapter_id in names
-        ]
-        return (*local, *sorted(shown, key=lambda entry: entry.adapter_id))
+        told = {entry.adapter_id: entry for entry in entries}
+        shown: dict[str, AdapterEntry] = {}
+        for fetched in sorted(all_fetched, key=lambda one: one.is_latest):
+            entry = told.get(fetched.engine_name)
+            if entry is not None:
+                newer = renamed(entry, fetched.name)
+                older = shown.get(fetched.name)
+                shown[fetched.name] = _with_older(newer, older) if older else newer
+        latest = {fetched.name for fetched in all_fetched if fetched.is_latest}
+        return (*local, *(shown[name] for name in sorted(shown) if name in latest))
+
+
+def _with_older(entry: AdapterEntry, older: AdapterEntry) -> AdapterEntry:
+    return msgspec.structs.replace(
+        entry,
+        revisions=(*older.revisions, *entry.revisions),
+        num_requests=older.num_requests + entry.num_requests,
+    )
 
 
 def _of_fetched(request: SequenceRequest, names: Sequence[str]) -> SequenceRequest:
@@ -84,7 +122,7 @@ def _of_fetched(request: SequenceRequest, names: Sequence[str]) -> SequenceReque
     if not request.references or recipe is None:
         return replace(request, adapter_id=names[0] or request.adapter_id)
     sources = tuple(
-        MergeSource(name, source.weight) if name else source
+        MergeSource(name, source.weight, source.revision) if name else source
         for name, source in zip(names, recipe.sources, strict=True)
     )
     return replace(request, recipe=msgspec.structs.replace(recipe, sources=sources))
@@ -93,10 +131,12 @@ def _of_fetched(request: SequenceRequest, names: Sequence[str]) -> SequenceReque
 class _HoldingStream:
     """A stream that holds its adapters on disk until it ends or is cancelled."""
 
-    def __init__(self, stream: EngineStream, sources: Sources, names: Sequence[str]) -> None:
+    def __init__(self, stream: EngineStream, sources: Sources, held: Mapping[str, str]) -> None:
+        """`held`: by the engine's names, those that callers know."""
         self._stream = stream
         self._sources = sources
-        self._names = names
+        self._names = held
+        self._is_held = True
 
     @property
     def adapter_revision(self) -> str:
@@ -107,9 +147,15 @@ class _HoldingStream:
 
     async def __anext__(self) -> StreamEvent:
         event = await anext(self._stream)
-        if isinstance(event, Finished):
-            self._release()
-        return event
+        if not isinstance(event, Finished):
+            return event
+        self._release()
+        if event.failure is None:
+            return event
+        failure = event.failure
+        for engine_name, shown_name in self._names.items():
+            failure = renamed_failure(failure, engine_name, shown_name)
+        return msgspec.structs.replace(event, failure=failure)
 
     def gather(self, num_tokens: int) -> None:
         self._stream.gather(num_tokens)
@@ -119,6 +165,7 @@ class _HoldingStream:
         self._release()
 
     def _release(self) -> None:
-        names, self._names = self._names, ()
-        for name in names:
-            self._sources.release(name)
+        if self._is_held:
+            self._is_held = False
+            for engine_name in self._names:
+                self._sources.release(engine_name)

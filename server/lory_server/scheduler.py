@@ -184,11 +184,13 @@ class Scheduler:
         rows: list[PlanRow],
         flights: list[_Flight],
     ) -> None:
-        row = self._row(sequence, num_tokens, residency)
-        rows.append(row)
-        flights.append(_Flight(sequence, sequence.epoch, num_tokens, row.sample is not None))
-        sequence.num_computed += num_tokens
-        sequence.num_pending += row.sample is not None
+        """One row; or two where its adapter begins to act: the base's, and the adapter's."""
+        for run in sequence.runs(num_tokens):
+            row = self._row(sequence, run, residency)
+            rows.append(row)
+            flights.append(_Flight(sequence, sequence.epoch, run, row.sample is not None))
+            sequence.num_computed += run
+            sequence.num_pending += row.sample is not None
 
     def _row(self, sequence: Sequence, num_tokens: int, residency: Residency) -> PlanRow:
         start = sequence.num_computed
@@ -199,7 +201,8 @@ class Scheduler:
         targets: list[int] = []
         if sequence.sampling.prompt_logprobs and end > sequence.num_scored:
             targets = sequence.tokens[start + 1 : min(end + 1, sequence.prompt_len)]
-        adapter = residency.resident[sequence.revision] if sequence.revision else None
+        acts = bool(sequence.revision) and start >= sequence.activation
+        adapter = residency.resident[sequence.revision] if acts else None
         return PlanRow(
             sequence_id=sequence.request_id,
             lane=sequence.lane,

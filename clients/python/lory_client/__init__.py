@@ -33,6 +33,7 @@ from .types import (
     ChatDelta,
     ChatMessage,
     ChatParameters,
+    Download,
     GenerateParameters,
     Generation,
     MatchedModules,
@@ -45,6 +46,7 @@ from .types import (
     TextToken,
     Token,
     TokenLogprob,
+    UploadedAdapter,
     Usage,
 )
 
@@ -69,6 +71,7 @@ __all__ = [
     "Client",
     "ConflictError",
     "ConnectionFailedError",
+    "Download",
     "GenerateParameters",
     "Generation",
     "GenerationError",
@@ -95,6 +98,7 @@ __all__ = [
     "Token",
     "TokenLogprob",
     "UnavailableError",
+    "UploadedAdapter",
     "Usage",
     "ValidationError",
 ]

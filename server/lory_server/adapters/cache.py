@@ -75,6 +75,7 @@ class Resolved:
     num_bytes: int
     """What it takes in the device's pool."""
     max_rank: int
+    invocation_tokens: tuple[int, ...]
     load_seconds: float
     """From `resolve` to now."""
 
@@ -447,6 +448,7 @@ class AdapterCache:
             is_latest=is_latest,
             num_bytes=needed_bytes,
             max_rank=manifest.max_rank,
+            invocation_tokens=manifest.invocation_tokens,
             load_seconds=time.monotonic() - asked.asked_s,
         )
 

@@ -12,7 +12,7 @@ What is wrong with an adapter does not name it: whoever passes that on does.
 
 from typing import TypeVar
 
-from lory_server.messages import FETCHED, FailureCode
+from lory_server.messages import FailureCode
 from lory_server.recipes import Recipe
 
 
@@ -42,10 +42,9 @@ Blamed = TypeVar("Blamed", bound=AdapterError)
 
 
 def blaming(error: Blamed, recipe: Recipe, index: int) -> Blamed:
-    """The same about one source of a merge; what was fetched has no name that a caller knows."""
+    """The same about one source of a merge."""
     name = recipe.sources[index].adapter_id
-    known_as = "" if name.startswith(FETCHED) else f" ({name!r})"
-    told = type(error)(f"source {index + 1}{known_as}: {error}")
+    told = type(error)(f"source {index + 1} ({name!r}): {error}")
     told.source = name
     return told
 

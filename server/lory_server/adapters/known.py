@@ -97,6 +97,7 @@ class KnownNames:
             host_bytes=entry.blob.num_bytes if entry else 0,
             device_bytes=self._device.num_bytes(revision),
             is_pinned=revision in self._pins,
+            invocation_tokens=facts.invocation_tokens,
         )
 
     def _of(self, adapter_id: str) -> _Known:

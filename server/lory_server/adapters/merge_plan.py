@@ -69,6 +69,11 @@ def module_of(part: AdapterSlice) -> str:
 
 
 def _check_is_factors(manifest: AdapterManifest) -> None:
+    if manifest.invocation_tokens:
+        raise AdapterInvalidError(
+            "the adapter is an activated LoRA, which acts from its invocation on; only adapters"
+            " that act everywhere are merged"
+        )
     for part in manifest.slices:
         if part.magnitude is not None:
             raise _cannot(part.magnitude, _WHAT_ELSE["gain"])
