@@ -151,7 +151,7 @@ def test_a_folder_that_may_not_be_looked_into_hides_no_other(
 
     class Entry:
         def __init__(self, entry: "os.DirEntry[str]") -> None:
-            self.name = entry.name
+            self.name, self.path, self.is_symlink = entry.name, entry.path, entry.is_symlink
             self._entry = entry
 
         def is_dir(self) -> bool:

@@ -376,7 +376,7 @@ WRONG: dict[str, dict[str, Any]] = {
     "has a bias": {"lora_bias": True},
     "not finite": {"change": poison},
     "is missing": {"change": lambda tensors: tensors.pop(next(iter(tensors)))},
-    "an activated LoRA": {"alora_invocation_tokens": [1, 2]},
+    "an activated LoRA": {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
     "full modules": {"modules_to_save": ["lm_head"]},
 }
 
@@ -426,7 +426,7 @@ def test_what_overflows_is_refused(tmp_path: Path) -> None:
 
 def test_merging_knows_all_that_an_adapter_may_have() -> None:
     """Another field would be left out of a merge in silence: refuse it in `plan_merge` first."""
-    slice_fields = {field.name for field in dataclasses.fields(AdapterSlice)}
+    slice_fields = set(AdapterSlice.__struct_fields__)
     assert slice_fields == {
         "site", "slice", "rank", "scale", "a", "b", "magnitude", "b_bias", "bias", "has_base_bias"
     }  # fmt: skip

@@ -398,6 +398,9 @@ def test_a_tenant_saves_merges_of_what_it_sees_under_names_of_its_own(owned: Fro
     assert save_as("acme", "acme/mine", "french", "secret") == 201
     assert save_as("beta", "acme/mine", "french") == 403
     assert save_as("beta", "beta/theirs", "secret") == 404
+    adapters = [{"adapter_id": "secret", "weight": 1}]
+    reply = owned.post(MERGE, {"name": "beta/theirs", "adapters": adapters}, **as_("beta"))
+    assert refusal(reply, 404).startswith("No adapter named 'secret';")
     body = {"inputs": "a", "parameters": {"adapter_id": "acme/mine"}}
     for who, status in (("acme", 200), ("beta", 404)):
         assert owned.post("/generate", body, **as_(who)).status_code == status
@@ -477,8 +480,8 @@ class FakeSources:
         self.held.append(f"@{reference.name}")
         return self.held[-1]
 
-    def listing(self) -> tuple[()]:
-        return ()
+    def latest(self, reference: Reference) -> None:
+        """Nothing is pinned."""
 
     def release(self, name: str) -> None:
         self.held.remove(name)

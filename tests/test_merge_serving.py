@@ -19,9 +19,9 @@ from adapter_files import BASE, write_adapter
 from lory_router.cli import app
 from lory_server.adapters import reader as reader_module
 from lory_server.adapters.blob import AdapterBlob
-from lory_server.adapters.cache import Resolved
 from lory_server.adapters.errors import AdapterError
 from lory_server.adapters.merge_plan import MergePlan
+from lory_server.adapters.outcomes import Resolved
 from lory_server.adapters.reader import ThreadReader
 from lory_server.adapters.store import SETTLED_NS, AdapterStore
 from lory_server.merge_folder import write_folder

@@ -13,7 +13,7 @@ from lory_router.errors import Conflict, Invalid, from_failure, shown
 from lory_router.keys import Caller
 from lory_router.listing import Listing
 from lory_router.merging import check_saved
-from lory_router.merging_engine import found_source
+from lory_router.merging_engine import found_source, names_between, told_as
 from lory_router.names import check_new_name, split
 from lory_router.registry import Registry
 from lory_router.rights import Rights
@@ -44,11 +44,13 @@ class Merges:
         the name is new. What others than admins save is their tenant's."""
         self._check_name(caller, wish.name)
         owner = self._rights.check_owner(caller, None)
-        recipe = self._found(caller, check_saved(wish, self._settings))
+        named = check_saved(wish, self._settings)
+        recipe = self._found(caller, named)
         await self._check_free(caller, recipe)
         done = await self._engine.order("find", merged_id(recipe))
         if done.failure is not None:
-            raise from_failure(done.failure, self._settings.retry_after_s, wish.name)
+            failure = told_as(done.failure, names_between(recipe, named))
+            raise from_failure(failure, self._settings.retry_after_s, wish.name)
         assert done.entry is not None
         async with self._saving:
             is_new = await self._check_free(caller, recipe)

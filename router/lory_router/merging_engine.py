@@ -5,11 +5,12 @@ under its name, one that a request asks for with its sources as the caller named
 know HTTP, or how adapters are merged.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import msgspec
 
-from lory_router.engine import EngineClient, EngineStream, SequenceRequest
+from lory_router.engine import EngineClient, EngineStream, SequenceRequest, StreamEvent
 from lory_router.errors import Invalid, adapter_not_found, shown
 from lory_router.keys import Caller
 from lory_router.registry import Registry
@@ -17,7 +18,15 @@ from lory_router.rights import Rights
 from lory_router.settings import RouterSettings
 from lory_router.sources.reference import Reference, is_from_source, reference_of
 from lory_router.validate import check_source, token_without_source
-from lory_server.messages import AdapterEntry, EngineInfo, OrderDone, OrderKind
+from lory_server.messages import (
+    AdapterEntry,
+    CancelReason,
+    EngineInfo,
+    Failure,
+    Finished,
+    OrderDone,
+    OrderKind,
+)
 from lory_server.recipes import MERGED, MergeSource, Recipe, merged_id
 
 READING: tuple[OrderKind, ...] = ("find", "load", "pin")
@@ -45,8 +54,10 @@ class MergingEngine:
 
     async def submit(self, request: SequenceRequest) -> EngineStream:
         if request.recipe is not None:
-            request = self._aimed(request, request.recipe)
-        elif request.source is None:
+            aimed = self._aimed(request, request.recipe)
+            names = names_between(aimed.recipe, request.recipe)
+            return _TellingStream(await self._engine.submit(aimed), names)
+        if request.source is None:
             request = replace(request, recipe=self._saved(request.adapter_id))
         return await self._engine.submit(request)
 
@@ -112,6 +123,55 @@ def found_source(
             param=field,
         )
     return MergeSource(target.adapter_id, source.weight, target.revision)
+
+
+Names = Mapping[str, str]
+"""By what the engine knows of a merge's sources, how the caller named them."""
+
+
+def names_between(found: Recipe | None, named: Recipe) -> Names:
+    sources = found.sources if found else ()
+    return {
+        one.adapter_id: other.adapter_id
+        for one, other in zip(sources, named.sources, strict=True)
+        if one.adapter_id != other.adapter_id
+    }
+
+
+def told_as(failure: Failure, names: Names) -> Failure:
+    """Of a source by the caller's name for it, so that it tells of nothing else."""
+    name = names.get(failure.source)
+    if name is None:
+        return failure
+    message = failure.message.replace(f"({failure.source!r})", f"({name!r})")
+    return msgspec.structs.replace(failure, message=message, source=name)
+
+
+class _TellingStream:
+    """A stream whose failure names a source as its caller did."""
+
+    def __init__(self, stream: EngineStream, names: Names) -> None:
+        self._stream = stream
+        self._names = names
+
+    @property
+    def adapter_revision(self) -> str:
+        return self._stream.adapter_revision
+
+    def __aiter__(self) -> "_TellingStream":
+        return self
+
+    async def __anext__(self) -> StreamEvent:
+        event = await anext(self._stream)
+        if not isinstance(event, Finished) or event.failure is None:
+            return event
+        return msgspec.structs.replace(event, failure=told_as(event.failure, self._names))
+
+    def gather(self, num_tokens: int) -> None:
+        self._stream.gather(num_tokens)
+
+    def cancel(self, reason: CancelReason = "cancelled") -> None:
+        self._stream.cancel(reason)
 
 
 def _called(name: str, entry: AdapterEntry) -> AdapterEntry:

@@ -15,8 +15,9 @@ from typing import Any, Protocol
 import msgspec
 
 from lory_server.accounting import CostModel, charge, row_share
-from lory_server.adapters.cache import AdapterCache, Listed, Resolved
+from lory_server.adapters.cache import AdapterCache
 from lory_server.adapters.orders import Orders
+from lory_server.adapters.outcomes import Listed, Resolved
 from lory_server.messages import (
     AdapterEntry,
     AdapterList,

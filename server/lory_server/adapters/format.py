@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+import msgspec
+
 from lory_server.adapters.config import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
@@ -77,8 +79,7 @@ class Base:
     """0: not known."""
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterSlice:
+class AdapterSlice(msgspec.Struct, frozen=True, gc=False):
     """What an adapter has for one slice of one site: A [rank, in_features] and B [out_features,
     rank], or neither, and tensors of [out_features]."""
 

@@ -1,8 +1,8 @@
-"""The threads that load adapters, and the reader that each load takes: one set for adapters as they
-are, one thread for those that are merged, whose reader starts with the first of them.
+"""The threads that load adapters, and the readers that they take: some for adapters as they are,
+one for those that are merged, whose reader starts with the first of them.
 
-A merge may take as long as many loads do, and delays no load that is none. It must not know what
-the jobs make.
+A merge may take as long as many loads do, and delays no load that is none; merges wait for each
+other. It must not know what the jobs make.
 """
 
 import threading
@@ -17,31 +17,46 @@ from lory_server.adapters.workers import Job, Workers
 @dataclass(frozen=True, slots=True)
 class Lane:
     workers: Workers
-    free: "SimpleQueue[Reader]"
-    """Readers that no load has; as many as threads."""
     readers: Sequence[Reader]
+    """As many as threads."""
+    free: "SimpleQueue[Reader]"
+    """Those that no load has."""
+    spare: Reader
+    """For spare threads."""
+
+    @classmethod
+    def of(cls, workers: Workers, readers: Sequence[Reader], spare: Reader) -> "Lane":
+        free: SimpleQueue[Reader] = SimpleQueue()
+        for reader in readers:
+            free.put(reader)
+        return cls(workers, readers, free, spare)
 
 
 class Loaders:
     def __init__(
         self,
         make_reader: Callable[[], Reader],
+        spare: Reader,
         num_threads: int,
+        max_spares: int,
         outcomes: "SimpleQueue[object]",
         on_outcome: Callable[[], None],
     ) -> None:
-        def lane(name: str, readers: Sequence[Reader]) -> Lane:
-            free: SimpleQueue[Reader] = SimpleQueue()
-            for reader in readers:
-                free.put(reader)
-            return Lane(Workers(name, len(readers), outcomes, on_outcome), free, readers)
-
-        self.plain = lane("lory-adapter-load", [make_reader() for _ in range(num_threads)])
-        self.merges = lane("lory-adapter-merge", [LateReader(make_reader)])
+        readers = [make_reader() for _ in range(num_threads)]
+        workers = Workers(
+            "lory-adapter-load", num_threads, outcomes, on_outcome, max_spares=max_spares
+        )
+        self.plain = Lane.of(workers, readers, spare)
+        late = LateReader(make_reader)
+        merger = Workers("lory-adapter-merge", 1, outcomes, on_outcome)
+        self.merges = Lane.of(merger, [late], late)
 
     def submit(self, job: Job) -> None:
         """Work that needs no reader."""
         self.plain.workers.submit(job)
+
+    def relieve(self) -> None:
+        self.plain.workers.relieve()
 
     def wait_until_ready(self) -> None:
         for reader in self.plain.readers:

@@ -36,28 +36,28 @@ class Reader(Protocol):
 
 
 class ThreadReader:
-    """Reads on the thread that asks."""
+    """Reads on the thread that asks, or on several that ask at once."""
 
     def __init__(self, base: Base, dtype: torch.dtype) -> None:
         self._base = base
         self._dtype = dtype
-        self._plan: MergePlan | None = None
 
     def wait_until_ready(self) -> None:
         """There is nothing to start."""
 
     def manifest(self, files: Files) -> AdapterManifest:
         if isinstance(files, SourceFiles):
-            self._plan = read_plan(files.recipe, files.descriptors, self._base)
-            return self._plan.manifest
+            return self._plan(files).manifest
         return read_manifest(files.config_fd, files.weights_fd, self._base)
 
     def blob(self, files: Files, manifest: AdapterManifest) -> AdapterBlob:
         if isinstance(files, SourceFiles):
-            assert self._plan is not None, "a manifest comes before its numbers"
             weights_fds = [source.weights_fd for source in files.sources]
-            return merged_blob(weights_fds, self._plan, self._dtype)
+            return merged_blob(weights_fds, self._plan(files), self._dtype)
         return read_blob(files.weights_fd, manifest, self._dtype)
+
+    def _plan(self, files: SourceFiles) -> MergePlan:
+        return read_plan(files.recipe, files.descriptors, self._base)
 
     def close(self) -> None:
         """Nothing to end."""

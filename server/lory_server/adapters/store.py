@@ -283,18 +283,19 @@ def _signature(*fds: int) -> Signature:
 
 def _folders(root: str, folder: str) -> Iterator[str]:
     """Names of the folders in `folder`; links are followed only inside `root`."""
-    for name in _folder_names(folder):
-        if not _FOLDER_NAME.fullmatch(name):
+    for entry in _folder_entries(folder):
+        if not _FOLDER_NAME.fullmatch(entry.name):
             continue
-        if _is_inside(root, os.path.realpath(os.path.join(folder, name))):
-            yield name
+        # What is no link lies where it is listed: of thousands, few need a look at the disk.
+        if not entry.is_symlink() or _is_inside(root, os.path.realpath(entry.path)):
+            yield entry.name
 
 
 def _nameless(root: str, above: str = "", depth: int = 1) -> Iterator[str]:
-    for name in _folder_names(os.path.join(root, above)):
-        inner = f"{above}{name}"
+    for entry in _folder_entries(os.path.join(root, above)):
+        inner = f"{above}{entry.name}"
         folder = os.path.join(root, inner)
-        if name.startswith(".") or os.path.islink(folder):
+        if entry.name.startswith(".") or entry.is_symlink():
             continue
         if _has_config(folder):
             if not _ADAPTER_ID.fullmatch(inner):
@@ -303,10 +304,10 @@ def _nameless(root: str, above: str = "", depth: int = 1) -> Iterator[str]:
             yield from _nameless(root, inner + "/", depth + 1)
 
 
-def _folder_names(folder: str) -> list[str]:
+def _folder_entries(folder: str) -> list["os.DirEntry[str]"]:
     try:
         with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if _is_folder(entry)]
+            return [entry for entry in entries if _is_folder(entry)]
     except OSError:
         return []  # it was removed or closed to us since it was seen: nothing to list
 
