@@ -40,6 +40,8 @@ from lory_router.settings import RouterSettings
 from lory_router.sources.service import Sources
 from lory_router.sse import shown_error
 from lory_router.text import TextModel
+from lory_router.tuning.routes import TuningRoutes
+from lory_router.tuning.service import Tuning
 from lory_router.upload_routes import UploadRoutes
 
 GENERATION: tuple[tuple[str, Dialect, Handler], ...] = (
@@ -61,6 +63,7 @@ def create_app(
     registry: Registry | None = None,
     is_warm: Callable[[], bool] = lambda: True,
     sources: Sources | None = None,
+    tuning: Tuning | None = None,
 ) -> ASGIApp:
     """The front of `engine`, to be served by an ASGI server; healthy once it is warm."""
     registry = registry or Registry()
@@ -73,6 +76,7 @@ def create_app(
         routes=[
             *_generation_routes(front),
             *(UploadRoutes(uploads).routes() if uploads else ()),
+            *(TuningRoutes(front, tuning).routes() if tuning else ()),
             *_page_routes(Pages(front, listing, int(time.time()))),
             *AdapterRoutes(front, lifecycle).routes(),
         ],

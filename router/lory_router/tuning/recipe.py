@@ -1,0 +1,97 @@
+"""A job as `lory train` wants it: the configuration file and the command line.
+
+It must not know how training is done, nor anything of a process.
+"""
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lory_router.tuning.news import EVENTS_NAME
+from lory_router.tuning.records import JobRecord
+from lory_router.tuning.settings import TuningSettings
+from lory_router.tuning.wishes import DEFAULT_BETA, DEFAULT_EPOCHS
+
+LORY = (sys.executable, "-m", "lory_router")
+CONFIG_NAME = "config.yaml"
+TRAINERS = {"supervised": "finetune", "dpo": "dpo"}
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    job: JobRecord
+    training: Path
+    validation: Path | None
+    run: Path
+    """The run's own folder."""
+
+    @property
+    def kind(self) -> str:
+        return json.loads(self.job.method)["type"]
+
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        return json.loads(self.job.method)[self.kind]["hyperparameters"]
+
+
+def write_recipe(recipe: Recipe, settings: TuningSettings) -> None:
+    """JSON is YAML too, and needs no quoting of a caller's text."""
+    text = json.dumps(configuration(recipe, settings), indent=2)
+    (recipe.run / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+
+
+def configuration(recipe: Recipe, settings: TuningSettings) -> dict[str, Any]:
+    """In the keys of docs/training.md."""
+    values: dict[str, Any] = {
+        "model_type": "llm",
+        "base_model": settings.base,
+        "prompt": {"chat": True},
+        "adapter": {"type": "lora"},
+        "trainer": _trainer(recipe),
+        "seed": recipe.job.seed,
+        "device": settings.device,
+        "dataset": str(recipe.training),
+    }
+    if recipe.validation is not None:
+        values["validation_dataset"] = str(recipe.validation)
+    if settings.quantize == "nf4":
+        values["quantization"] = {
+            "bits": 4,
+            "bnb_4bit_use_double_quant": settings.double_quant,
+        }
+    return values
+
+
+def _trainer(recipe: Recipe) -> dict[str, Any]:
+    given = recipe.hyperparameters
+    epochs, multiplier = given["n_epochs"], given["learning_rate_multiplier"]
+    values: dict[str, Any] = {
+        "type": TRAINERS[recipe.kind],
+        "epochs": DEFAULT_EPOCHS if epochs == "auto" else epochs,
+        "batch_size": given["batch_size"],
+        "learning_rate": "auto",
+        "learning_rate_multiplier": 1.0 if multiplier == "auto" else multiplier,
+        "checkpoints_per_epoch": 1,
+    }
+    if recipe.kind == "dpo":
+        beta = given["beta"]
+        values["dpo_beta"] = DEFAULT_BETA if beta == "auto" else beta
+    return values
+
+
+def train_command(recipe: Recipe, settings: TuningSettings) -> tuple[str, ...]:
+    """Goes on from the newest checkpoint if the run has begun before."""
+    run = recipe.run
+    has_begun = (run / EVENTS_NAME).exists()
+    return (
+        *LORY,
+        "train",
+        str(run / CONFIG_NAME),
+        "--output",
+        str(settings.adapters / recipe.job.adapter_id),
+        "--run",
+        str(run),
+        *(("--resume",) if has_begun else ()),
+    )
