@@ -99,8 +99,8 @@ class KeptFiles:
                 pieces = _take_in(arriving, reader, data)
                 if arriving.num_bytes > self._settings.max_file_bytes:
                     raise BodyTooLarge(
-                        f"The file is larger than {self._settings.max_file_bytes} bytes; --tuning-max-file"
-                        " is the most that is taken",
+                        f"The file is larger than {self._settings.max_file_bytes} bytes;"
+                        " --tuning-max-file is the most that is taken",
                         param="file",
                     )
                 if arriving.num_bytes > room:

@@ -4,7 +4,6 @@ It must not know how training is done, nor anything of a process.
 """
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ from lory_router.tuning.records import JobRecord
 from lory_router.tuning.settings import TuningSettings
 from lory_router.tuning.wishes import DEFAULT_BETA, DEFAULT_EPOCHS
 
-LORY = (sys.executable, "-m", "lory_router")
 CONFIG_NAME = "config.yaml"
 TRAINERS = {"supervised": "finetune", "dpo": "dpo"}
 
@@ -86,8 +84,7 @@ def train_command(recipe: Recipe, settings: TuningSettings) -> tuple[str, ...]:
     run = recipe.run
     has_begun = (run / EVENTS_NAME).exists()
     return (
-        *LORY,
-        "train",
+        *settings.command,
         str(run / CONFIG_NAME),
         "--output",
         str(settings.adapters / recipe.job.adapter_id),

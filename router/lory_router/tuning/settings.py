@@ -3,9 +3,12 @@
 It must not know where a setting comes from.
 """
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+TRAIN_COMMAND = (sys.executable, "-m", "lory_router", "train")
 
 TrainingDevice = Literal["cpu", "cuda"]
 
@@ -34,6 +37,8 @@ class TuningSettings:
     """Waiting, running or paused; one more is refused."""
     stop_grace_s: float = 60.0
     """How long a job may take to write its checkpoint before it is killed."""
+    command: tuple[str, ...] = TRAIN_COMMAND
+    """What a run is started with."""
 
     @property
     def database(self) -> Path:
