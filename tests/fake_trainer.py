@@ -13,7 +13,7 @@ from types import FrameType
 
 NUM_STEPS = 4
 SLOW, FAILING, DYING, HUNGRY, DEAF = 1001, 1002, 1003, 1004, 1005
-"""Seeds: steps that take 0.1 s; ends in an error; kills itself; takes 300 MB; hears no SIGTERM."""
+"""Seeds: steps that take 0.4 s; ends in an error; kills itself; takes 300 MB; hears no SIGTERM."""
 
 
 class Run:
@@ -53,7 +53,7 @@ class Run:
         return 0
 
     def one_step(self, step: int) -> None:
-        time.sleep(0.1 if self.seed in (SLOW, DEAF) else 0.0)
+        time.sleep(0.4 if self.seed in (SLOW, DEAF) else 0.0)
         if step == 2 and self.seed == FAILING:
             self.say("failed", step, code="data", error="row 7 is too long", checkpoint=None)
             sys.exit(1)

@@ -21,6 +21,7 @@ PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 class Child:
     def __init__(self, process: Process) -> None:
         self._process = process
+        self._exited = asyncio.ensure_future(process.wait())
 
     @classmethod
     async def start(
@@ -52,12 +53,15 @@ class Child:
             return 0
         return int(text.split()[1]) * PAGE_BYTES
 
-    async def wait(self, timeout_s: float) -> int | None:
-        """Its exit status, if it ends within the time."""
-        try:
-            return await asyncio.wait_for(self._process.wait(), timeout_s)
-        except TimeoutError:
-            return None
+    async def wait(self, timeout_s: float, asked: asyncio.Event | None = None) -> int | None:
+        """Its exit status, if it ends within the time and before it is `asked` of."""
+        asking = [asyncio.ensure_future(asked.wait())] if asked else []
+        await asyncio.wait(
+            {self._exited, *asking}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED
+        )
+        for one in asking:
+            one.cancel()
+        return self._process.returncode
 
     async def stop(self, grace_s: float) -> int:
         """Ask, wait, and end what is left of it; its exit status."""
@@ -70,4 +74,4 @@ class Child:
     async def kill(self) -> int:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        return await self._process.wait()
+        return await self._exited

@@ -43,9 +43,8 @@ def _row(line: bytes, number: int) -> dict[str, Any]:
 
 
 def _check_supervised(row: dict[str, Any], place: str) -> None:
-    messages = row.get("messages")
-    _check_messages(messages, f"{place}: messages")
-    if messages[-1]["role"] != "assistant":
+    _check_messages(row.get("messages"), f"{place}: messages")
+    if row["messages"][-1]["role"] != "assistant":
         raise DatasetError(
             f"{place}: the last message must be the assistant's: it is what is learnt"
         )

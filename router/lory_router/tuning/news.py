@@ -18,7 +18,14 @@ from lory_router.tuning.records import EventRecord, JobRecord, new_id
 
 EVENTS_NAME = "events.jsonl"
 MAX_READ_BYTES = 4 * 2**20
-COLUMNS = ("step", "train_loss", "valid_loss", "learning_rate", "grad_norm", "tokens")
+COLUMNS: tuple[str, ...] = (
+    "step",
+    "train_loss",
+    "valid_loss",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+)
 STOPPED = "stopped"
 LEVELS: Mapping[str, str] = {"info": "info", "warning": "warn"}
 

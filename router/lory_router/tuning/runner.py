@@ -11,12 +11,12 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from lory_router.errors import ApiError
-from lory_router.tuning import checkpoints
+from lory_router.tuning.checkpoints import MAX_KEPT, publish, withdraw
 from lory_router.tuning.child import LOOK_S, Child
 from lory_router.tuning.dataset import DatasetError, check_dataset
 from lory_router.tuning.kept_files import KeptFiles
@@ -58,6 +58,12 @@ class _Current:
 
     job_id: str
     wish: Wish = ""
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def want(self, wish: Wish) -> None:
+        """What was wanted first holds, but for a cancellation."""
+        self.wish = wish if wish == "cancel" else self.wish or wish
+        self.asked.set()
 
 
 class JobRunner:
@@ -89,14 +95,14 @@ class JobRunner:
         """Want something of the job that runs; False: it does not."""
         if self._current is None or self._current.job_id != job_id:
             return False
-        self._current.wish = self._current.wish or wish
+        self._current.want(wish)
         return True
 
     def stop(self) -> None:
         """Let `run` return, the job that runs having written a checkpoint."""
         self._stopping = True
         if self._current is not None:
-            self._current.wish = self._current.wish or "shutdown"
+            self._current.want("shutdown")
         if self._handover is not None:
             self._handover.cancel()
         self._awake.set()
@@ -137,7 +143,10 @@ class JobRunner:
         if await asyncio.to_thread(self._is_made, job):
             return await self._hand_over(job, run)
         await asyncio.to_thread(run.mkdir, parents=True, exist_ok=True)
-        recipe = Recipe(job, self._path(job.training_file), self._path(job.validation_file), run)
+        files, validation = self._settings.files, job.validation_file
+        recipe = Recipe(
+            job, files / job.training_file, files / validation if validation else None, run
+        )
         await asyncio.to_thread(write_recipe, recipe, self._settings)
         child = await Child.start(
             train_command(recipe, self._settings), self._environment, run / "log"
@@ -174,7 +183,7 @@ class JobRunner:
             with self._meter.running(job.tenant):
                 code: int | None = None
                 while code is None:
-                    code = await child.wait(LOOK_S)
+                    code = await child.wait(LOOK_S, current.asked)
                     await self._pass_on(job.id, run)
                     most = self._settings.max_memory_bytes
                     if most and child.num_bytes() > most:
@@ -183,7 +192,7 @@ class JobRunner:
                             f"the run took more than {most} bytes of memory; use a smaller"
                             " batch_size, shorter rows, or raise --tuning-memory",
                         )
-                    if current.wish:
+                    if current.wish and code is None:
                         code = await child.stop(self._settings.stop_grace_s)
                 await self._pass_on(job.id, run)
                 return code
@@ -214,27 +223,30 @@ class JobRunner:
     async def _publish(self, job: JobRecord, one: News, run: Path) -> None:
         """Let a checkpoint be served, and those before the last few no more."""
         adapters = self._settings.adapters
-        made = await asyncio.to_thread(checkpoints.publish, job, one, run, adapters)
+        made = await asyncio.to_thread(publish, job, one, run, adapters)
         if made is None:
             return
         older = await self._store.checkpoints(job.id)
         same = [old for old in older if old.adapter_id == made.adapter_id]
         others = [old for old in older if old.adapter_id != made.adapter_id]
-        surplus = others[checkpoints.MAX_KEPT - 1 :]
+        surplus = others[MAX_KEPT - 1 :]
         await self._store.put(made)
         for old in (*same, *surplus):
             await self._store.forget(old)
         for old in surplus:
-            await asyncio.to_thread(checkpoints.withdraw, adapters, old.adapter_id)
+            await asyncio.to_thread(withdraw, adapters, old.adapter_id)
 
     def _is_made(self, job: JobRecord) -> bool:
         return (self._settings.adapters / job.adapter_id).is_dir()
 
     async def _conclude(self, job: JobRecord, code: int, run: Path, current: _Current) -> JobStatus:
+        """An adapter that is there is whole, however the process ended after it was."""
         is_made = await asyncio.to_thread(self._is_made, job)
-        if current.wish and not is_made:
+        if current.wish == "cancel" and is_made:
+            await asyncio.to_thread(withdraw, self._settings.adapters, job.adapter_id)
+        if current.wish == "cancel" or (current.wish and not is_made):
             return ENDS[current.wish]
-        if code != 0 or not is_made:
+        if not is_made:
             raise JobFailedError("training_failed", await asyncio.to_thread(_why, run, code))
         return await self._hand_over(job, run)
 
@@ -287,9 +299,6 @@ class JobRunner:
             ),
             record,
         )
-
-    def _path(self, file_id: str) -> Path | None:
-        return self._settings.files / file_id if file_id else None
 
 
 def _after(job: JobRecord, news: list[News]) -> JobRecord:
