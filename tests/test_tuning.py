@@ -252,12 +252,11 @@ def test_a_trainer_gets_the_job_in_its_own_words(tmp_path: Path):
         assert job["method"] == method
         await world.until(job["id"], "succeeded")
         config = json.loads((world.settings.runs / job["id"] / "config.yaml").read_text())
-        assert config["base_model"] == "/base"
-        assert config["quantization"] == {"bits": 4, "bnb_4bit_use_double_quant": True}
-        assert config["dataset"] == config["validation_dataset"]
-        trainer = config["trainer"]
-        assert (trainer["type"], trainer["dpo_beta"], trainer["epochs"]) == ("dpo", 0.3, 2)
-        assert (trainer["batch_size"], trainer["learning_rate_multiplier"]) == (4, 0.5)
+        assert config["base"] == "/base"
+        assert config["quantization"] == {"bits": 4, "double": True}
+        assert config["data"] == config["eval_data"] == str(world.settings.file(pairs))
+        assert (config["method"], config["dpo"], config["epochs"]) == ("dpo", {"beta": 0.3}, 2)
+        assert (config["batch_size"], config["learning_rate_multiplier"]) == (4, 0.5)
 
     run(tmp_path, story, quantize="nf4", double_quant=True)
 

@@ -40,7 +40,7 @@ class KeptFiles:
         self._lock = asyncio.Lock()
 
     def path(self, record: FileRecord) -> Path:
-        return self._settings.files / record.id
+        return self._settings.file(record.id)
 
     async def take(self, tenant: str, boundary: bytes, body: AsyncIterator[bytes]) -> FileRecord:
         """Keep the file that `body` brings; raises an ApiError, and then keeps nothing."""

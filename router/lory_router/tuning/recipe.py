@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lory_router.tuning.checkpoints import MAX_KEPT
 from lory_router.tuning.news import EVENTS_NAME
 from lory_router.tuning.records import JobRecord
 from lory_router.tuning.settings import TuningSettings
 from lory_router.tuning.wishes import DEFAULT_BETA, DEFAULT_EPOCHS
 
 CONFIG_NAME = "config.yaml"
-TRAINERS = {"supervised": "finetune", "dpo": "dpo"}
+METHODS = {"supervised": "sft", "dpo": "dpo"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,41 +42,28 @@ def write_recipe(recipe: Recipe, settings: TuningSettings) -> None:
 
 
 def configuration(recipe: Recipe, settings: TuningSettings) -> dict[str, Any]:
-    """In the keys of docs/training.md."""
-    values: dict[str, Any] = {
-        "model_type": "llm",
-        "base_model": settings.base,
-        "prompt": {"chat": True},
-        "adapter": {"type": "lora"},
-        "trainer": _trainer(recipe),
-        "seed": recipe.job.seed,
-        "device": settings.device,
-        "dataset": str(recipe.training),
-    }
-    if recipe.validation is not None:
-        values["validation_dataset"] = str(recipe.validation)
-    if settings.quantize == "nf4":
-        values["quantization"] = {
-            "bits": 4,
-            "bnb_4bit_use_double_quant": settings.double_quant,
-        }
-    return values
-
-
-def _trainer(recipe: Recipe) -> dict[str, Any]:
+    """In the keys of docs/training.md; rows of messages go through the base's chat template."""
     given = recipe.hyperparameters
     epochs, multiplier = given["n_epochs"], given["learning_rate_multiplier"]
     values: dict[str, Any] = {
-        "type": TRAINERS[recipe.kind],
+        "base": settings.base,
+        "data": str(recipe.training),
+        "method": METHODS[recipe.kind],
         "epochs": DEFAULT_EPOCHS if epochs == "auto" else epochs,
         "batch_size": given["batch_size"],
         "learning_rate": "auto",
         "learning_rate_multiplier": 1.0 if multiplier == "auto" else multiplier,
-        "checkpoints_per_epoch": 1,
+        "keep_checkpoints": MAX_KEPT,
+        "seed": recipe.job.seed,
+        "device": settings.device,
     }
+    if recipe.validation is not None:
+        values["eval_data"] = str(recipe.validation)
+    if settings.quantize == "nf4":
+        values["quantization"] = {"bits": 4, "double": settings.double_quant}
     if recipe.kind == "dpo":
         beta = given["beta"]
-        values["dpo_beta"] = DEFAULT_BETA if beta == "auto" else beta
+        values["dpo"] = {"beta": DEFAULT_BETA if beta == "auto" else beta}
     return values
 
 

@@ -143,10 +143,8 @@ class JobRunner:
         if await asyncio.to_thread(self._is_made, job):
             return await self._hand_over(job, run)
         await asyncio.to_thread(run.mkdir, parents=True, exist_ok=True)
-        files, validation = self._settings.files, job.validation_file
-        recipe = Recipe(
-            job, files / job.training_file, files / validation if validation else None, run
-        )
+        file, validation = self._settings.file, job.validation_file
+        recipe = Recipe(job, file(job.training_file), file(validation) if validation else None, run)
         await asyncio.to_thread(write_recipe, recipe, self._settings)
         child = await Child.start(
             train_command(recipe, self._settings), self._environment, run / "log"
@@ -161,7 +159,7 @@ class JobRunner:
             if not file_id:
                 continue
             try:
-                await asyncio.to_thread(check_dataset, self._settings.files / file_id, kind)
+                await asyncio.to_thread(check_dataset, self._settings.file(file_id), kind)
             except FileNotFoundError as error:
                 raise JobFailedError(f"missing_{param}", "the file was deleted", param) from error
             except DatasetError as error:

@@ -48,6 +48,10 @@ class TuningSettings:
     def files(self) -> Path:
         return self.folder / "files"
 
+    def file(self, file_id: str) -> Path:
+        """Where a file is kept. By its ending the trainer knows what it is."""
+        return self.files / f"{file_id}.jsonl"
+
     @property
     def runs(self) -> Path:
         return self.folder / "runs"
