@@ -255,7 +255,8 @@ def test_a_trainer_gets_the_job_in_its_own_words(tmp_path: Path):
         assert config["base"] == "/base"
         assert config["quantization"] == {"bits": 4, "double": True}
         assert config["data"] == config["eval_data"] == str(world.settings.file(pairs))
-        assert (config["method"], config["dpo"], config["epochs"]) == ("dpo", {"beta": 0.3}, 2)
+        assert (config["method"], config["epochs"]) == ("dpo", 2)
+        assert config["dpo"] == {"beta": 0.3, "sft_weight": 1.0}
         assert (config["batch_size"], config["learning_rate_multiplier"]) == (4, 0.5)
 
     run(tmp_path, story, quantize="nf4", double_quant=True)

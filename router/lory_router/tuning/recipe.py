@@ -15,6 +15,8 @@ from lory_router.tuning.settings import TuningSettings
 from lory_router.tuning.wishes import DEFAULT_BETA, DEFAULT_EPOCHS
 
 CONFIG_NAME = "config.yaml"
+SFT_WEIGHT = 1.0
+"""Without the better answer's own loss, what the model says may not change at all."""
 METHODS = {"supervised": "sft", "dpo": "dpo"}
 
 
@@ -63,7 +65,8 @@ def configuration(recipe: Recipe, settings: TuningSettings) -> dict[str, Any]:
         values["quantization"] = {"bits": 4, "double": settings.double_quant}
     if recipe.kind == "dpo":
         beta = given["beta"]
-        values["dpo"] = {"beta": DEFAULT_BETA if beta == "auto" else beta}
+        beta = DEFAULT_BETA if beta == "auto" else beta
+        values["dpo"] = {"beta": beta, "sft_weight": SFT_WEIGHT}
     return values
 
 
