@@ -131,6 +131,23 @@ def _to_peer(scenario: str, model: str, peer: str, wanted: float) -> Find:
     return figures
 
 
+def _distinct_to_fastest_base(measured: Measured) -> Iterator[Figure]:
+    """Lory's rate over distinct adapters to the best rate of a peer's base alone."""
+    for result, _ in measured.newest():
+        cases = {
+            case["scenario"]: case["contenders"]
+            for case in result["cases"]
+            if case["requests"] == ROWS
+        }
+        if not cases.keys() >= {"base", "distinct"}:
+            continue
+        bases = {name: one["output_tokens_per_s"] for name, one in cases["base"].items()}
+        fastest = max(bases.keys() - {LORY}, key=bases.__getitem__, default=None)
+        if fastest is not None:
+            value = cases["distinct"][LORY]["output_tokens_per_s"] / bases[fastest]
+            yield Figure(f"{value:.2f} times {fastest} on {_label(result)}", value > 1)
+
+
 def _base_rows(wanted: float) -> Find:
     def figures(measured: Measured) -> Iterator[Figure]:
         for result in measured.parts:
@@ -259,6 +276,12 @@ GOALS = (
         RACE,
         "2.4 times",
         _to_peer("distinct", "tinyllama", "vLLM", 2.4),
+    ),
+    Goal(
+        "32 requests over 32 distinct adapters, against the base alone on the fastest peer, CPU",
+        RACE,
+        "faster",
+        _distinct_to_fastest_base,
     ),
     Goal(
         "32 requests of the base alone, against llama.cpp, `small`",
