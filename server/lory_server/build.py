@@ -198,7 +198,9 @@ def assemble(
     adapters = AdapterCache(
         AdapterStore(_folder(options.adapters_dir), fetched=_folder(options.fetched_dir)),
         pool,
-        Base(decoder.sites, base_names(options), options.allow_base_mismatch),
+        Base(
+            decoder.sites, base_names(options), options.allow_base_mismatch, decoder.spec.vocab_size
+        ),
         host_bytes(options, plan),
         BaseFolder(decoder.sites, decoder.linears, device),
         on_ready=wake,

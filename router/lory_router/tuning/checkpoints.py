@@ -18,16 +18,21 @@ FILES = ("adapter_model.safetensors", "adapter_manifest.json", "adapter_config.j
 NEEDED = ("adapter_model.safetensors", "adapter_config.json")
 
 
+def checkpoint_name(job: JobRecord, one: News) -> str:
+    return f"{job.adapter_id}-step-{one.step}"
+
+
 def publish(job: JobRecord, one: News, run: Path, adapters: Path) -> CheckpointRecord | None:
     """None: the run has made a newer one since, and this one is gone."""
     source = (run / one.path).resolve()
-    adapter_id = f"{job.adapter_id}-step-{one.step}"
+    adapter_id = checkpoint_name(job, one)
     if not source.is_relative_to(run.resolve()):
         raise ValueError(f"{one.path}: leads out of the run")
-    target, draft = adapters / adapter_id, adapters / f".{adapter_id}.part"
+    target = adapters / adapter_id
+    draft = target.with_name(f".{target.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        draft.mkdir()
+        draft.mkdir(parents=True)
         for name in FILES:
             if name in NEEDED or (source / name).exists():
                 shutil.copyfile(source / name, draft / name)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from lory_router.errors import BodyTooLarge, DiskFull, Invalid, NotFound, shown
+from lory_router.keys import Caller
 from lory_router.sources.multipart import MultipartError, MultipartReader, Part
 from lory_router.tuning.records import FileRecord, Purpose, new_id
 from lory_router.tuning.settings import TuningSettings
@@ -31,6 +32,11 @@ class _Arriving:
     num_bytes: int = 0
     part: str = ""
     seen: set[str] = field(default_factory=set)
+
+
+def sees(caller: Caller, tenant: str) -> bool:
+    """Whether what is a tenant's is there for a caller."""
+    return caller.is_admin or caller.tenant == tenant
 
 
 class KeptFiles:
@@ -62,10 +68,10 @@ class KeptFiles:
         await self._store.put(record)
         return record
 
-    async def find(self, tenant: str, file_id: str, param: str | None = None) -> FileRecord:
-        """A caller's own; raises NotFound, or Invalid if a field named it."""
+    async def find(self, caller: Caller, file_id: str, param: str | None = None) -> FileRecord:
+        """One that the caller sees; raises NotFound, or Invalid if a field named it."""
         record = await self._store.file(file_id)
-        if record is not None and record.tenant == tenant:
+        if record is not None and sees(caller, record.tenant):
             return record
         message = f"No such file: {shown(file_id)}"
         raise Invalid(message, param=param) if param else NotFound(message)

@@ -45,6 +45,8 @@ class JobRecord:
     """JSON."""
     adapter_id: str
     """What the adapter is called, once there is one."""
+    owner: str = ""
+    """The tenant that the adapter is for alone; empty: it is for all."""
     finished_at: int = 0
     trained_tokens: int = 0
     trained_seconds: float = 0.0

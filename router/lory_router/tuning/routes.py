@@ -15,6 +15,8 @@ from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.endpoint import Endpoint, Front
 from lory_router.errors import ClientGone, Invalid, WrongMediaType, shown
 from lory_router.exchange import Exchange
+from lory_router.gate import caller_of
+from lory_router.keys import Caller
 from lory_router.sources.multipart import boundary_of
 from lory_router.tuning.records import JobRecord
 from lory_router.tuning.service import MAX_FILES_LIMIT, MAX_LIMIT, Tuning
@@ -35,7 +37,6 @@ FILES = "/v1/files"
 JOBS = "/v1/fine_tuning/jobs"
 COUNTED = (FILES, JOBS)
 """What metrics call them."""
-TENANT = "default"
 METADATA = "metadata["
 
 
@@ -74,7 +75,7 @@ class TuningRoutes:
         boundary = boundary_of(request.headers.get("content-type", ""))
         if boundary is None:
             raise WrongMediaType("Send multipart/form-data with `file` and `purpose`")
-        record = await self._tuning.take_file(TENANT, boundary, _body(request))
+        record = await self._tuning.take_file(caller_of(request.scope), boundary, _body(request))
         return _json(file_reply(record))
 
     async def list_files(self, request: Request) -> Response:
@@ -84,7 +85,7 @@ class TuningRoutes:
             raise Invalid("`order`: give asc or desc", param="order")
         limit = _limit(query, MAX_FILES_LIMIT, MAX_FILES_LIMIT)
         found, has_more = await self._tuning.list_files(
-            TENANT,
+            caller_of(request.scope),
             query.get("purpose", ""),
             query.get("after", ""),
             limit,
@@ -93,22 +94,26 @@ class TuningRoutes:
         return _list([file_reply(one) for one in found], has_more)
 
     async def get_file(self, request: Request) -> Response:
-        return _json(file_reply(await self._tuning.file(TENANT, request.path_params["file_id"])))
+        return _json(
+            file_reply(
+                await self._tuning.file(caller_of(request.scope), request.path_params["file_id"])
+            )
+        )
 
     async def delete_file(self, request: Request) -> Response:
         file_id = request.path_params["file_id"]
-        await self._tuning.delete_file(TENANT, file_id)
+        await self._tuning.delete_file(caller_of(request.scope), file_id)
         return _json(DeletedReply(id=file_id))
 
     async def content(self, request: Request) -> Response:
         file_id = request.path_params["file_id"]
-        _, content = await self._tuning.file_content(TENANT, file_id)
+        _, content = await self._tuning.file_content(caller_of(request.scope), file_id)
         return Response(content, media_type="application/octet-stream")
 
     # -- jobs -------------------------------------------------------------------------------
 
     async def _create(self, front: Front, exchange: Exchange, body: bytes) -> None:
-        job = await self._tuning.create(TENANT, _read_wish(body))
+        job = await self._tuning.create(exchange.caller, _read_wish(body))
         await exchange.reply_json(job_reply(job))
 
     async def list_jobs(self, request: Request) -> Response:
@@ -120,12 +125,16 @@ class TuningRoutes:
         }
         limit = _limit(query, 20, MAX_LIMIT)
         found, has_more = await self._tuning.list_jobs(
-            TENANT, wanted, query.get("after", ""), limit
+            caller_of(request.scope), wanted, query.get("after", ""), limit
         )
         return _list([job_reply(job) for job in found], has_more)
 
     async def get_job(self, request: Request) -> Response:
-        return _json(job_reply(await self._tuning.job(TENANT, request.path_params["job_id"])))
+        return _json(
+            job_reply(
+                await self._tuning.job(caller_of(request.scope), request.path_params["job_id"])
+            )
+        )
 
     async def events(self, request: Request) -> Response:
         found, has_more = await self._tuning.events(*self._place(request, 20))
@@ -135,16 +144,23 @@ class TuningRoutes:
         found, has_more = await self._tuning.checkpoints(*self._place(request, 10))
         return _list([checkpoint_reply(one) for one in found], has_more)
 
-    def _place(self, request: Request, default: int) -> tuple[str, str, str, int]:
+    def _place(self, request: Request, default: int) -> tuple[Caller, str, str, int]:
         query = _query(request, "after", "limit")
         limit = _limit(query, default, MAX_LIMIT)
-        return TENANT, request.path_params["job_id"], query.get("after", ""), limit
+        return (
+            caller_of(request.scope),
+            request.path_params["job_id"],
+            query.get("after", ""),
+            limit,
+        )
 
     def _doing(
-        self, do: Callable[[str, str], Awaitable[JobRecord]]
+        self, do: Callable[[Caller, str], Awaitable[JobRecord]]
     ) -> Callable[[Request], Awaitable[Response]]:
         async def work(request: Request) -> Response:
-            return _json(job_reply(await do(TENANT, request.path_params["job_id"])))
+            return _json(
+                job_reply(await do(caller_of(request.scope), request.path_params["job_id"]))
+            )
 
         return work
 

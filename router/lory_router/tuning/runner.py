@@ -10,15 +10,16 @@ It must not know HTTP, nor how training is done.
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from lory_router.errors import ApiError
-from lory_router.tuning.checkpoints import MAX_KEPT, publish, withdraw
+from lory_router.tuning.checkpoints import MAX_KEPT, checkpoint_name, publish, withdraw
 from lory_router.tuning.child import LOOK_S, Child
 from lory_router.tuning.dataset import DatasetError, check_dataset
+from lory_router.tuning.handover import Handover
 from lory_router.tuning.kept_files import KeptFiles
 from lory_router.tuning.meter import Meter
 from lory_router.tuning.news import STOPPED, News, last_failure, read_news, results_csv, told
@@ -30,8 +31,6 @@ from lory_router.tuning.store import TuningStore
 log = logging.getLogger(__name__)
 
 Wish = Literal["", "cancel", "pause", "shutdown"]
-CheckServed = Callable[[str], Awaitable[None]]
-"""Raises an ApiError if the adapter of that name cannot be served."""
 
 ENDS: Mapping[str, JobStatus] = {"cancel": "cancelled", "pause": "paused", "shutdown": "queued"}
 MESSAGES: Mapping[str, str] = {
@@ -73,19 +72,19 @@ class JobRunner:
         files: KeptFiles,
         settings: TuningSettings,
         environment: Mapping[str, str],
-        check_served: CheckServed,
+        handover: Handover,
         meter: Meter,
     ) -> None:
         self._store = store
         self._files = files
         self._settings = settings
         self._environment = environment
-        self._check_served = check_served
+        self._handover = handover
         self._meter = meter
         self._awake = asyncio.Event()
         self._stopping = False
         self._current: _Current | None = None
-        self._handover: asyncio.Future[None] | None = None
+        self._handing_over: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
         """There may be a job to do."""
@@ -103,8 +102,8 @@ class JobRunner:
         self._stopping = True
         if self._current is not None:
             self._current.want("shutdown")
-        if self._handover is not None:
-            self._handover.cancel()
+        if self._handing_over is not None:
+            self._handing_over.cancel()
         self._awake.set()
 
     async def run(self) -> None:
@@ -139,6 +138,7 @@ class JobRunner:
         await self._validate(job)
         if (await self._start(job.id)).status != "running":
             return "cancelled"
+        await self._handover.claim(job.adapter_id, job.owner)
         run = self._settings.runs / job.id
         if await asyncio.to_thread(self._is_made, job):
             return await self._hand_over(job, run)
@@ -221,6 +221,7 @@ class JobRunner:
     async def _publish(self, job: JobRecord, one: News, run: Path) -> None:
         """Let a checkpoint be served, and those before the last few no more."""
         adapters = self._settings.adapters
+        await self._handover.claim(checkpoint_name(job, one), job.owner)
         made = await asyncio.to_thread(publish, job, one, run, adapters)
         if made is None:
             return
@@ -250,9 +251,9 @@ class JobRunner:
 
     async def _hand_over(self, job: JobRecord, run: Path) -> JobStatus:
         """Serve what was made. If the server stops meanwhile, once it is back."""
-        self._handover = asyncio.ensure_future(self._check_served(job.adapter_id))
+        self._handing_over = asyncio.ensure_future(self._handover.check(job.adapter_id))
         try:
-            await self._handover
+            await self._handing_over
         except asyncio.CancelledError:
             if self._stopping:
                 return "queued"
@@ -260,7 +261,7 @@ class JobRunner:
         except ApiError as error:
             raise JobFailedError("adapter_refused", error.message) from error
         finally:
-            self._handover = None
+            self._handing_over = None
         table = await asyncio.to_thread(results_csv, run)
         kept = await self._files.add(job.tenant, "step_metrics.csv", "fine-tune-results", table)
         await self._store.change(

@@ -1,4 +1,4 @@
-"""What callers can do with files and jobs, each seeing its own alone.
+"""What callers can do with files and jobs, each seeing its own tenant's, and admins all.
 
 It must not know HTTP.
 """
@@ -10,7 +10,9 @@ from dataclasses import replace
 from typing import TypeVar
 
 from lory_router.errors import Conflict, Invalid, NotFound, Overloaded, shown
-from lory_router.tuning.kept_files import KeptFiles
+from lory_router.keys import Caller
+from lory_router.tuning.handover import Handover
+from lory_router.tuning.kept_files import KeptFiles, sees
 from lory_router.tuning.meter import Meter
 from lory_router.tuning.records import (
     CheckpointRecord,
@@ -20,7 +22,7 @@ from lory_router.tuning.records import (
     JobStatus,
     new_id,
 )
-from lory_router.tuning.runner import MESSAGES, CheckServed, JobRunner, Wish
+from lory_router.tuning.runner import MESSAGES, JobRunner, Wish
 from lory_router.tuning.settings import TuningSettings
 from lory_router.tuning.shapes import CreateJob
 from lory_router.tuning.store import TuningStore
@@ -38,7 +40,7 @@ class Tuning:
         self,
         settings: TuningSettings,
         environment: Mapping[str, str],
-        check_served: CheckServed,
+        handover: Handover,
         price_per_hour: float,
     ) -> None:
         """Opens its folder; raises OSError or TuningStoreError."""
@@ -49,7 +51,7 @@ class Tuning:
         self._store = TuningStore(settings.database)
         self._files = KeptFiles(self._store, settings)
         self._runner = JobRunner(
-            self._store, self._files, settings, environment, check_served, self.meter
+            self._store, self._files, settings, environment, handover, self.meter
         )
 
     async def run(self) -> None:
@@ -65,27 +67,27 @@ class Tuning:
     # -- files ------------------------------------------------------------------------------
 
     async def take_file(
-        self, tenant: str, boundary: bytes, body: AsyncIterator[bytes]
+        self, caller: Caller, boundary: bytes, body: AsyncIterator[bytes]
     ) -> FileRecord:
-        return await self._files.take(tenant, boundary, body)
+        return await self._files.take(caller.tenant, boundary, body)
 
-    async def file(self, tenant: str, file_id: str) -> FileRecord:
-        return await self._files.find(tenant, file_id)
+    async def file(self, caller: Caller, file_id: str) -> FileRecord:
+        return await self._files.find(caller, file_id)
 
-    async def file_content(self, tenant: str, file_id: str) -> tuple[FileRecord, bytes]:
-        record = await self._files.find(tenant, file_id)
+    async def file_content(self, caller: Caller, file_id: str) -> tuple[FileRecord, bytes]:
+        record = await self._files.find(caller, file_id)
         return record, await asyncio.to_thread(self._files.path(record).read_bytes)
 
     async def list_files(
-        self, tenant: str, purpose: str, after: str, limit: int, *, oldest_first: bool
+        self, caller: Caller, purpose: str, after: str, limit: int, *, oldest_first: bool
     ) -> tuple[list[FileRecord], bool]:
-        found = [one for one in await self._store.files() if one.tenant == tenant]
+        found = [one for one in await self._store.files() if sees(caller, one.tenant)]
         if purpose:
             found = [one for one in found if one.purpose == purpose]
         return _page(found[::-1] if oldest_first else found, after, limit)
 
-    async def delete_file(self, tenant: str, file_id: str) -> None:
-        record = await self._files.find(tenant, file_id)
+    async def delete_file(self, caller: Caller, file_id: str) -> None:
+        record = await self._files.find(caller, file_id)
         for job in await self._store.jobs():
             if job.is_open and file_id in (job.training_file, job.validation_file):
                 raise Conflict(f"The job {job.id} needs this file; cancel it first")
@@ -93,11 +95,11 @@ class Tuning:
 
     # -- jobs -------------------------------------------------------------------------------
 
-    async def create(self, tenant: str, wish: CreateJob) -> JobRecord:
-        job = read_wish(wish, tenant, self.settings.model_names)
+    async def create(self, caller: Caller, wish: CreateJob) -> JobRecord:
+        job = read_wish(wish, caller, self.settings.model_names)
         for param in ("training_file", "validation_file"):
             if file_id := getattr(job, param):
-                record = await self._files.find(tenant, file_id, param)
+                record = await self._files.find(caller, file_id, param)
                 if record.purpose != "fine-tune":
                     raise Invalid(f"`{param}`: is no file to train on", param=param)
         if await self._store.num_open() >= self.settings.max_jobs:
@@ -115,39 +117,39 @@ class Tuning:
         self._runner.wake()
         return job
 
-    async def job(self, tenant: str, job_id: str) -> JobRecord:
+    async def job(self, caller: Caller, job_id: str) -> JobRecord:
         job = await self._store.job(job_id)
-        if job is None or job.tenant != tenant:
+        if job is None or not sees(caller, job.tenant):
             raise NotFound(f"No such fine-tuning job: {shown(job_id)}")
         return job
 
     async def list_jobs(
-        self, tenant: str, metadata: Mapping[str, str], after: str, limit: int
+        self, caller: Caller, metadata: Mapping[str, str], after: str, limit: int
     ) -> tuple[list[JobRecord], bool]:
-        found = [job for job in await self._store.jobs() if job.tenant == tenant]
+        found = [job for job in await self._store.jobs() if sees(caller, job.tenant)]
         found = [job for job in found if metadata.items() <= job.labels.items()]
         return _page(found, after, limit)
 
     async def events(
-        self, tenant: str, job_id: str, after: str, limit: int
+        self, caller: Caller, job_id: str, after: str, limit: int
     ) -> tuple[list[EventRecord], bool]:
-        await self.job(tenant, job_id)
+        await self.job(caller, job_id)
         return _page(await self._store.events(job_id), after, limit)
 
     async def checkpoints(
-        self, tenant: str, job_id: str, after: str, limit: int
+        self, caller: Caller, job_id: str, after: str, limit: int
     ) -> tuple[list[CheckpointRecord], bool]:
-        await self.job(tenant, job_id)
+        await self.job(caller, job_id)
         return _page(await self._store.checkpoints(job_id), after, limit)
 
-    async def cancel(self, tenant: str, job_id: str) -> JobRecord:
-        return await self._ask(tenant, job_id, "cancel", "cancelled", (*WAITING, "paused"))
+    async def cancel(self, caller: Caller, job_id: str) -> JobRecord:
+        return await self._ask(caller, job_id, "cancel", "cancelled", (*WAITING, "paused"))
 
-    async def pause(self, tenant: str, job_id: str) -> JobRecord:
-        return await self._ask(tenant, job_id, "pause", "paused", WAITING)
+    async def pause(self, caller: Caller, job_id: str) -> JobRecord:
+        return await self._ask(caller, job_id, "pause", "paused", WAITING)
 
-    async def resume(self, tenant: str, job_id: str) -> JobRecord:
-        job = await self.job(tenant, job_id)
+    async def resume(self, caller: Caller, job_id: str) -> JobRecord:
+        job = await self.job(caller, job_id)
         if job.status != "paused":
             raise Conflict(f"The job {job_id} is {job.status}, not paused")
         job = await self._store.change(job_id, _from(("paused",), "queued"))
@@ -155,10 +157,15 @@ class Tuning:
         return job
 
     async def _ask(
-        self, tenant: str, job_id: str, wish: Wish, status: JobStatus, waiting: Sequence[JobStatus]
+        self,
+        caller: Caller,
+        job_id: str,
+        wish: Wish,
+        status: JobStatus,
+        waiting: Sequence[JobStatus],
     ) -> JobRecord:
         """Of a job that waits at once; of one that runs, as soon as its step is over."""
-        job = await self.job(tenant, job_id)
+        job = await self.job(caller, job_id)
         if self._runner.wish(job_id, wish):
             return job
         changed = await self._store.change(job_id, _from(waiting, status))

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 
 from lory_router.errors import Invalid, shown
+from lory_router.keys import Caller
 from lory_router.tuning.records import JobRecord, new_id
 from lory_router.tuning.shapes import CreateJob, Hyperparameters, Method, MethodPart
 
@@ -25,8 +26,11 @@ DEFAULT_EPOCHS = 3
 MAX_SEED = 2**31 - 1
 
 
-def read_wish(wish: CreateJob, tenant: str, model_names: tuple[str, ...]) -> JobRecord:
-    """The job that `wish` asks for; raises Invalid naming the field."""
+def read_wish(wish: CreateJob, caller: Caller, model_names: tuple[str, ...]) -> JobRecord:
+    """The job that `wish` asks for; raises Invalid naming the field.
+
+    Admins' adapters are for all; a tenant's are its own, and their names begin with its own.
+    """
     if wish.model not in model_names:
         raise Invalid(
             f"`model`: {shown(wish.model)} is not what is trained on here; it is"
@@ -36,9 +40,11 @@ def read_wish(wish: CreateJob, tenant: str, model_names: tuple[str, ...]) -> Job
     _check_rest(wish)
     method = _method(wish)
     job_id = new_id("ftjob")
+    owner = "" if caller.is_admin else caller.tenant
     return JobRecord(
         id=job_id,
-        tenant=tenant,
+        tenant=caller.tenant,
+        owner=owner,
         created_at=int(time.time()),
         status="validating_files",
         model=wish.model,
@@ -48,15 +54,16 @@ def read_wish(wish: CreateJob, tenant: str, model_names: tuple[str, ...]) -> Job
         method=json.dumps(method),
         suffix=wish.suffix or "",
         metadata=json.dumps(wish.metadata or {}),
-        adapter_id=_adapter_id(wish.suffix or wish.model, job_id),
+        adapter_id=_adapter_id(wish.suffix or wish.model, job_id, owner),
     )
 
 
-def _adapter_id(text: str, job_id: str) -> str:
-    """A name that no other adapter has: ft-support-desk-6f1c9a0b2d3e."""
+def _adapter_id(text: str, job_id: str, owner: str) -> str:
+    """A name that no other adapter has: ft-support-desk-6f1c9a0b2d3e, or acme/ft-..."""
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:MAX_SLUG].strip("-")
     number = job_id.partition("-")[2][:12]
-    return f"ft-{slug}-{number}" if slug else f"ft-{number}"
+    name = f"ft-{slug}-{number}" if slug else f"ft-{number}"
+    return f"{owner}/{name}" if owner else name
 
 
 def _check_rest(wish: CreateJob) -> None:
