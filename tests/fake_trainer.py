@@ -71,7 +71,7 @@ class Run:
 
 def write_adapter(folder: Path) -> None:
     draft = folder.with_name(f".{folder.name}.draft")
-    draft.mkdir()
+    draft.mkdir(parents=True)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         (draft / name).write_text("{}")
     draft.rename(folder)

@@ -16,12 +16,17 @@ import pytest
 
 import fake_trainer
 from lory_router.app import create_app
-from lory_router.errors import AdapterInvalid
+from lory_router.errors import Invalid
+from lory_router.keys import Caller, Keyring
 from lory_router.metrics import Metrics
+from lory_router.registry import Registry
 from lory_router.settings import RouterSettings
+from lory_router.tuning.handover import Handover
 from lory_router.tuning.service import Tuning
 from lory_router.tuning.settings import TuningSettings
+from lory_router.tuning.shapes import CreateJob
 from lory_router.tuning.store import TuningStore, TuningStoreError
+from lory_server.messages import Failure, OrderDone, OrderKind
 from scripted_engine import BASE, TEXT, ScriptedEngine
 
 FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
@@ -77,6 +82,23 @@ class World:
         return [event["message"] for event in data[::-1] if event["type"] == kind]
 
 
+KEYS = """
+- {key: root, tenant: default, role: admin}
+- {key: of-acme, tenant: acme}
+- {key: of-other, tenant: other}
+"""
+
+
+def keyring(folder: Path) -> Keyring:
+    path = folder / "keys.yaml"
+    path.write_text(KEYS)
+    return Keyring((), str(path))
+
+
+def key(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {name}"}
+
+
 def settings_in(folder: Path, **changes: Any) -> TuningSettings:
     (folder / "adapters").mkdir(exist_ok=True)
     found = TuningSettings(
@@ -90,28 +112,48 @@ def settings_in(folder: Path, **changes: Any) -> TuningSettings:
     return replace(found, **changes)
 
 
-async def served(adapter_id: str) -> None:
-    """Every adapter is."""
+class RefusingEngine(ScriptedEngine):
+    async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
+        failure = Failure(code="adapter_invalid", message="a tensor matches nothing")
+        return OrderDone(call_id=1, entry=None, failure=failure)
+
+
+class ServingEngine(ScriptedEngine):
+    """Knows whatever is asked for."""
+
+    async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
+        return OrderDone(call_id=1, entry=None, revision="r")
 
 
 @asynccontextmanager
 async def world(
-    folder: Path, check: Callable[[str], Awaitable[None]] = served, **changes: Any
+    folder: Path, engine: type[ScriptedEngine] = ServingEngine, **changes: Any
 ) -> AsyncIterator[World]:
     settings = settings_in(folder, **changes)
-    tuning = Tuning(settings, dict(os.environ), check, price_per_hour=3600.0)
+    registry = Registry(str(folder / "registry"))
+    handover = Handover(engine(), registry)
+    tuning = Tuning(settings, dict(os.environ), handover, price_per_hour=3600.0)
     metrics = Metrics(model=BASE, price_per_hour=3600.0)
     metrics.add(tuning.meter)
     front = create_app(
-        ScriptedEngine(), RouterSettings(model_names=(BASE,)), TEXT, metrics, tuning=tuning
+        engine(),
+        RouterSettings(model_names=(BASE,)),
+        TEXT,
+        metrics,
+        registry,
+        keys=keyring(folder),
+        tuning=tuning,
     )
     transport = httpx.ASGITransport(app=front)
     running = asyncio.create_task(tuning.run())
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://test", headers=key("root")
+    ) as client:
         yield World(client, tuning, settings, running)
         tuning.stop()
         await running
     tuning.close()
+    registry.close()
 
 
 def run(folder: Path, story: Callable[[World], Awaitable[None]], **changes: Any) -> None:
@@ -326,15 +368,13 @@ def test_a_run_that_fails_says_why_and_the_next_one_runs(
 
 
 def test_an_adapter_that_the_server_refuses_is_a_failure(tmp_path: Path):
-    async def refuse(adapter_id: str) -> None:
-        raise AdapterInvalid("a tensor matches nothing")
-
     async def story(world: World) -> None:
         job = await world.create()
         error = (await world.until(job["id"], "failed", "succeeded"))["error"]
-        assert (error["code"], error["message"]) == ("adapter_refused", "a tensor matches nothing")
+        assert error["code"] == "adapter_refused"
+        assert "a tensor matches nothing" in error["message"]
 
-    run(tmp_path, story, check=refuse)
+    run(tmp_path, story, engine=RefusingEngine)
 
 
 # -- cancel, pause, restart -----------------------------------------------------------------
@@ -507,3 +547,50 @@ def test_only_so_many_jobs_wait_and_their_files_stay(tmp_path: Path):
         assert (await world.client.delete(f"{FILES}/{job['training_file']}")).status_code == 200
 
     run(tmp_path, story, max_jobs=1)
+
+
+# -- tenants --------------------------------------------------------------------------------
+
+
+def test_a_tenants_files_jobs_and_adapters_are_its_own(tmp_path: Path):
+    async def story(world: World) -> None:
+        world.client.headers.update(key("of-acme"))
+        job = await world.create()
+        done = await world.until(job["id"], "succeeded", "failed")
+        assert (done["status"], done["organization_id"]) == ("succeeded", "acme")
+        name = done["fine_tuned_model"]
+        assert name.startswith("acme/ft-")
+        assert (world.settings.adapters / name / "adapter_config.json").is_file()
+        paths = [f"{JOBS}/{job['id']}", f"{JOBS}/{job['id']}/events"]
+        paths += [f"{FILES}/{job['training_file']}", f"{FILES}/{job['training_file']}/content"]
+        world.client.headers.update(key("of-other"))
+        for path in paths:
+            assert (await world.client.get(path)).status_code == 404
+        assert (await world.client.get(JOBS)).json()["data"] == []
+        assert (await world.client.get(FILES)).json()["data"] == []
+        body = {"model": BASE, "training_file": job["training_file"]}
+        assert (await world.client.post(JOBS, json=body)).status_code == 400
+        world.client.headers.update(key("root"))
+        for path in paths:
+            assert (await world.client.get(path)).status_code == 200
+
+    run(tmp_path, story)
+    registry = Registry(str(tmp_path / "registry"))
+    owners = registry.state.owners
+    assert len(owners) == 1 + fake_trainer.NUM_STEPS
+    assert set(owners.values()) == {"acme"}
+    registry.close()
+
+
+def test_a_tenants_job_needs_a_registry_that_is_kept(tmp_path: Path):
+    async def whole() -> None:
+        registry = Registry()
+        handover = Handover(ServingEngine(), registry)
+        tuning = Tuning(settings_in(tmp_path), {}, handover, price_per_hour=0.0)
+        wish = CreateJob(model=BASE, training_file="file-x")
+        with pytest.raises(Invalid, match="--registry"):
+            await tuning.create(Caller("acme"), wish)
+        tuning.close()
+        registry.close()
+
+    asyncio.run(whole())

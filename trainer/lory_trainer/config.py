@@ -201,6 +201,8 @@ class TrainOptions(_Options):
     """Optimizer steps; ends the run before its epochs do, or makes it go through them again."""
     learning_rate: Positive | Auto = 2e-4
     """Peak of the schedule; auto: by the base's width."""
+    learning_rate_multiplier: Positive = 1.0
+    """Times which learning_rate is taken, an automatic one too."""
     learning_rate_min: NotNegative = 0.0
     """Where the schedule ends."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"

@@ -64,6 +64,10 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 
 def resolve_learning_rate(options: TrainOptions, base_config: Any) -> float:
     """auto: 5e-4 (2000 / width) ^ 0.781, Tinker's rule for LoRA on Llama, within bounds."""
+    return options.learning_rate_multiplier * _unscaled_rate(options, base_config)
+
+
+def _unscaled_rate(options: TrainOptions, base_config: Any) -> float:
     if options.learning_rate != "auto":
         return options.learning_rate
     width = getattr(base_config, "hidden_size", None)

@@ -6,7 +6,7 @@ It must not know how it came about.
 import asyncio
 
 from lory_router.engine import EngineClient, Unavailable
-from lory_router.errors import from_failure
+from lory_router.errors import Invalid, from_failure
 from lory_router.names import Target
 from lory_router.registry import Registry
 
@@ -17,6 +17,14 @@ class Handover:
     def __init__(self, engine: EngineClient, registry: Registry) -> None:
         self._engine = engine
         self._registry = registry
+
+    def check_owner(self, owner: str) -> None:
+        """What an owner protects must not be everybody's after a restart."""
+        if owner and not self._registry.is_kept:
+            raise Invalid(
+                "A tenant's jobs need a server started with --registry FILE; without it their"
+                " adapters would be for all after a restart"
+            )
 
     async def claim(self, adapter_id: str, owner: str) -> None:
         """Let an adapter be its owner's alone, before it is there; without an owner it is for

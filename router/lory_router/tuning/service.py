@@ -48,6 +48,7 @@ class Tuning:
             folder.mkdir(parents=True, exist_ok=True)
         self.settings = settings
         self.meter = Meter(price_per_hour)
+        self._handover = handover
         self._store = TuningStore(settings.database)
         self._files = KeptFiles(self._store, settings)
         self._runner = JobRunner(
@@ -97,6 +98,7 @@ class Tuning:
 
     async def create(self, caller: Caller, wish: CreateJob) -> JobRecord:
         job = read_wish(wish, caller, self.settings.model_names)
+        self._handover.check_owner(job.owner)
         for param in ("training_file", "validation_file"):
             if file_id := getattr(job, param):
                 record = await self._files.find(caller, file_id, param)
