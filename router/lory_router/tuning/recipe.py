@@ -15,6 +15,9 @@ from lory_router.tuning.settings import TuningSettings
 from lory_router.tuning.wishes import DEFAULT_BETA, DEFAULT_EPOCHS
 
 CONFIG_NAME = "config.yaml"
+AUTO_BATCH = 16
+"""Rows of a step where the batch size is the trainer's to find."""
+MAX_CHECKPOINT_STEPS = 500
 SFT_WEIGHT = 1.0
 """Without the better answer's own loss, what the model says may not change at all."""
 METHODS = {"supervised": "sft", "dpo": "dpo"}
@@ -27,6 +30,8 @@ class Recipe:
     validation: Path | None
     run: Path
     """The run's own folder."""
+    num_rows: int
+    """To train on."""
 
     @property
     def kind(self) -> str:
@@ -55,6 +60,7 @@ def configuration(recipe: Recipe, settings: TuningSettings) -> dict[str, Any]:
         "batch_size": given["batch_size"],
         "learning_rate": "auto",
         "learning_rate_multiplier": 1.0 if multiplier == "auto" else multiplier,
+        "checkpoint_steps": _checkpoint_steps(recipe.num_rows, given["batch_size"]),
         "keep_checkpoints": MAX_KEPT,
         "seed": recipe.job.seed,
         "device": settings.device,
@@ -68,6 +74,12 @@ def configuration(recipe: Recipe, settings: TuningSettings) -> dict[str, Any]:
         beta = DEFAULT_BETA if beta == "auto" else beta
         values["dpo"] = {"beta": beta, "sft_weight": SFT_WEIGHT}
     return values
+
+
+def _checkpoint_steps(num_rows: int, batch_size: int | str) -> int:
+    """A pass, unless it is so long that a stopped run would lose too much."""
+    rows_per_step = AUTO_BATCH if batch_size == "auto" else int(batch_size)
+    return min(-(-num_rows // rows_per_step), MAX_CHECKPOINT_STEPS)
 
 
 def train_command(recipe: Recipe, settings: TuningSettings) -> tuple[str, ...]:

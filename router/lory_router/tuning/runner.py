@@ -135,7 +135,7 @@ class JobRunner:
             self._current = None
 
     async def _carry_out(self, job: JobRecord, current: _Current) -> JobStatus:
-        await self._validate(job)
+        num_rows = await self._validate(job)
         if (await self._start(job.id)).status != "running":
             return "cancelled"
         await self._handover.claim(job.adapter_id, job.owner)
@@ -144,7 +144,9 @@ class JobRunner:
             return await self._hand_over(job, run)
         await asyncio.to_thread(run.mkdir, parents=True, exist_ok=True)
         file, validation = self._settings.file, job.validation_file
-        recipe = Recipe(job, file(job.training_file), file(validation) if validation else None, run)
+        recipe = Recipe(
+            job, file(job.training_file), file(validation) if validation else None, run, num_rows
+        )
         await asyncio.to_thread(write_recipe, recipe, self._settings)
         child = await Child.start(
             train_command(recipe, self._settings), self._environment, run / "log"
@@ -152,18 +154,22 @@ class JobRunner:
         code = await self._watch(job, child, run, current)
         return await self._conclude(job, code, run, current)
 
-    async def _validate(self, job: JobRecord) -> None:
+    async def _validate(self, job: JobRecord) -> int:
+        """How many rows there are to train on."""
         kind = "dpo" if '"type": "dpo"' in job.method else "supervised"
-        for param in ("training_file", "validation_file"):
+        num_rows = 0
+        for param in ("validation_file", "training_file"):
             file_id = getattr(job, param)
             if not file_id:
                 continue
             try:
-                await asyncio.to_thread(check_dataset, self._settings.file(file_id), kind)
+                path = self._settings.file(file_id)
+                num_rows = await asyncio.to_thread(check_dataset, path, kind)
             except FileNotFoundError as error:
                 raise JobFailedError(f"missing_{param}", "the file was deleted", param) from error
             except DatasetError as error:
                 raise JobFailedError(f"invalid_{param}", str(error), param) from error
+        return num_rows
 
     async def _start(self, job_id: str) -> JobRecord:
         """Running, unless it was cancelled meanwhile."""
