@@ -23,8 +23,8 @@ from lory_router.tuning.handover import Handover
 from lory_router.tuning.kept_files import KeptFiles
 from lory_router.tuning.meter import Meter
 from lory_router.tuning.news import STOPPED, News, last_failure, read_news, results_csv, told
-from lory_router.tuning.recipe import Recipe, train_command, write_recipe
 from lory_router.tuning.records import EventRecord, JobRecord, JobStatus, new_id
+from lory_router.tuning.run_config import RunConfig, train_command, write_config
 from lory_router.tuning.settings import TuningSettings
 from lory_router.tuning.store import TuningStore
 
@@ -144,12 +144,12 @@ class JobRunner:
             return await self._hand_over(job, run)
         await asyncio.to_thread(run.mkdir, parents=True, exist_ok=True)
         file, validation = self._settings.file, job.validation_file
-        recipe = Recipe(
+        config = RunConfig(
             job, file(job.training_file), file(validation) if validation else None, run, num_rows
         )
-        await asyncio.to_thread(write_recipe, recipe, self._settings)
+        await asyncio.to_thread(write_config, config, self._settings)
         child = await Child.start(
-            train_command(recipe, self._settings), self._environment, run / "log"
+            train_command(config, self._settings), self._environment, run / "log"
         )
         code = await self._watch(job, child, run, current)
         return await self._conclude(job, code, run, current)

@@ -24,7 +24,7 @@ METHODS = {"supervised": "sft", "dpo": "dpo"}
 
 
 @dataclass(frozen=True, slots=True)
-class Recipe:
+class RunConfig:
     job: JobRecord
     training: Path
     validation: Path | None
@@ -42,34 +42,34 @@ class Recipe:
         return json.loads(self.job.method)[self.kind]["hyperparameters"]
 
 
-def write_recipe(recipe: Recipe, settings: TuningSettings) -> None:
+def write_config(config: RunConfig, settings: TuningSettings) -> None:
     """JSON is YAML too, and needs no quoting of a caller's text."""
-    text = json.dumps(configuration(recipe, settings), indent=2)
-    (recipe.run / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+    text = json.dumps(configuration(config, settings), indent=2)
+    (config.run / CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
 
 
-def configuration(recipe: Recipe, settings: TuningSettings) -> dict[str, Any]:
+def configuration(config: RunConfig, settings: TuningSettings) -> dict[str, Any]:
     """In the keys of docs/training.md; rows of messages go through the base's chat template."""
-    given = recipe.hyperparameters
+    given = config.hyperparameters
     epochs, multiplier = given["n_epochs"], given["learning_rate_multiplier"]
     values: dict[str, Any] = {
         "base": settings.base,
-        "data": str(recipe.training),
-        "method": METHODS[recipe.kind],
+        "data": str(config.training),
+        "method": METHODS[config.kind],
         "epochs": DEFAULT_EPOCHS if epochs == "auto" else epochs,
         "batch_size": given["batch_size"],
         "learning_rate": "auto",
         "learning_rate_multiplier": 1.0 if multiplier == "auto" else multiplier,
-        "checkpoint_steps": _checkpoint_steps(recipe.num_rows, given["batch_size"]),
+        "checkpoint_steps": _checkpoint_steps(config.num_rows, given["batch_size"]),
         "keep_checkpoints": MAX_KEPT,
-        "seed": recipe.job.seed,
+        "seed": config.job.seed,
         "device": settings.device,
     }
-    if recipe.validation is not None:
-        values["eval_data"] = str(recipe.validation)
+    if config.validation is not None:
+        values["eval_data"] = str(config.validation)
     if settings.quantize == "nf4":
         values["quantization"] = {"bits": 4, "double": settings.double_quant}
-    if recipe.kind == "dpo":
+    if config.kind == "dpo":
         beta = given["beta"]
         beta = DEFAULT_BETA if beta == "auto" else beta
         values["dpo"] = {"beta": beta, "sft_weight": SFT_WEIGHT}
@@ -82,15 +82,15 @@ def _checkpoint_steps(num_rows: int, batch_size: int | str) -> int:
     return min(-(-num_rows // rows_per_step), MAX_CHECKPOINT_STEPS)
 
 
-def train_command(recipe: Recipe, settings: TuningSettings) -> tuple[str, ...]:
+def train_command(config: RunConfig, settings: TuningSettings) -> tuple[str, ...]:
     """Goes on from the newest checkpoint if the run has begun before."""
-    run = recipe.run
+    run = config.run
     has_begun = (run / EVENTS_NAME).exists()
     return (
         *settings.command,
         str(run / CONFIG_NAME),
         "--output",
-        str(settings.adapters / recipe.job.adapter_id),
+        str(settings.adapters / config.job.adapter_id),
         "--run",
         str(run),
         *(("--resume",) if has_begun else ()),
