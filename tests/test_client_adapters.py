@@ -175,6 +175,7 @@ def test_the_command_does_and_tells(url: str) -> None:
     assert code == 0
     assert "device, pinned" in output
     assert "2 x q_proj (rank 4/8)" in output
+    assert "acts from tokens 7 8\n" in output
     assert REVISION in output
     code, output = invoke(url, "register", "help@prod", "--adapter", "french", "--json")
     assert json.loads(output)["names"] == {"help@prod": REVISION}

@@ -46,11 +46,15 @@ class Rights:
         return self._registry.state.owners.get(name, "")
 
     def sees(self, caller: Caller, name: str) -> bool:
-        """A name that leads to what the caller does not see is not there either."""
+        """A name that leads to what the caller does not see is not there either, nor is a merge of
+        such."""
         if caller.is_admin:
             return True
-        target = self._registry.state.names.get(name)
+        state = self._registry.state
+        target = state.names.get(name)
         names = {name, target.adapter_id} if target else {name}
+        for merge in names & state.merges.keys():
+            names = names | {source.adapter_id for source in state.merges[merge].sources}
         return all(self.owner(one) in ("", caller.tenant) for one in names)
 
     def lists(self, caller: Caller, adapter_id: str) -> bool:
