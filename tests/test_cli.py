@@ -213,7 +213,10 @@ class FakeServer(BaseHTTPRequestHandler):
             return
         self.asked_with.append(key)
         names = ("polite", "missing", "long", "plain")
-        adapters = [{"id": name, "parent": "base", "tier": "device"} for name in names]
+        adapters: list[dict[str, Any]] = [
+            {"id": name, "parent": "base", "tier": "device"} for name in names
+        ]
+        adapters[1]["fetching"] = {"bytes": 2**20, "total": 3 * 2**20, "seconds": 2.0}
         models = [{"id": "base"}, *adapters]
         self._reply("application/json", json.dumps({"data": models}))
 
@@ -445,6 +448,7 @@ def test_adapters_are_shown_with_their_tier() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "polite" in text
     assert "device" in text
+    assert "missing: fetching, 1.0 of 3.0 MiB in 2 s" in text
 
 
 def test_adapters_are_told_as_json_too() -> None:
@@ -533,6 +537,15 @@ def test_the_demo_takes_its_settings_from_flags_and_variables(served: list[Serve
     assert invoke("demo", "--check")[0] == 0
     assert served[2].metrics.price_per_hour == 1.0
     assert (second.http.host, second.http.port) == ("127.0.0.1", 0)
+
+
+def test_the_demo_takes_uploads_from_this_machine_alone(served: list[ServeConfig]) -> None:
+    assert invoke("demo")[0] == 0
+    assert invoke("demo", "--host", "0.0.0.0")[0] == 0
+    here, everywhere = (config.sources for config in served)
+    assert (here.adapter_uploads, here.adapter_offline) == (True, True)
+    assert not everywhere.adapter_uploads
+    assert not everywhere.adapter_cache
 
 
 def test_the_demo_refuses_variables_it_does_not_take(served: list[ServeConfig]) -> None:
