@@ -839,12 +839,26 @@ def test_whom_others_wait_for_is_evicted_last_however_long_unused(make: MakeCach
     world.bring(soon, later, idle)
     for revision in (soon, later, idle):
         world.cache.demand(AdapterDemand(frozenset({revision}), ()))
-    world.cache.demand(AdapterDemand(frozenset(), (wanted,), queued=(soon, later)))
+    world.cache.demand(AdapterDemand(frozenset(), (wanted, soon, later)))
     world.until(lambda: wanted in world.cache.residency().resident)
     assert world.cache.residency().resident.keys() == {soon, later, wanted}
-    world.cache.demand(AdapterDemand(frozenset({wanted}), (idle,), queued=(soon, later)))
+    world.cache.demand(AdapterDemand(frozenset({wanted}), (idle, soon, later)))
     world.until(lambda: idle in world.cache.residency().resident)
     assert world.cache.residency().resident.keys() == {soon, idle, wanted}
+
+
+def test_nobody_makes_room_for_who_is_behind_in_line(make: MakeCache) -> None:
+    """What had been fetched ahead for one was evicted to fetch ahead for the next."""
+    world = make(max_slots=2)
+    waits, idle, first, last = (world.hold(f"a{index}").revision for index in range(4))
+    world.bring(waits, idle)
+    for _ in range(20):
+        world.cache.demand(AdapterDemand(frozenset(), (first, waits, last)))
+        world.settle()
+    assert world.cache.residency().resident.keys() == {first, waits}
+    world.cache.demand(AdapterDemand(frozenset({first}), (last, waits)))
+    world.settle()
+    assert world.cache.residency().resident.keys() == {first, last}
 
 
 def test_a_large_adapter_is_not_starved_by_small_ones(make: MakeCache) -> None:
