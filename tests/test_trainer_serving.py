@@ -80,9 +80,7 @@ def full(text: str, name: str) -> Any:
     "lora",
     [
         pytest.param("{r: 4, dtype: float32}", id="lora"),
-        pytest.param(
-            "{r: 4, use_dora: true, use_rslora: true, alpha: 3}", id="dora-rslora"
-        ),
+        pytest.param("{r: 4, use_dora: true, use_rslora: true, alpha: 3}", id="dora-rslora"),
         full("{r: 4}", "bfloat16"),
         full("{r: 4, use_rslora: true, alpha: 3}", "rslora"),
         full("{r: 4, use_dora: true, dtype: float32}", "dora"),
