@@ -46,6 +46,8 @@ from lory_router.settings import RouterSettings
 from lory_router.sourced_engine import SourcedEngine
 from lory_router.sse import shown_error
 from lory_router.text import TextModel
+from lory_router.tuning.routes import TuningRoutes
+from lory_router.tuning.service import Tuning
 from lory_router.upload_routes import UploadRoutes
 
 GENERATION: tuple[tuple[str, Dialect, Handler], ...] = (
@@ -67,6 +69,7 @@ def create_app(
     registry: Registry | None = None,
     is_warm: Callable[[], bool] = lambda: True,
     keys: Keyring | None = None,
+    tuning: Tuning | None = None,
 ) -> ASGIApp:
     """The front of `engine`, to be served by an ASGI server; healthy once it is warm."""
     registry = registry or Registry()
@@ -84,6 +87,7 @@ def create_app(
         routes=[
             *_generation_routes(front),
             *(UploadRoutes(uploads, rights, listing, settings).routes() if uploads else ()),
+            *(TuningRoutes(front, tuning).routes() if tuning else ()),
             *_page_routes(Pages(front, catalogue, int(time.time()))),
             *MergeRoutes(front, merges).routes(),
             *AdapterRoutes(front, lifecycle, catalogue).routes(),

@@ -22,6 +22,8 @@ from lory_router.key_config import KeyConfig
 from lory_router.settings import RouterSettings
 from lory_router.source_config import SourceConfig
 from lory_router.sources.settings import SourceSettings
+from lory_router.tuning.settings import TuningSettings
+from lory_router.tuning_config import TuningConfig
 from lory_router.values import (
     comma_list,
     first_key,
@@ -171,6 +173,7 @@ class ServeConfig:
     keys: KeyConfig = field(default_factory=KeyConfig)
     limits: LimitConfig = field(default_factory=LimitConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
 
     def __post_init__(self) -> None:
         for section, item in _leaves():
@@ -204,6 +207,18 @@ class ServeConfig:
     def source_settings(self) -> SourceSettings | None:
         """Where adapters are fetched from; None: nowhere."""
         return self.sources.settings(self.http.request_timeout, self.step.max_queued)
+
+    @property
+    def tuning_settings(self) -> TuningSettings | None:
+        """How adapters are trained beside; None: not at all."""
+        model = self.model
+        return self.tuning.settings(
+            model.model,
+            self.model_names,
+            model.adapters,
+            model.quantize,
+            double_quant=model.double_quant,
+        )
 
     def engine_options(self) -> EngineOptions:
         """The part the engine is built from."""
@@ -345,6 +360,15 @@ def engine_environment() -> dict[str, str]:
     return kept
 
 
+def training_environment(num_threads: int) -> dict[str, str]:
+    """What a fine-tuning job inherits: as the engine, and so many threads that do not spin."""
+    return engine_environment() | {
+        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
 def _leaves() -> Iterator[tuple[Field[Any], Field[Any]]]:
     for section in fields(ServeConfig):
         for item in fields(_section_type(section.name)):
@@ -428,6 +452,7 @@ def _check_parts(config: ServeConfig) -> None:
     try:
         config.keys.check()
         config.sources.check(config.model.adapters)
+        config.tuning.check(config.model.adapters)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

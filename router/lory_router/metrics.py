@@ -46,6 +46,7 @@ ROUTES = frozenset(
         "/v1/adapters",
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/fine_tuning/jobs",
         "/v1/load_lora_adapter",
         "/v1/unload_lora_adapter",
     )
