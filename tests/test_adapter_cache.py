@@ -253,7 +253,8 @@ def test_files_that_stall_hold_up_no_other_adapter(
     gate.open()
     world.until(lambda: all(ticket in world.answers for ticket in stuck))
     world.until(lambda: not [t for t in threading.enumerate() if t.name.endswith("-spare")])
-    assert len(world.cache._all_readers) == world.cache._readers.qsize() == 2
+    lane = world.cache._loaders.plain
+    assert len(lane.readers) == lane.free.qsize() == 2
 
 
 def test_a_folder_that_hangs_holds_up_no_other_name(
