@@ -131,9 +131,7 @@ class AdapterCache:
         self._folder = folder
         self._folders = Workers("lory-adapter-fold", 1, self._outcomes, on_ready)
         self._tickets: dict[int, _Ticket] = {}
-        self._lookups = Lookups(
-            lambda tickets, name: self._locators.submit(LocateJob(store, tickets, name))
-        )
+        self._lookups = Lookups(self._look)
         self._loads: dict[LoadKey, _Load] = {}
         self._waiting_for_room: list[NeedsRoom] = []
         self._num_loads = 0
@@ -270,8 +268,10 @@ class AdapterCache:
         else:
             self._lookups.ask(found.ticket, ticket.adapter_id)
 
+    def _look(self, tickets: tuple[int, ...], adapter_id: str) -> None:
+        self._locators.submit(LocateJob(self._store, tickets, adapter_id, self._lookups.ended))
+
     def _on_located(self, located: Located) -> Iterator[Outcome]:
-        self._lookups.ended(located.adapter_id)
         tickets = [ticket for ticket in located.tickets if ticket in self._tickets]
         if not tickets:
             return
@@ -345,7 +345,6 @@ class AdapterCache:
         job, error = failed.job, failed.error
         self._tell(failed)
         if isinstance(job, LocateJob):
-            self._lookups.ended(job.adapter_id)
             tickets = [ticket for ticket in job.tickets if ticket in self._tickets]
             yield from [self._failed(ticket, error) for ticket in tickets]
         elif isinstance(job, LoadJob):

@@ -38,10 +38,15 @@ class LocateJob:
     tickets: tuple[int, ...]
     """Of all who asked before it began."""
     adapter_id: str
+    ended: Callable[[str], None]
+    """Called with the name when the look is over, whatever came of it."""
 
     def run(self) -> Located:
-        with locate(self.store, self.adapter_id) as files:
-            return Located(self.tickets, self.adapter_id, files.signature)
+        try:
+            with locate(self.store, self.adapter_id) as files:
+                return Located(self.tickets, self.adapter_id, files.signature)
+        finally:
+            self.ended(self.adapter_id)
 
 
 @dataclass(frozen=True, slots=True)
