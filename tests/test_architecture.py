@@ -52,6 +52,7 @@ LAYERS = [
         "host_memory",
     },
     {"sequence", "accounting", "adapters", "channel", "model.spec"},
+    {"head_turns"},
     {"scheduler", "model"},
     {"engine"},
     {"build"},

@@ -145,7 +145,7 @@ class Engine:
             self._resolving[command.request_id] = request
             self._adapters.resolve(command.request_id, command.adapter_id, command.adapter_revision)
         else:
-            self._enqueue(request, revision="", adapter_bytes=0)
+            self._enqueue(request)
 
     def cancel(self, command: Cancel) -> None:
         request = self._requests.get(command.request_id)
@@ -325,12 +325,12 @@ class Engine:
                 self._orders.follow(outcome)
                 request.resolved = self._clock()
                 self._outbox.resolved.append(Resolution(outcome.ticket, outcome.revision))
-                self._enqueue(request, outcome.revision, outcome.num_bytes)
+                self._enqueue(request, outcome)
             else:
                 self._end(request, "error", _failure(outcome.code, outcome.message))
 
-    def _enqueue(self, request: _Request, revision: str, adapter_bytes: int) -> None:
-        command = request.command
+    def _enqueue(self, request: _Request, adapter: Resolved | None = None) -> None:
+        command, revision = request.command, adapter.revision if adapter else ""
         sequence = Sequence(
             request_id=command.request_id,
             sampling=command.sampling,
@@ -339,7 +339,9 @@ class Engine:
             weights=revision or BASE_WEIGHTS,
             revision=revision,
             adapter_id=command.adapter_id,
-            adapter_bytes=adapter_bytes,
+            adapter_bytes=adapter.num_bytes if adapter else 0,
+            full_bytes=adapter.full_bytes if adapter else 0,
+            has_own_head=adapter.has_own_head if adapter else False,
         )
         request.sequence = sequence
         try:

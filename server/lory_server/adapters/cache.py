@@ -18,13 +18,8 @@ from queue import Empty, SimpleQueue
 import torch
 
 from lory_server.adapters.device import DeviceTier
-from lory_server.adapters.errors import (
-    AdapterCapacityError,
-    AdapterError,
-    RevisionNotFoundError,
-)
+from lory_server.adapters.errors import AdapterCapacityError, AdapterError, RevisionNotFoundError
 from lory_server.adapters.fold import BaseFolder
-from lory_server.adapters.format import Base
 from lory_server.adapters.host import HostBudget, HostTier
 from lory_server.adapters.jobs import (
     Folded,
@@ -43,6 +38,7 @@ from lory_server.adapters.jobs import (
 )
 from lory_server.adapters.journal import Journal
 from lory_server.adapters.known import KnownNames
+from lory_server.adapters.manifest import Base
 from lory_server.adapters.pins import Pins
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import Reader, ThreadReader
@@ -71,7 +67,9 @@ class Resolved:
     is_latest: bool
     """Whether it is what the name stands for on disk; else it was asked for by its digest."""
     num_bytes: int
-    """What it takes in the device's pool."""
+    """What it takes in the device's pool, and its full weights beside it."""
+    full_bytes: int
+    has_own_head: bool
     max_rank: int
     load_seconds: float
     """From `resolve` to now."""
@@ -157,7 +155,7 @@ class AdapterCache:
         self._readers: SimpleQueue[Reader] = SimpleQueue()
         for reader in self._all_readers:
             self._readers.put(reader)
-        self._limits = Limits(pool.dtype, pool.total_bytes, pool.needed_bytes)
+        self._limits = Limits(pool.dtype, pool.total_bytes, pool.needed_bytes, pool.full)
         self._outcomes: SimpleQueue[object] = SimpleQueue()
         self.budget = HostBudget(host_bytes)
         self.host = HostTier(self.budget, base.sites)
@@ -251,7 +249,7 @@ class AdapterCache:
             host=len(self.host),
             device=len(self.device),
             host_bytes=self.budget.used_bytes,
-            device_bytes=self.device.pool.used_bytes,
+            device_bytes=self.device.used_bytes,
             pins_host=len(self.device.pinned),
             pins_device=sum(revision in self.device for revision in self.device.pinned),
         )
@@ -289,6 +287,7 @@ class AdapterCache:
         elif isinstance(outcome, Loaded):
             yield from self._on_loaded(outcome)
         elif isinstance(outcome, Folded):
+            self.budget.release(outcome.freed_bytes)
             yield from self._on_ready_for_the_device(outcome.loaded)
         elif isinstance(outcome, NeedsRoom):
             yield from self._on_full(outcome)
@@ -331,7 +330,7 @@ class AdapterCache:
         """Others load meanwhile: folding has a thread of its own."""
         blob = loaded.blob
         if blob.manifest.needs_base and blob.revision not in self.host:
-            self._folders.submit(FoldJob(self._folder, loaded))
+            self._folders.submit(FoldJob(self._folder, self._limits, loaded))
         else:
             yield from self._on_ready_for_the_device(loaded)
 
@@ -433,8 +432,9 @@ class AdapterCache:
     def _resolved(self, ticket: int, revision: str, is_latest: bool = False) -> Outcome:
         manifest = self.host.entry(revision).blob.manifest
         needed_bytes = self._limits.needed_bytes(manifest)
+        full_bytes = self._limits.full.needed_bytes(manifest)
         try:
-            self.pins.check_room_beside(revision, needed_bytes)
+            self.pins.check_room_beside(revision, needed_bytes, full_bytes)
         except AdapterCapacityError as error:
             return self._failed(ticket, error)
         asked = self._tickets.pop(ticket)
@@ -446,6 +446,8 @@ class AdapterCache:
             revision=revision,
             is_latest=is_latest,
             num_bytes=needed_bytes,
+            full_bytes=full_bytes,
+            has_own_head=manifest.has_own_head,
             max_rank=manifest.max_rank,
             load_seconds=time.monotonic() - asked.asked_s,
         )

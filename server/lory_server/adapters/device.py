@@ -14,9 +14,11 @@ from types import MappingProxyType
 
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.copier import Copier, make_copier
-from lory_server.adapters.extents import Allocation
+from lory_server.adapters.ends import Ends
+from lory_server.adapters.extents import Allocation, ExtentAllocator
 from lory_server.adapters.host import HostEntry, HostTier
 from lory_server.adapters.journal import Journal
+from lory_server.adapters.manifest import AdapterManifest
 from lory_server.adapters.matched import Facts
 from lory_server.adapters.pool import AdapterPool, SlotRow
 from lory_server.adapters.workers import JobFailed, Workers
@@ -30,28 +32,37 @@ class _Tenure:
     adapter_id: str
     slot: int
     allocation: Allocation
-    max_rank: int
-    has_gain_or_bias: bool
+    full: Allocation
+    """Its full weights' places."""
+    manifest: AdapterManifest
     facts: Facts
+
+    @property
+    def num_bytes(self) -> int:
+        return self.allocation.num_bytes + self.full.num_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Copied:
     revision: str
     row: SlotRow
+    ends: Ends | None
     seconds: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _CopyJob:
     copier: Copier
+    pool: AdapterPool
     blob: AdapterBlob
     allocation: Allocation
+    full: Allocation
     started_s: float
 
     def run(self) -> _Copied:
-        row = self.copier.copy(self.blob, self.allocation)
-        return _Copied(self.blob.revision, row, time.monotonic() - self.started_s)
+        row = self.copier.copy(self.blob, self.allocation, self.full)
+        ends = self.pool.ends(self.blob.manifest, self.allocation, self.full)
+        return _Copied(self.blob.revision, row, ends, time.monotonic() - self.started_s)
 
 
 class DeviceTier:
@@ -71,6 +82,7 @@ class DeviceTier:
         self._last_use: dict[str, int] = {}
         self._clock = 0
         self._largest_chunk = 0
+        self._largest_full = 0
         self._picture: Residency | None = None
 
     def __contains__(self, revision: str) -> bool:
@@ -78,6 +90,11 @@ class DeviceTier:
 
     def __len__(self) -> int:
         return len(self._resident)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of all, full weights included."""
+        return self.pool.used_bytes + self.pool.full.extents.used_bytes
 
     def residency(self) -> Residency:
         """Publish the copies that have ended; raises what a failed copy raised."""
@@ -115,9 +132,9 @@ class DeviceTier:
         return self._resident[revision].facts
 
     def num_bytes(self, revision: str) -> int:
-        """What a revision takes here now."""
+        """What a revision takes here now, full weights included."""
         tenure = self._resident.get(revision) or self._loading.get(revision)
-        return tenure.allocation.num_bytes if tenure else 0
+        return tenure.num_bytes if tenure else 0
 
     def stop(self) -> None:
         self._workers.stop()
@@ -128,14 +145,14 @@ class DeviceTier:
     def check(self) -> None:
         """Free + used = total for slots and bytes; no two tenures share anything."""
         self.pool.extents.check()
+        self.pool.full.extents.check()
         tenures = [*self._resident.values(), *self._loading.values()]
         slots = [tenure.slot for tenure in tenures] + self._free_slots
         assert sorted(slots) == list(range(self.pool.max_slots))
-        extents = [extent for tenure in tenures for extent in tenure.allocation.extents]
-        assert sum(extent.size for extent in extents) == self.pool.used_bytes
-        in_order = sorted(extents, key=lambda extent: extent.start)
-        for before, after in pairwise(in_order):
-            assert before.start + before.size <= after.start
+        shown = {tenure.slot for tenure in self._resident.values()}
+        assert shown.issuperset(self.pool.full.by_slot)
+        _check_apart([tenure.allocation for tenure in tenures], self.pool.extents)
+        _check_apart([tenure.full for tenure in tenures], self.pool.full.extents)
 
     # -- loading ----------------------------------------------------------------------------
 
@@ -147,16 +164,32 @@ class DeviceTier:
         freeable = sum(self._resident[victim].allocation.num_bytes for victim in victims)
         if self.pool.free_bytes + freeable < needed_bytes or not (self._free_slots or victims):
             return False
-        allocation = self.pool.allocate(manifest) if self._free_slots else None
-        for victim in victims:
-            if allocation is not None:
-                break
-            self._evict(victim)
-            allocation = self.pool.allocate(manifest)
-        if allocation is None:
+        full_freeable = sum(self._resident[victim].full.num_bytes for victim in victims)
+        if self.pool.full.free_bytes + full_freeable < self.pool.full.needed_bytes(manifest):
             return False
-        self._start(entry, allocation)
-        return True
+        return self._place(entry, victims)
+
+    def _place(self, entry: HostEntry, victims: list[str]) -> bool:
+        """Evict until there is room of both kinds, but nobody who has nothing of what is short."""
+        manifest, full_weights = entry.blob.manifest, self.pool.full
+        allocation = self.pool.allocate(manifest) if self._free_slots else None
+        full = full_weights.allocate(manifest)
+        for victim in victims:
+            if allocation and full:
+                break
+            if allocation and not self._resident[victim].full.num_bytes:
+                continue
+            self._evict(victim)
+            allocation = allocation or self.pool.allocate(manifest)
+            full = full or full_weights.allocate(manifest)
+        if allocation and full:
+            self._start(entry, allocation, full)
+            return True
+        if allocation:
+            self.pool.free(allocation)
+        if full:
+            full_weights.free(full)
+        return False
 
     def _victims(self, kept: set[str], less_urgent: tuple[str, ...]) -> list[str]:
         """Who may go, first those nobody waits for, the least recently used first."""
@@ -168,7 +201,7 @@ class DeviceTier:
             key=lambda r: (urgency.get(r, nobody_waits), self._last_use[r]),
         )
 
-    def _start(self, entry: HostEntry, allocation: Allocation) -> None:
+    def _start(self, entry: HostEntry, allocation: Allocation, full: Allocation) -> None:
         blob = entry.blob
         self._host.hold(blob.revision)
         manifest = blob.manifest
@@ -176,24 +209,30 @@ class DeviceTier:
             entry.adapter_id,
             self._free_slots.pop(),
             allocation,
-            manifest.max_rank,
-            manifest.has_gain_or_bias,
+            full,
+            manifest,
             entry.facts,
         )
         self._last_use[blob.revision] = self._clock
         self._largest_chunk = max(
             self._largest_chunk, *manifest.chunk_bytes(self.pool.dtype.itemsize)
         )
+        self._largest_full = max(
+            self._largest_full, *manifest.full_bytes(self.pool.dtype.itemsize), 0
+        )
         self._picture = None
-        self._workers.submit(_CopyJob(self._copier, blob, allocation, time.monotonic()))
+        self._workers.submit(
+            _CopyJob(self._copier, self.pool, blob, allocation, full, time.monotonic())
+        )
 
     def _finish(self, copied: _Copied) -> None:
         tenure = self._loading.pop(copied.revision)
         self.pool.publish(tenure.slot, copied.row)
+        self.pool.full.publish(tenure.slot, copied.ends)
         self._resident[copied.revision] = tenure
         self._host.release(copied.revision)
         self._picture = None
-        num_bytes = tenure.allocation.num_bytes
+        num_bytes = tenure.num_bytes
         self._journal.loaded(
             "device", tenure.adapter_id, copied.revision, num_bytes, copied.seconds
         )
@@ -202,10 +241,12 @@ class DeviceTier:
         started_s = time.monotonic()
         tenure = self._resident.pop(revision)
         self.pool.free(tenure.allocation)
+        self.pool.full.free(tenure.full)
+        self.pool.full.withdraw(tenure.slot)
         self._free_slots.append(tenure.slot)
         del self._last_use[revision]
         self._picture = None
-        num_bytes, seconds = tenure.allocation.num_bytes, time.monotonic() - started_s
+        num_bytes, seconds = tenure.num_bytes, time.monotonic() - started_s
         self._journal.evicted("device", tenure.adapter_id, revision, num_bytes, seconds)
 
     # -- what others see --------------------------------------------------------------------
@@ -226,8 +267,9 @@ class DeviceTier:
             revision: ResidentAdapter(
                 tenure.slot,
                 tenure.allocation.num_bytes,
-                tenure.max_rank,
-                tenure.has_gain_or_bias,
+                tenure.manifest.max_rank,
+                tenure.manifest.has_gain_or_bias,
+                tenure.full.num_bytes,
             )
             for revision, tenure in self._resident.items()
         }
@@ -236,4 +278,13 @@ class DeviceTier:
             loading=frozenset(self._loading),
             free_bytes=self.pool.extents.placeable_bytes(self._largest_chunk),
             free_slots=len(self._free_slots),
+            free_full_bytes=self.pool.full.extents.placeable_bytes(self._largest_full),
         )
+
+
+def _check_apart(allocations: list[Allocation], extents: ExtentAllocator) -> None:
+    taken = [extent for allocation in allocations for extent in allocation.extents]
+    assert sum(extent.size for extent in taken) == extents.used_bytes
+    in_order = sorted(taken, key=lambda extent: extent.start)
+    for before, after in pairwise(in_order):
+        assert before.start + before.size <= after.start

@@ -23,7 +23,8 @@ from torch import Tensor
 from lory_server import low_priority
 from lory_server.adapters.blob import AdapterBlob, new_blob, read_numbers
 from lory_server.adapters.errors import AdapterInvalidError
-from lory_server.adapters.format import AdapterManifest, Base, read_manifest
+from lory_server.adapters.format import read_manifest
+from lory_server.adapters.manifest import AdapterManifest, Base
 from lory_server.adapters.store import AdapterFiles, changed_error
 from lory_server.giving_way import giving_way
 from lory_server.lifeline import die_with_parent
