@@ -19,6 +19,7 @@ import tiny_tokenizers
 from lory_router.app import create_app
 from lory_router.connection import Connection, HttpServer, http_server
 from lory_router.engine import SequenceRequest, StreamEvent, Unavailable
+from lory_router.keys import Keyring
 from lory_router.listener import listen, url_of
 from lory_router.observe import RequestRecord
 from lory_router.registry import Registry
@@ -248,6 +249,7 @@ class ScriptedEngine:
             host_bytes=200,
             device_bytes=100,
             is_pinned=adapter_id in self.pinned,
+            invocation_tokens=(7, 8),
         )
         return AdapterEntry(
             adapter_id=adapter_id,
@@ -288,13 +290,17 @@ class Front:
         text: TextModel = TEXT,
         engine: ScriptedEngine | None = None,
         registry: Registry | None = None,
+        keys: Keyring | None = None,
         **settings: Any,
     ) -> None:
         self.engine = engine or ScriptedEngine(list(answers) or [Answer()])
         self.settings = RouterSettings(model_names=(BASE,), **settings)
         self.ledger = Ledger()
         self._server: HttpServer | None = None
-        self.app: ASGIApp = create_app(self.engine, self.settings, text, self.ledger, registry)
+        self.registry = registry or Registry()
+        self.app: ASGIApp = create_app(
+            self.engine, self.settings, text, self.ledger, self.registry, keys=keys
+        )
 
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
         """One request through the application, without a network."""

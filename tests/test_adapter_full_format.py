@@ -52,8 +52,8 @@ def lora_embed(rank: int = 4) -> Shapes:
     return {f"{EMBED}.lora_embedding_A": (rank, VOCAB), f"{EMBED}.lora_embedding_B": (HIDDEN, rank)}
 
 
-ON_HEAD = {"target_modules": ["q_proj", "lm_head"]}
-ON_EMBED = {"target_modules": ["q_proj", "embed_tokens"]}
+ON_HEAD: dict[str, Any] = {"target_modules": ["q_proj", "lm_head"]}
+ON_EMBED: dict[str, Any] = {"target_modules": ["q_proj", "embed_tokens"]}
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from lory_router.exchange import Exchange
 from lory_router.gate import Gate
 from lory_router.observe import MetricsSink, Outcome
 from lory_router.registry import Registry
+from lory_router.rights import Rights
 from lory_router.settings import RouterSettings
 from lory_router.sse import shown_error
 from lory_router.text import TextModel
@@ -34,6 +35,7 @@ class Front:
     metrics: MetricsSink
     gate: Gate
     registry: Registry
+    rights: Rights
 
     def require_ready(self) -> EngineInfo:
         """What the engine is, if a request may come in now."""

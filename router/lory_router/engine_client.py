@@ -153,7 +153,7 @@ class ChildEngine:
             sampling=request.sampling,
             adapter_id=request.adapter_id,
             adapter_revision=request.adapter_revision,
-            tenant=request.tenant,
+            tenant=request.caller.tenant,
         )
         life.send(command)
         stream = SequenceStream(number, len(request.prompt_ids), request.room, life.send_cancel)

@@ -103,7 +103,7 @@ async def _reply_whole(
     headers: Mapping[str, str],
 ) -> None:
     asks = [ask for group in job.asks for ask in group]
-    async with running(front.engine, asks, front.text, front.settings) as live:
+    async with running(front.engine, asks, front.text, front.settings, exchange.caller) as live:
         exchange.sequences = live
         await run_all(live)
     groups = _groups(job, live)
@@ -133,7 +133,7 @@ async def _events(
     """A chunk a batch of tokens, usage if asked for, and [DONE]."""
     head = _head(exchange, job, dressing, dressing.chunk_object)
     asks = [ask for group in job.asks for ask in group]
-    async with running(front.engine, asks, front.text, front.settings) as live:
+    async with running(front.engine, asks, front.text, front.settings, exchange.caller) as live:
         exchange.sequences = live
         choices = [_Streamed(i, s.transcript, job, dressing) for i, s in enumerate(live)]
         async with aclosing(merged(live)) as batches:

@@ -266,6 +266,7 @@ def base_of(options: EngineOptions, decoder: Decoder) -> Base:
         decoder.adapter_sites,
         base_names(options),
         options.allow_base_mismatch,
+        spec.vocab_size,
         spec.norms(),
         spec.tied_head,
     )
@@ -278,7 +279,7 @@ def blocks_a_sequence(options: EngineOptions, plan: MemoryPlan) -> int:
 def compile_kernels(decoder: Decoder, kv: KVCache, options: EngineOptions) -> None:
     """Before the first request: a kernel compiled within a step stops every stream for seconds."""
     started = time.monotonic()
-    count = warm_up(decoder, kv, options.max_step_tokens, bool(options.adapters_dir))
+    count = warm_up(decoder, kv, options.max_step_tokens, options.serves_adapters)
     seconds = time.monotonic() - started
     log.info(
         "ran %d steps of padding in %.1f s, so that their kernels are compiled", count, seconds

@@ -33,6 +33,7 @@ from .types import (
     ChatDelta,
     ChatMessage,
     ChatParameters,
+    Download,
     GenerateParameters,
     Generation,
     MatchedModules,
@@ -42,6 +43,7 @@ from .types import (
     TextToken,
     Token,
     TokenLogprob,
+    UploadedAdapter,
     Usage,
 )
 
@@ -66,6 +68,7 @@ __all__ = [
     "Client",
     "ConflictError",
     "ConnectionFailedError",
+    "Download",
     "GenerateParameters",
     "Generation",
     "GenerationError",
@@ -89,6 +92,7 @@ __all__ = [
     "Token",
     "TokenLogprob",
     "UnavailableError",
+    "UploadedAdapter",
     "Usage",
     "ValidationError",
 ]

@@ -49,6 +49,11 @@ class WholeEnds:
         ]
         kept = _one_of_each(blob, kept)
         self._check_no_gain(blob, kept)
+        if kept and blob.manifest.invocation_tokens:
+            raise AdapterInvalidError(
+                f"tensor {kept[0].spec.name!r} is another weight than the base's, and acts before"
+                " the invocation tokens, too; train an aLoRA without it"
+            )
         return blob if kept == list(blob.manifest.full) else _with_only(blob, kept)
 
     def _is_base(self, blob: AdapterBlob, weight: FullWeight, block_weights: int) -> bool:

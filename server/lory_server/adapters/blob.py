@@ -15,7 +15,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate, groupby
 from math import prod
 from typing import Literal
@@ -144,9 +144,8 @@ def _pieces(spec: TensorSpec, start: int) -> Iterator[_Chunk]:
     at_once = BATCH_BYTES // size
     for done in range(0, prod(spec.shape), at_once):
         numel = min(at_once, prod(spec.shape) - done)
-        piece = replace(
-            spec, shape=(numel,), offset=spec.offset + done * size, num_bytes=numel * size
-        )
+        offset = spec.offset + done * size
+        piece = TensorSpec(spec.name, spec.dtype, (numel,), offset, numel * size)
         yield _Chunk(piece, "full", start + done)
 
 

@@ -149,8 +149,8 @@ def _fields(weight: FullWeight, tensor: Tensor) -> Iterator[tuple[str, Tensor | 
         return
     ids_N = torch.tensor(weight.token_ids)
     sorted_N, order_N = torch.sort(ids_N)
-    there = (one.to(tensor.device) for one in (ids_N, sorted_N, order_N))
-    rows = TokenRows(*there, tensor)
+    device = tensor.device
+    rows = TokenRows(ids_N.to(device), sorted_N.to(device), order_N.to(device), tensor)
     yield from ((f"{name}_rows", rows) for name in names)
 
 

@@ -9,7 +9,7 @@ the configuration selects has its tensors.
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from lory_server.adapters.config import (
@@ -22,7 +22,7 @@ from lory_server.adapters.config import (
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.full_format import is_adapted, is_tied, take_full_weights
 from lory_server.adapters.header import TensorSpec, read_exactly, read_header, read_header_bytes
-from lory_server.adapters.manifest import AdapterManifest, AdapterSlice, Base
+from lory_server.adapters.manifest import AdapterManifest, AdapterSlice, Base, FullWeight
 from lory_server.adapters.tensors import Role, Tensors, by_module, check_shape, invalid
 from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE
 
@@ -74,8 +74,13 @@ def read_manifest(config_fd: int, weights_fd: int, base: Base) -> AdapterManifes
             f"{CONFIG_NAME}: target_modules selects no module of the base"
             f" (it has {', '.join(sorted({m.rpartition('.')[2] for m in places}))})"
         )
+    invocation = config.invocation_tokens
+    if invocation:
+        _check_invocation(invocation, slices, full, base)
     digest = hashlib.sha256(hashlib.sha256(raw_config).digest() + raw_header).digest()
-    return AdapterManifest(tuple(slices), config.base_model_name, file_bytes, digest, full)
+    return AdapterManifest(
+        tuple(slices), config.base_model_name, file_bytes, digest, invocation, full
+    )
 
 
 def _place(config: AdapterConfig, base: Base, number: int, part: int) -> _Place:
@@ -183,6 +188,32 @@ def _slice(config: AdapterConfig, module: str, place: _Place, found: Tensors) ->
         has_base_bias=place.has_bias,
         is_lookup=place.is_lookup,
     )
+
+
+def _check_invocation(
+    invocation: tuple[int, ...],
+    slices: Sequence[AdapterSlice],
+    full: Sequence[FullWeight],
+    base: Base,
+) -> None:
+    """A prompt before the invocation is the base's own: its KV is shared."""
+    unknown = next((token for token in invocation if base.vocab_size <= token), None)
+    if base.vocab_size and unknown is not None:
+        raise AdapterInvalidError(
+            f"{CONFIG_NAME}: alora_invocation_tokens has {unknown}, but the base's vocabulary has"
+            f" {base.vocab_size} tokens"
+        )
+    for part in slices:
+        if part.bias is not None:
+            reason = "acts before the invocation tokens, too; train an aLoRA with bias 'none'"
+            raise invalid(part.bias.name, reason)
+        if part.is_lookup and part.a is not None:
+            reason = "acts before the invocation tokens, too; leave embed_tokens out of an aLoRA"
+            raise invalid(part.a.name, reason)
+    for weight in full:
+        if not weight.may_be_base:
+            reason = "acts before the invocation tokens, too; train an aLoRA without it"
+            raise invalid(weight.spec.name, reason)
 
 
 # -- the base's name ------------------------------------------------------------------------

@@ -13,6 +13,8 @@ from itertools import islice
 from math import prod
 from typing import Literal
 
+import msgspec
+
 from lory_server.adapters.header import TensorSpec
 from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE, Site
 
@@ -35,14 +37,15 @@ class Base:
     """Names and paths the base is known by; empty: any name in a configuration is accepted."""
     allow_mismatch: bool = False
     """Accept configurations that name another base, if every tensor fits."""
+    vocab_size: int = 0
+    """0: not known."""
     norms: tuple[tuple[str, int], ...] = ()
     """Modules and sizes of its norms."""
     tied_head: bool = False
     """Its head is its embedding."""
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterSlice:
+class AdapterSlice(msgspec.Struct, frozen=True, gc=False):
     """What an adapter has for one slice of one site: A [rank, in_features] and B [out_features,
     rank], or neither, and tensors of [out_features]."""
 
@@ -117,6 +120,8 @@ class AdapterManifest:
     """Size of the weights file."""
     digest: bytes
     """Of what has been read to know all this: the configuration, and the weights' header."""
+    invocation_tokens: tuple[int, ...] = ()
+    """It acts where these last begin in a prompt, and from there on; empty: everywhere."""
     full: tuple[FullWeight, ...] = ()
 
     @property

@@ -10,6 +10,7 @@ from typing import Literal
 
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.header import TensorSpec
+from lory_server.adapters.packed_names import packing_of
 
 Role = Literal[
     "A",
@@ -58,13 +59,20 @@ def by_module(specs: Sequence[TensorSpec], modules: Collection[str]) -> dict[str
         parts = zip(_ROLES, match.groups()[1:], strict=True)
         role: Role = next(role for (role, _), part in parts if part)
         if match["module"] not in modules:
-            what = "a linear" if role in ("bias", "base_layer.bias") else "a module"
-            raise invalid(spec.name, f"is for {what} that the base does not have")
+            raise invalid(spec.name, _why_no_place(match["module"], role, modules))
         tensors = found.setdefault(match["module"], {})
         if role in tensors:
             raise invalid(spec.name, "stands twice, with and without an adapter's name")
         tensors[role] = spec
     return found
+
+
+def _why_no_place(module: str, role: Role, modules: Collection[str]) -> str:
+    packing = packing_of(module, modules)
+    if packing:
+        return f"is not for this base, which {packing}; train it on the checkpoint that is served"
+    what = "a linear" if role in ("bias", "base_layer.bias") else "a module"
+    return f"is for {what} that the base does not have"
 
 
 def check_shape(spec: TensorSpec, expected: tuple[int, ...], meaning: str) -> None:
