@@ -24,12 +24,12 @@ from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.host import HostBudget, HostTier
 from lory_server.adapters.jobs import LoadKey
 from lory_server.adapters.journal import MAX_LINES, MAX_SKIPPED_LINES, Journal
+from lory_server.adapters.loaders import Loaders
 from lory_server.adapters.outcomes import Listed, Outcome, Resolved, ResolveFailed
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import ThreadReader
 from lory_server.adapters.refusals import Refusals
 from lory_server.adapters.store import AdapterFiles, AdapterStore
-from lory_server.adapters.workers import Workers
 from lory_server.plan import AdapterDemand, Residency
 
 RANK_4_BYTES = 9_728
@@ -253,7 +253,8 @@ def test_files_that_stall_hold_up_no_other_adapter(
     gate.open()
     world.until(lambda: all(ticket in world.answers for ticket in stuck))
     world.until(lambda: not [t for t in threading.enumerate() if t.name.endswith("-spare")])
-    assert len(world.cache._all_readers) == world.cache._readers.qsize() == 2
+    lane = world.cache._loaders.plain
+    assert len(lane.readers) == lane.free.qsize() == 2
 
 
 def test_a_folder_that_hangs_holds_up_no_other_name(
@@ -838,12 +839,26 @@ def test_whom_others_wait_for_is_evicted_last_however_long_unused(make: MakeCach
     world.bring(soon, later, idle)
     for revision in (soon, later, idle):
         world.cache.demand(AdapterDemand(frozenset({revision}), ()))
-    world.cache.demand(AdapterDemand(frozenset(), (wanted,), queued=(soon, later)))
+    world.cache.demand(AdapterDemand(frozenset(), (wanted, soon, later)))
     world.until(lambda: wanted in world.cache.residency().resident)
     assert world.cache.residency().resident.keys() == {soon, later, wanted}
-    world.cache.demand(AdapterDemand(frozenset({wanted}), (idle,), queued=(soon, later)))
+    world.cache.demand(AdapterDemand(frozenset({wanted}), (idle, soon, later)))
     world.until(lambda: idle in world.cache.residency().resident)
     assert world.cache.residency().resident.keys() == {soon, idle, wanted}
+
+
+def test_nobody_makes_room_for_who_is_behind_in_line(make: MakeCache) -> None:
+    """What had been fetched ahead for one was evicted to fetch ahead for the next."""
+    world = make(max_slots=2)
+    waits, idle, first, last = (world.hold(f"a{index}").revision for index in range(4))
+    world.bring(waits, idle)
+    for _ in range(20):
+        world.cache.demand(AdapterDemand(frozenset(), (first, waits, last)))
+        world.settle()
+    assert world.cache.residency().resident.keys() == {first, waits}
+    world.cache.demand(AdapterDemand(frozenset({first}), (last, waits)))
+    world.settle()
+    assert world.cache.residency().resident.keys() == {first, last}
 
 
 def test_a_large_adapter_is_not_starved_by_small_ones(make: MakeCache) -> None:
@@ -1152,7 +1167,7 @@ def test_news_wakes_the_engine(make: MakeCache) -> None:
 def test_loaders_have_the_priority_of_the_step_and_end_with_the_cache(make: MakeCache) -> None:
     world = make()
     world.hold("a0")
-    loaders: Workers = world.cache._loaders
+    loaders: Loaders = world.cache._loaders
     for thread in loaders.threads:
         assert thread.native_id is not None
         ours = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())

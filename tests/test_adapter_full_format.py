@@ -11,7 +11,9 @@ from safetensors.torch import save_file
 from adapter_files import HIDDEN, SITES, make_config, make_tensors
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.format import AdapterManifest, Base, read_manifest
+from lory_server.adapters.merge_plan import plan_merge
 from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE, Site, Slice
+from lory_server.recipes import MergeSource, Recipe
 
 VOCAB = 9
 ENDS = (
@@ -202,3 +204,20 @@ def test_what_does_not_belong_together_is_refused_by_name(
 def test_a_saved_module_that_the_base_does_not_have_changes_nothing(tmp_path: Path) -> None:
     """As in PEFT, whose lists of modules are often one for many models."""
     assert manifest_of(tmp_path, {}, modules_to_save=["classifier", "score"]).full == ()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "fields", "says"),
+    [
+        ({f"{HEAD}.weight": FULL}, {"modules_to_save": ["lm_head"]}, "has a whole embedding, head"),
+        ({f"{EMBED}.{DELTA}": (1, HIDDEN)}, {"trainable_token_indices": [1]}, "token rows"),
+        (lora_embed(), ON_EMBED, "changes the embedding"),
+    ],
+)
+def test_adapters_with_more_than_linear_factors_are_not_merged(
+    shapes: Shapes, fields: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    manifest = manifest_of(tmp_path, shapes, **fields)
+    recipe = Recipe(sources=(MergeSource("x", 1.0), MergeSource("y", 1.0)))
+    with pytest.raises(AdapterInvalidError, match=says):
+        plan_merge(recipe, [manifest, manifest])

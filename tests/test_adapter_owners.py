@@ -129,6 +129,19 @@ def test_a_hidden_adapter_is_looked_for_as_one_that_is_not_there(
     assert asked[2] == "absent"
 
 
+def test_no_merge_leads_to_what_is_not_ours(tmp_path: Path, keys: Keyring) -> None:
+    front = owned(tmp_path, keys)
+
+    def merged(who: str, name: str) -> httpx.Response:
+        wish = {"ids": ["french", name], "weights": [0.5, 0.5]}
+        return front.post("/generate", lorax(merged_adapters=wish), **as_(who))
+
+    for name, absent in NAMES.items():
+        hidden, missing = merged("beta", name), merged("beta", absent)
+        assert hidden.status_code == 404
+        assert told(hidden, name) == told(missing, absent)
+
+
 def test_it_takes_as_long_to_say_no_either_way(tmp_path: Path, keys: Keyring) -> None:
     front = owned(tmp_path, keys)
 
@@ -175,7 +188,8 @@ def test_a_removed_adapter_stays_its_owners(tmp_path: Path, keys: Keyring) -> No
     for who in ("beta", "acme"):
         reply = front.post("/generate", lorax(adapter_id="secret"), **as_(who))
         assert reply.status_code == 404
-    assert front.post(ADAPTERS, {"name": "secret"}, **as_("admin")).status_code == 201
+    for who, status in (("beta", 403), ("acme", 201)):
+        assert front.post(ADAPTERS, {"name": "secret"}, **as_(who)).status_code == status
     assert front.post("/generate", lorax(adapter_id="secret"), **as_("beta")).status_code == 404
     assert front.post("/generate", lorax(adapter_id="secret"), **as_("acme")).status_code == 200
 
@@ -352,6 +366,7 @@ def test_a_tenant_uploads_under_its_own_name(world: World) -> None:
 
 def test_an_admin_uploads_for_a_tenant_and_the_owner_stays(world: World) -> None:
     assert send(world, "admin", "x", params={"owner": "acme"}) == 201
+    assert [send(world, who, "x") for who in TENANTS] == [201, 403]
     assert send(world, "admin", "x") == 201
     assert [ask(world, who, "upload:x") for who in TENANTS] == [200, 404]
     assert send(world, "admin", "x", params={"owner": ""}) == 201

@@ -22,6 +22,8 @@ from lory_router.key_config import KeyConfig
 from lory_router.settings import RouterSettings
 from lory_router.source_config import SourceConfig
 from lory_router.sources.settings import SourceSettings
+from lory_router.tuning.settings import TuningSettings
+from lory_router.tuning_config import TuningConfig
 from lory_router.values import (
     comma_list,
     first_key,
@@ -101,12 +103,8 @@ class MemoryConfig:
     memory: int = size_flag(0, "All device memory the engine may use; 0: derived.")
     kv_memory: int = size_flag(0, "Device memory of the KV cache; 0: derived.")
     adapter_memory: int = size_flag(0, "Device memory of resident adapters; 0: derived.")
-    full_weights_memory: int = size_flag(
-        0, "Device memory of adapters' own heads and embeddings; 0: derived."
-    )
-    adapter_host_memory: int = size_flag(
-        0, "Host memory of adapters loaded but not resident; 0: derived."
-    )
+    full_weights_memory: int = size_flag(0, "Device memory of adapters' own heads; 0: derived.")
+    adapter_host_memory: int = size_flag(0, "Host memory of all loaded adapters; 0: derived.")
     max_resident_adapters: int = flag(
         0, "Most adapters on the device at once; 0: as many as its memory holds.", at_least=0
     )
@@ -174,6 +172,7 @@ class ServeConfig:
     keys: KeyConfig = field(default_factory=KeyConfig)
     limits: LimitConfig = field(default_factory=LimitConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
 
     def __post_init__(self) -> None:
         for section, item in _leaves():
@@ -207,6 +206,18 @@ class ServeConfig:
     def source_settings(self) -> SourceSettings | None:
         """Where adapters are fetched from; None: nowhere."""
         return self.sources.settings(self.http.request_timeout, self.step.max_queued)
+
+    @property
+    def tuning_settings(self) -> TuningSettings | None:
+        """How adapters are trained beside; None: not at all."""
+        model = self.model
+        return self.tuning.settings(
+            model.model,
+            self.model_names,
+            model.adapters,
+            model.quantize,
+            double_quant=model.double_quant,
+        )
 
     def engine_options(self) -> EngineOptions:
         """The part the engine is built from."""
@@ -349,6 +360,15 @@ def engine_environment() -> dict[str, str]:
     return kept
 
 
+def training_environment(num_threads: int) -> dict[str, str]:
+    """What a fine-tuning job inherits: as the engine, and so many threads that do not spin."""
+    return engine_environment() | {
+        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+
+
 def _leaves() -> Iterator[tuple[Field[Any], Field[Any]]]:
     for section in fields(ServeConfig):
         for item in fields(_section_type(section.name)):
@@ -432,6 +452,7 @@ def _check_parts(config: ServeConfig) -> None:
     try:
         config.keys.check()
         config.sources.check(config.model.adapters)
+        config.tuning.check(config.model.adapters)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

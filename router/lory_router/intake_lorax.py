@@ -12,16 +12,16 @@ import msgspec
 from lory_router import tokenize, validate
 from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.chat_template import TemplateError
-from lory_router.engine import SequenceRequest
 from lory_router.errors import Invalid
-from lory_router.schemas_lorax import GenerateBody, Json, Parameters
+from lory_router.merging import MergeNamed, asked_of, check_merged
+from lory_router.schemas_lorax import GenerateBody, Json, MergedAdapters, Parameters
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_router.validate import Ask, Named
 from lory_server.messages import EngineInfo, Sampling
 
 PARAMETER_PLACES = {name: f"parameters.{name}" for name in Parameters.__struct_fields__}
-NOT_SUPPORTED = ("merged_adapters", "return_k_alternatives")
+NOT_SUPPORTED = ("return_k_alternatives",)
 PLAIN_FORMATS: tuple[Json, ...] = ({"type": "text"}, {"type": "Text"})
 
 
@@ -33,6 +33,8 @@ class LoraxJob:
     """One, or best_of; all of one prompt."""
     adapter_id: str
     adapter_source: str
+    is_merge: bool
+    """Then adapter_id lists several."""
     prompt_ids: tuple[int, ...]
     prompt_text: str
     """Put before the answer; empty unless return_full_text."""
@@ -50,6 +52,9 @@ def read_body(body: bytes) -> GenerateBody:
     parameters = value.get("parameters", {})
     if isinstance(parameters, dict):
         refuse_unknown(parameters, Parameters, inside="parameters.")
+        merged = parameters.get("merged_adapters")
+        if isinstance(merged, dict):
+            refuse_unknown(merged, MergedAdapters, inside="parameters.merged_adapters.")
     return read_struct(value, GenerateBody)
 
 
@@ -58,7 +63,7 @@ async def accept(
 ) -> LoraxJob:
     wish = body.parameters
     check_parameters(wish, stream, info, settings)
-    named = validate.check_adapter(wish.adapter_id, wish.adapter_source, wish.api_token, settings)
+    named = _named(wish, settings)
     if not body.inputs:
         raise Invalid("`inputs` cannot be empty", param="inputs")
     if wish.truncate is None:
@@ -72,7 +77,8 @@ async def accept(
     return LoraxJob(
         asks=_asks(wish, prompt_ids, named, sampling, stops, info),
         adapter_id=named.adapter_id,
-        adapter_source=named.source.kind if named.source else "local",
+        adapter_source=named.source_kind,
+        is_merge=isinstance(named, MergeNamed),
         prompt_ids=prompt_ids,
         prompt_text=shown if wish.return_full_text else "",
         num_input_chars=len(body.inputs),
@@ -80,6 +86,13 @@ async def accept(
         prefill_details=bool(wish.decoder_input_details),
         sampled=_samples(wish),
     )
+
+
+def _named(wish: Parameters, settings: RouterSettings) -> Named | MergeNamed:
+    adapter_id, source, token = wish.adapter_id, wish.adapter_source, wish.api_token
+    if wish.merged_adapters is None:
+        return validate.check_adapter(adapter_id, source, token, settings)
+    return check_merged(wish.merged_adapters, adapter_id, source, token, settings)
 
 
 def check_parameters(
@@ -204,18 +217,12 @@ def _or(value: float | None, default: float) -> float:
 def _asks(
     wish: Parameters,
     prompt_ids: tuple[int, ...],
-    named: Named,
+    named: Named | MergeNamed,
     sampling: Sampling,
     stops: tuple[str, ...],
     info: EngineInfo,
 ) -> tuple[Ask, ...]:
-    first = SequenceRequest(
-        prompt_ids=prompt_ids,
-        sampling=sampling,
-        adapter_id=named.adapter_id,
-        source=named.source,
-        token=named.token,
-    )
+    first = asked_of(named, prompt_ids, sampling)
     ending = validate.ending_of(sampling, info, stops)
     asks = []
     for seed in validate.pick_seeds(sampling.seed, wish.best_of or 1):

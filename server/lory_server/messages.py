@@ -136,9 +136,11 @@ class Submit(Message, frozen=True):
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     adapter_id: str = ""
-    """Empty: the base."""
+    """Empty: the base. Of merges, what `recipes.merged_id` makes."""
     adapter_revision: str = ""
     """A revision or its beginning, on disk or still in memory; empty: the one on disk now."""
+    charged_as: str = ""
+    """What charges call the adapter; empty: `adapter_id`."""
     tenant: str = "default"
 
 
@@ -203,6 +205,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     code: FailureCode
     message: str
     """For the caller: names the field or tensor, and the fix."""
+    source: str = ""
+    """Of a merge, the adapter to blame."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

@@ -33,6 +33,8 @@ class ResolveFailed:
     adapter_id: str
     code: FailureCode
     message: str
+    source: str = ""
+    """Of a merge, the adapter to blame."""
 
 
 @dataclass(frozen=True, slots=True)
