@@ -109,7 +109,7 @@ def train(
     except KeyboardInterrupt:
         _print(console, "interrupted", "yellow")
         raise typer.Exit(EXIT_STOPPED) from None
-    except TrainerError as error:
+    except (TrainerError, OSError) as error:
         _print(console, f"error: {error}", "red")
         raise typer.Exit(EXIT_FAILED) from error
     _print(console, summary(result))
