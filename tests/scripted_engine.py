@@ -9,7 +9,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 import tiny_tokenizers
 from lory_router.app import create_app
+from lory_router.base_check import ServedBase
 from lory_router.connection import Connection, HttpServer, http_server
 from lory_router.engine import SequenceRequest, StreamEvent, Unavailable
 from lory_router.listener import listen, url_of
@@ -25,6 +26,7 @@ from lory_router.registry import Registry
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_server.messages import (
+    NO_RECIPE,
     AdapterEntry,
     CancelReason,
     EngineInfo,
@@ -36,6 +38,7 @@ from lory_server.messages import (
     OrderDone,
     OrderKind,
     PromptLogprobs,
+    Recipe,
     RevisionEntry,
     Token,
     Usage,
@@ -185,6 +188,8 @@ class ScriptedEngine:
     pinned: set[str] = field(default_factory=set)
     refuses: Failure | None = None
     """Every order that would load."""
+    recipes: dict[str, Recipe] = field(default_factory=dict)
+    """Of adapters that have one."""
 
     def is_ready(self) -> bool:
         return self.ready
@@ -198,6 +203,8 @@ class ScriptedEngine:
         answer = self.answers[min(len(self.streams), len(self.answers) - 1)]
         if request.adapter_id and request.adapter_id not in self.adapters:
             answer = Answer(text=b"", ends=False, fails="adapter_not_found")
+        elif request.recipe != self.recipes.get(request.adapter_id, NO_RECIPE).digest:
+            answer = replace(answer, text=b"", ends=False, fails="recipe_changed")
         stream = ScriptedStream(request, answer)
         self.streams.append(stream)
         return stream
@@ -223,7 +230,8 @@ class ScriptedEngine:
         if kind in ("unload", "drop"):
             self.loaded.discard(adapter_id)
         told = REVISION if kind in ("find", "load", "pin") else ""
-        return OrderDone(call_id=0, entry=self.entry(adapter_id), revision=told)
+        recipe = self.recipes.get(adapter_id, NO_RECIPE) if kind == "find" else None
+        return OrderDone(call_id=0, entry=self.entry(adapter_id), revision=told, recipe=recipe)
 
     def _refusal(self, kind: OrderKind, adapter_id: str, revision: str) -> Failure | None:
         if kind == "unload" and adapter_id in self.pinned:
@@ -288,13 +296,16 @@ class Front:
         text: TextModel = TEXT,
         engine: ScriptedEngine | None = None,
         registry: Registry | None = None,
+        base: ServedBase | None = None,
         **settings: Any,
     ) -> None:
         self.engine = engine or ScriptedEngine(list(answers) or [Answer()])
         self.settings = RouterSettings(model_names=(BASE,), **settings)
         self.ledger = Ledger()
         self._server: HttpServer | None = None
-        self.app: ASGIApp = create_app(self.engine, self.settings, text, self.ledger, registry)
+        self.app: ASGIApp = create_app(
+            self.engine, self.settings, text, self.ledger, registry, base=base
+        )
 
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:
         """One request through the application, without a network."""

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from lory_router import validate
 from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.endpoint import Endpoint, Front
-from lory_router.errors import Invalid, adapter_not_found, shown
+from lory_router.errors import ApiError, Invalid, adapter_not_found, shown
 from lory_router.exchange import Exchange
 from lory_router.lifecycle import Lifecycle
 from lory_router.names import is_adapter_id
@@ -25,6 +25,7 @@ from lory_router.schemas_adapters import (
     RegisterBody,
     RemovedReply,
     UnloadLoraBody,
+    adapter_detail,
 )
 
 PATH = "/v1/adapters"
@@ -76,7 +77,16 @@ class AdapterRoutes:
         return _json(await self._lifecycle.list())
 
     async def get(self, request: Request) -> Response:
-        return _json(await self._lifecycle.get(_checked(request.path_params["adapter_id"])))
+        """It is read for that, unless it has been: its folder tells how it wants to be asked."""
+        name = _checked(request.path_params["adapter_id"])
+        reply = await self._lifecycle.get(name)
+        try:
+            known = None if ":" in name else await self._front.recipes.known(name)
+        except ApiError:
+            known = None  # it cannot be served, which `refused` tells
+        if known is None:
+            return _json(adapter_detail(reply, None, None))
+        return _json(adapter_detail(reply, known.recipe, known.base_matches))
 
     async def register(self, exchange: Exchange, body: bytes) -> None:
         wish = _read(body, RegisterBody)

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lory_router import lorax, openai
 from lory_router.adapters import AdapterRoutes
+from lory_router.base_check import ServedBase
 from lory_router.endpoint import Endpoint, Front, Handler
 from lory_router.engine import EngineClient, Unavailable
 from lory_router.errors import (
@@ -35,6 +36,7 @@ from lory_router.listing import Listing
 from lory_router.named_engine import NamedEngine
 from lory_router.observe import MetricsSink
 from lory_router.pages import Pages
+from lory_router.recipes import Recipes
 from lory_router.registry import Registry
 from lory_router.settings import RouterSettings
 from lory_router.sources.service import Sources
@@ -61,12 +63,14 @@ def create_app(
     registry: Registry | None = None,
     is_warm: Callable[[], bool] = lambda: True,
     sources: Sources | None = None,
+    base: ServedBase | None = None,
 ) -> ASGIApp:
     """The front of `engine`, to be served by an ASGI server; healthy once it is warm."""
     registry = registry or Registry()
     uploads = sources if "upload" in settings.adapter_sources else None
     named = NamedEngine(engine, registry, is_warm)
-    front = Front(named, settings, text, metrics, Gate(settings), registry)
+    recipes = Recipes(named, registry, settings, base or ServedBase())
+    front = Front(named, settings, text, metrics, Gate(settings), registry, recipes)
     listing = Listing(named)
     lifecycle = Lifecycle(named, registry, listing, settings)
     app = Starlette(

@@ -70,6 +70,9 @@ class ModelConfig:
     allow_base_mismatch: bool = flag(
         False, "Serve adapters that name another base of equal shapes."
     )
+    strict_base: bool = flag(
+        False, "Refuse adapters whose manifest says that they were trained on another base."
+    )
     served_model_name: str = flag(
         "", "Names the base answers to, comma-separated; empty: the model's own name."
     )
@@ -243,6 +246,7 @@ class ServeConfig:
         return RouterSettings(
             model_names=self.model_names,
             adapters_dir=self.model.adapters,
+            strict_base=self.model.strict_base,
             adapter_sources=sources.kinds if sources else frozenset(),
             api_keys=comma_list(self.http.api_key),
             max_concurrent_requests=self.step.max_queued,
@@ -267,11 +271,11 @@ def environment_names() -> frozenset[str]:
     return frozenset(_variable(item.name) for _, item in _leaves())
 
 
-def server_url_option() -> Any:
+def server_url_option(name: str = "--url") -> Any:
     """The `--url` of commands that talk to a running server."""
     return typer.Option(
         "http://127.0.0.1:8080",
-        "--url",
+        name,
         help="Where the server listens.",
         parser=with_scheme,
         metavar="URL",

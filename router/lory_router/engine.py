@@ -56,6 +56,8 @@ class SequenceRequest:
     """Where the adapter comes from; None: the engine's own folder."""
     token: str = field(default="", repr=False)
     """The caller's, for that source."""
+    recipe: str = ""
+    """Digest of the recipe that the prompt was made by; see `recipes`."""
     tenant: str = "default"
     room: BufferRoom = field(default_factory=BufferRoom, compare=False, repr=False)
     """Shared by the sequences of one request."""

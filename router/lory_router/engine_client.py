@@ -153,6 +153,7 @@ class ChildEngine:
             sampling=request.sampling,
             adapter_id=request.adapter_id,
             adapter_revision=request.adapter_revision,
+            recipe=request.recipe,
             tenant=request.tenant,
         )
         life.send(command)

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lory_router import tokenize, validate
+from lory_router import asking, tokenize, validate
+from lory_router.asking import Template
 from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.chat_template import TemplateError
 from lory_router.engine import SequenceRequest
 from lory_router.errors import Invalid
+from lory_router.recipes import Recipes
 from lory_router.schemas_lorax import GenerateBody, Json, Parameters
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
+from lory_router.transcript import Ending
 from lory_router.validate import Ask, Named
-from lory_server.messages import EngineInfo, Sampling
+from lory_server.messages import EngineInfo, Recipe, Sampling
 
 PARAMETER_PLACES = {name: f"parameters.{name}" for name in Parameters.__struct_fields__}
 NOT_SUPPORTED = ("merged_adapters", "return_k_alternatives")
@@ -37,6 +40,7 @@ class LoraxJob:
     prompt_text: str
     """Put before the answer; empty unless return_full_text."""
     num_input_chars: int
+    template: Template
     details: bool
     """Told with prefill_details, too."""
     prefill_details: bool
@@ -53,29 +57,50 @@ def read_body(body: bytes) -> GenerateBody:
     return read_struct(value, GenerateBody)
 
 
-async def accept(
-    body: GenerateBody, stream: bool, info: EngineInfo, settings: RouterSettings, text: TextModel
-) -> LoraxJob:
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a request is checked against."""
+
+    info: EngineInfo
+    settings: RouterSettings
+    text: TextModel
+    recipes: Recipes
+
+
+async def accept(body: GenerateBody, stream: bool, context: Context) -> LoraxJob:
+    info, settings, text = context.info, context.settings, context.text
     wish = body.parameters
     check_parameters(wish, stream, info, settings)
     named = validate.check_adapter(wish.adapter_id, wish.adapter_source, wish.api_token, settings)
     if not body.inputs:
         raise Invalid("`inputs` cannot be empty", param="inputs")
+    recipe = await context.recipes.of(named)
+    wish = asking.filled_in(wish, recipe)
+    prompt, template = _prompt(body, recipe, named)
     if wish.truncate is None:
         most = validate.max_input_length(info, settings)
-        tokenize.check_length("inputs", body.inputs, text, most)
-    prompt_ids, is_cut = await _prompt_ids(body, settings, text)
-    shown = text.decode(prompt_ids) if is_cut else body.inputs
+        tokenize.check_length("inputs", prompt, text, most)
+    prompt_ids, is_cut = await _prompt_ids(prompt, wish, settings, text)
+    shown = text.decode(prompt_ids) if is_cut else prompt
     validate.check_prompt("inputs", len(prompt_ids), info, settings)
-    sampling = _sampling(wish, len(prompt_ids), info, settings)
-    stops = validate.check_stops(wish.stop or (), settings)
+    sampling = _sampling(wish, recipe, len(prompt_ids), context)
+    stops = asking.all_stops(validate.check_stops(wish.stop or (), settings), recipe)
+    first = SequenceRequest(
+        prompt_ids=prompt_ids,
+        sampling=sampling,
+        adapter_id=named.adapter_id,
+        source=named.source,
+        token=named.token,
+        recipe=recipe.digest,
+    )
     return LoraxJob(
-        asks=_asks(wish, prompt_ids, named, sampling, stops, info),
+        asks=_asks(first, wish, validate.ending_of(sampling, info, stops)),
         adapter_id=named.adapter_id,
         adapter_source=named.source.kind if named.source else "local",
         prompt_ids=prompt_ids,
         prompt_text=shown if wish.return_full_text else "",
-        num_input_chars=len(body.inputs),
+        num_input_chars=len(prompt),
+        template=template,
         details=bool(wish.details or wish.decoder_input_details),
         prefill_details=bool(wish.decoder_input_details),
         sampled=_samples(wish),
@@ -152,11 +177,23 @@ def _samples(wish: Parameters) -> bool:
     return bool(wish.do_sample) or warped or narrowed
 
 
+def _prompt(body: GenerateBody, recipe: Recipe, named: Named) -> tuple[str, Template]:
+    """The text to answer, and whose template made it."""
+    has_chat_template = bool(body.parameters.apply_chat_template)
+    if isinstance(body.inputs, str):
+        return body.inputs, "base" if has_chat_template else "none"
+    if has_chat_template:
+        raise Invalid(
+            "`apply_chat_template` is for `inputs` as text; fields go into the adapter's template",
+            param="apply_chat_template",
+        )
+    return asking.made_of_fields(body.inputs, recipe, named.adapter_id), "adapter"
+
+
 async def _prompt_ids(
-    body: GenerateBody, settings: RouterSettings, text: TextModel
+    prompt: str, wish: Parameters, settings: RouterSettings, text: TextModel
 ) -> tuple[tuple[int, ...], bool]:
     """The prompt, and whether `truncate` took something away."""
-    wish, prompt = body.parameters, body.inputs
     if wish.apply_chat_template:
         prompt = await _templated(prompt, text)
     special = not wish.apply_chat_template
@@ -178,10 +215,10 @@ async def _templated(inputs: str, text: TextModel) -> str:
         raise Invalid(f"chat template: {error}", param="apply_chat_template") from error
 
 
-def _sampling(
-    wish: Parameters, num_prompt: int, info: EngineInfo, settings: RouterSettings
-) -> Sampling:
-    wanted, default = wish.max_new_tokens, settings.default_max_new_tokens
+def _sampling(wish: Parameters, recipe: Recipe, num_prompt: int, context: Context) -> Sampling:
+    wanted, info = wish.max_new_tokens, context.info
+    default = recipe.defaults.max_new_tokens or context.settings.default_max_new_tokens
+    end_ids = () if wish.ignore_eos_token else asking.end_ids(recipe, context.text, info)
     return Sampling(
         max_new_tokens=validate.answer_length("max_new_tokens", wanted, num_prompt, info, default),
         seed=validate.pick_seeds(wish.seed, 1)[0],
@@ -192,6 +229,7 @@ def _sampling(
         repetition_penalty=_or(wish.repetition_penalty, 1.0),
         frequency_penalty=_or(wish.frequency_penalty, 0.0),
         presence_penalty=_or(wish.presence_penalty, 0.0),
+        stop_token_ids=end_ids,
         ignore_eos=bool(wish.ignore_eos_token),
         prompt_logprobs=bool(wish.decoder_input_details),
     )
@@ -201,24 +239,9 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _asks(
-    wish: Parameters,
-    prompt_ids: tuple[int, ...],
-    named: Named,
-    sampling: Sampling,
-    stops: tuple[str, ...],
-    info: EngineInfo,
-) -> tuple[Ask, ...]:
-    first = SequenceRequest(
-        prompt_ids=prompt_ids,
-        sampling=sampling,
-        adapter_id=named.adapter_id,
-        source=named.source,
-        token=named.token,
-    )
-    ending = validate.ending_of(sampling, info, stops)
+def _asks(first: SequenceRequest, wish: Parameters, ending: Ending) -> tuple[Ask, ...]:
     asks = []
-    for seed in validate.pick_seeds(sampling.seed, wish.best_of or 1):
-        seeded = msgspec.structs.replace(sampling, seed=seed)
+    for seed in validate.pick_seeds(first.sampling.seed, wish.best_of or 1):
+        seeded = msgspec.structs.replace(first.sampling, seed=seed)
         asks.append(Ask(dataclasses.replace(first, sampling=seeded), ending))
     return tuple(asks)

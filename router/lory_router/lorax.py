@@ -16,7 +16,7 @@ from lory_router.endpoint import Front
 from lory_router.errors import IncompleteGeneration, Invalid
 from lory_router.exchange import Exchange
 from lory_router.headers import header_text, measured_headers
-from lory_router.intake_lorax import LoraxJob
+from lory_router.intake_lorax import Context, LoraxJob
 from lory_router.running import LiveSequence, run_all, running
 from lory_router.schemas_lorax import (
     Details,
@@ -96,7 +96,8 @@ async def _accept(
     front: Front, exchange: Exchange, wish: GenerateBody, stream: bool
 ) -> tuple[LoraxJob, EngineInfo]:
     info = front.require_ready()
-    job = await intake_lorax.accept(wish, stream, info, front.settings, front.text)
+    context = Context(info, front.settings, front.text, front.recipes)
+    job = await intake_lorax.accept(wish, stream, context)
     exchange.adapter_id = front.served_as(job.adapter_id)
     exchange.sequences_per_prompt = len(job.asks)
     exchange.ready_at = time.perf_counter()
@@ -222,6 +223,7 @@ def _common_headers(job: LoraxJob, front: Front, info: EngineInfo) -> dict[str, 
         "x-compute-type": info.device,
         "x-compute-characters": str(job.num_input_chars),
         "x-model-id": header_text(front.settings.model_names[0]),
+        "x-template": job.template,
     }
     if job.adapter_id:
         headers |= {

@@ -69,14 +69,17 @@ async def chat_completions(front: Front, exchange: Exchange, body: bytes) -> Non
 
 
 def _context(front: Front) -> Context:
-    return Context(front.require_ready(), front.settings, front.text)
+    return Context(front.require_ready(), front.settings, front.text, front.recipes)
 
 
 async def _reply(front: Front, exchange: Exchange, job: OpenaiJob, dressing: Dressing) -> None:
     exchange.adapter_id = front.served_as(job.adapter_id)
     exchange.sequences_per_prompt = len(job.asks[0])
     exchange.ready_at = time.perf_counter()
-    headers = {"x-model-id": header_text(front.settings.model_names[0])}
+    headers = {
+        "x-model-id": header_text(front.settings.model_names[0]),
+        "x-template": job.template,
+    }
     if job.adapter_id:
         headers["x-adapter-id"] = header_text(job.adapter_id)
     if job.stream:

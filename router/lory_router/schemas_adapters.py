@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from lory_server.messages import AdapterEntry, RevisionEntry
+from lory_server.messages import AdapterEntry, Recipe, RevisionEntry
 
 State = Literal["disk", "host", "device", "refused"]
 
@@ -76,6 +76,17 @@ class AdapterReply(msgspec.Struct, frozen=True, kw_only=True):
     refused: str | None
 
 
+class AdapterDetail(AdapterReply, frozen=True, kw_only=True):
+    """One adapter, with how it wants to be asked; None: that is not known."""
+
+    template: str | None = None
+    fields: tuple[str, ...] | None = None
+    defaults: dict[str, float] | None = None
+    stop: tuple[str, ...] | None = None
+    base_matches: bool | None = None
+    """Whether the base served is the one it was trained on; None: its manifest does not tell."""
+
+
 class AdapterListReply(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["list"] = "list"
     data: tuple[AdapterReply, ...]
@@ -111,6 +122,23 @@ def adapter_reply(entry: AdapterEntry, names: Mapping[str, str], age_s: float) -
         names={name: revision or None for name, revision in names.items()},
         revisions=tuple(map(_revision_reply, entry.revisions)),
         refused=entry.refusal or None,
+    )
+
+
+def adapter_detail(
+    reply: AdapterReply, recipe: Recipe | None, base_matches: bool | None
+) -> AdapterDetail:
+    known = msgspec.structs.asdict(reply)
+    if recipe is None:
+        return AdapterDetail(**known)
+    defaults = msgspec.structs.asdict(recipe.defaults)
+    return AdapterDetail(
+        **known,
+        template=recipe.template or None,
+        fields=recipe.fields,
+        defaults={name: value for name, value in defaults.items() if value is not None},
+        stop=recipe.stop,
+        base_matches=base_matches,
     )
 
 

@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lory_router.app import create_app
+from lory_router.base_check import ServedBase
 from lory_router.config import ServeConfig, StartError, engine_environment
 from lory_router.connection import HttpServer, http_server
 from lory_router.engine import Unavailable
@@ -154,6 +155,7 @@ def _build(launch: _Launch) -> _Parts:
         launch.registry,
         warm_up.is_done,
         sources,
+        ServedBase(config.model.model),
     )
     server = http_server(app, room_for_connections(config.http.max_connections))
     supervisor = Supervisor(engine, metrics, launch.policy)

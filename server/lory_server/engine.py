@@ -45,6 +45,7 @@ from lory_server.sequence import Sequence
 BASE_WEIGHTS = "base"
 Holders = Counter[tuple[str, str]]
 NO_ADAPTERS = "this server serves the base alone; start it with --adapters"
+RECIPE_CHANGED = "the adapter was replaced while the request waited for it; send it again"
 
 
 class StepRunner(Protocol):
@@ -321,7 +322,11 @@ class Engine:
                 self._orders.take_outcome(outcome)
                 continue
             request = self._resolving.pop(outcome.ticket)
-            if isinstance(outcome, Resolved):
+            if isinstance(outcome, Resolved) and outcome.recipe.digest != request.command.recipe:
+                self._orders.follow(outcome)
+                self._adapters.release(outcome.revision)
+                self._end(request, "error", _failure("recipe_changed", RECIPE_CHANGED))
+            elif isinstance(outcome, Resolved):
                 self._orders.follow(outcome)
                 request.resolved = self._clock()
                 self._outbox.resolved.append(Resolution(outcome.ticket, outcome.revision))

@@ -33,6 +33,7 @@ FailureCode = Literal[
     "adapter_capacity",  # larger than the whole adapter pool, or than what pins leave of it
     "adapter_pinned",  # it is pinned, and what was asked would put it out
     "revision_not_found",  # the adapter is there, but not in that revision
+    "recipe_changed",  # the adapter wants to be asked in another way than the router thought
     "context_too_long",  # prompt + max_new_tokens exceed the context or the KV pool
     "bad_request",  # token ids out of range and the like, found by the engine
     "overloaded",  # the engine's queue is full
@@ -137,6 +138,8 @@ class Submit(Message, frozen=True):
     """Empty: the base."""
     adapter_revision: str = ""
     """A revision or its beginning, on disk or still in memory; empty: the one on disk now."""
+    recipe: str = ""
+    """Digest of the recipe that this was made by; a revision with another one fails it."""
     tenant: str = "default"
 
 
@@ -361,6 +364,45 @@ class AdapterEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Why the last attempt to load it failed; empty after one that did not."""
 
 
+class Defaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request is to ask for that does not say so itself; None: nothing."""
+
+    temperature: float | None = None
+    """0 is greedy."""
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+
+
+class BaseDigest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Which base an adapter was trained on: SHA-256 of its parts, see docs/evaluation.md."""
+
+    config: str
+    tokenizer: str
+    weights: str
+
+
+class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+    """How a revision of an adapter wants to be asked, as its trainer wrote it down."""
+
+    digest: str = ""
+    """Of all below; empty where there is nothing."""
+    template: str = ""
+    """The prompt, with `{field}`s in it; empty: callers send prompts as they are."""
+    fields: tuple[str, ...] = ()
+    defaults: Defaults = Defaults()
+    stop: tuple[str, ...] = ()
+    eos_token: str = ""
+    """What it learned to end with."""
+    base: BaseDigest | None = None
+
+
+NO_RECIPE = Recipe()
+"""Of the base, and of adapters whose trainers say nothing."""
+
+
 class AdapterList(Message, frozen=True):
     call_id: int
     adapters: tuple[AdapterEntry, ...]
@@ -372,6 +414,8 @@ class OrderDone(Message, frozen=True):
     """The adapter afterwards; None: it could not be done."""
     revision: str = ""
     """Which one it was done to."""
+    recipe: Recipe | None = None
+    """Of that revision; told by `find`."""
     failure: Failure | None = None
 
 

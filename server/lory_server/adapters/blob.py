@@ -14,7 +14,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 
 import numpy as np
@@ -31,6 +31,7 @@ from lory_server.adapters.format import (
     TensorSpec,
 )
 from lory_server.adapters.header import WEIGHTS_NAME
+from lory_server.messages import NO_RECIPE, Recipe
 
 REVISION_CHARS = 32
 BATCH_BYTES = 256 * 1024
@@ -52,6 +53,7 @@ class AdapterBlob:
     chunk_starts: tuple[int, ...]
     """Elements from the start of `data` to each chunk."""
     num_bytes: int
+    recipe: Recipe = NO_RECIPE
 
 
 def read_blob(weights_fd: int, manifest: AdapterManifest, dtype: torch.dtype) -> AdapterBlob:
@@ -63,6 +65,14 @@ def read_blob(weights_fd: int, manifest: AdapterManifest, dtype: torch.dtype) ->
 def new_blob(revision: str, manifest: AdapterManifest, data: Tensor) -> AdapterBlob:
     starts = _chunk_starts(manifest, data.element_size())
     return AdapterBlob(revision, manifest, data, starts, data.nbytes)
+
+
+def with_recipe(blob: AdapterBlob, recipe: Recipe) -> AdapterBlob:
+    """The same numbers, asked in that way, which makes another revision of them."""
+    if not recipe.digest:
+        return blob
+    digest = hashlib.sha256(f"{blob.revision} {recipe.digest}".encode()).hexdigest()
+    return replace(blob, revision=digest[:REVISION_CHARS], recipe=recipe)
 
 
 def read_numbers(weights_fd: int, manifest: AdapterManifest, data: Tensor) -> str:

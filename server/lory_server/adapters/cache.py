@@ -48,7 +48,7 @@ from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import Reader, ThreadReader
 from lory_server.adapters.store import AdapterStore
 from lory_server.adapters.workers import JobFailed, Workers
-from lory_server.messages import AdapterEntry, AdapterMove, FailureCode
+from lory_server.messages import NO_RECIPE, AdapterEntry, AdapterMove, FailureCode, Recipe
 from lory_server.plan import AdapterDemand, Residency
 
 NUM_LOADERS = 2
@@ -75,6 +75,7 @@ class Resolved:
     max_rank: int
     load_seconds: float
     """From `resolve` to now."""
+    recipe: Recipe = NO_RECIPE
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,7 +432,8 @@ class AdapterCache:
         return self._failed(ticket, RevisionNotFoundError(reason))
 
     def _resolved(self, ticket: int, revision: str, is_latest: bool = False) -> Outcome:
-        manifest = self.host.entry(revision).blob.manifest
+        blob = self.host.entry(revision).blob
+        manifest = blob.manifest
         needed_bytes = self._limits.needed_bytes(manifest)
         try:
             self.pins.check_room_beside(revision, needed_bytes)
@@ -448,6 +450,7 @@ class AdapterCache:
             num_bytes=needed_bytes,
             max_rank=manifest.max_rank,
             load_seconds=time.monotonic() - asked.asked_s,
+            recipe=blob.recipe,
         )
 
     def _failed(self, ticket: int, error: Exception) -> ResolveFailed:

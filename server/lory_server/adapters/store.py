@@ -21,6 +21,7 @@ from types import TracebackType
 from lory_server.adapters.config import CONFIG_NAME
 from lory_server.adapters.errors import AdapterInvalidError, AdapterNotFoundError
 from lory_server.adapters.header import WEIGHTS_NAME
+from lory_server.adapters.recipe import MANIFEST_NAME
 from lory_server.messages import FETCHED
 
 MAX_LISTED = 100_000
@@ -44,13 +45,15 @@ Signature = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """The two files of an adapter, open for reading; use it in a `with` block."""
+    """The files of an adapter, open for reading; use it in a `with` block."""
 
     adapter_id: str
     config_fd: int
     weights_fd: int
+    manifest_fd: int | None
+    """None: it has no manifest."""
     signature: Signature
-    """Device, inode, size, mtime and ctime of both files."""
+    """Device, inode, size, mtime and ctime of each file."""
     located_ns: int
 
     def __enter__(self) -> "AdapterFiles":
@@ -65,18 +68,19 @@ class AdapterFiles:
         self.close()
 
     def close(self) -> None:
-        os.close(self.config_fd)
-        os.close(self.weights_fd)
+        for fd in (self.config_fd, self.weights_fd, self.manifest_fd):
+            if fd is not None:
+                os.close(fd)
 
     def check_unchanged(self) -> None:
         """Raise if a file was written to since it was located, so that no mixture is served."""
-        if _signature(self.config_fd, self.weights_fd) != self.signature:
+        if _signature(self.config_fd, self.weights_fd, self.manifest_fd) != self.signature:
             raise changed_error()
 
     @property
     def is_settled(self) -> bool:
         """False if the signature may fail to show a change made just after it was taken."""
-        changed_ns = max(self.signature[4], self.signature[9])
+        changed_ns = max(self.signature[4::5])
         return self.located_ns - changed_ns > SETTLED_NS
 
 
@@ -120,9 +124,14 @@ class AdapterStore:
             opened.callback(os.close, config_fd)
             weights_fd = self._open_weights(root, adapter_id)
             opened.callback(os.close, weights_fd)
-            signature = _signature(config_fd, weights_fd)
+            manifest_fd = _open_inside(root, adapter_id, MANIFEST_NAME)
+            if manifest_fd is not None:
+                opened.callback(os.close, manifest_fd)
+            signature = _signature(config_fd, weights_fd, manifest_fd)
             opened.pop_all()
-        return AdapterFiles(adapter_id, config_fd, weights_fd, signature, time.time_ns())
+        return AdapterFiles(
+            adapter_id, config_fd, weights_fd, manifest_fd, signature, time.time_ns()
+        )
 
     def _open_config(self, root: str, adapter_id: str) -> int:
         config_fd = _open_inside(root, adapter_id, CONFIG_NAME)
@@ -266,9 +275,12 @@ def _check_regular(status: os.stat_result) -> None:
         raise _NotRegularError
 
 
-def _signature(*fds: int) -> Signature:
+def _signature(*fds: int | None) -> Signature:
+    """Of the files that there are."""
     fields: list[int] = []
     for fd in fds:
+        if fd is None:
+            continue
         s = os.fstat(fd)
         fields += (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
     return tuple(fields)

@@ -1,0 +1,113 @@
+"""How adapters want to be asked: their recipes, learnt once from the engine and kept by name.
+
+A request is made by what is known here and says so: a revision with another recipe fails it in
+the engine, `forget` drops what is known, and the request is made again (`endpoint`). So no request
+waits for a look at a file, and none is made by the template of a revision it does not get. It must
+not know HTTP or dialects.
+"""
+
+import asyncio
+import logging
+import math
+from dataclasses import dataclass
+
+from lory_router.base_check import ServedBase
+from lory_router.engine import EngineClient, Unavailable
+from lory_router.errors import AdapterInvalid, TimedOut, from_failure, shown
+from lory_router.named_engine import find_target
+from lory_router.names import Target
+from lory_router.registry import Registry
+from lory_router.settings import RouterSettings
+from lory_router.sources.flight import Flights
+from lory_router.sources.memory import Memory
+from lory_router.validate import Named
+from lory_server.messages import NO_RECIPE, OrderDone, Recipe
+
+MAX_KNOWN = 65_536
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    recipe: Recipe
+    other_parts: tuple[str, ...] | None
+    """Of the base that differ from the one it was trained on; None: that cannot be told."""
+
+    @property
+    def base_matches(self) -> bool | None:
+        return None if self.other_parts is None else not self.other_parts
+
+
+class Recipes:
+    def __init__(
+        self, engine: EngineClient, registry: Registry, settings: RouterSettings, base: ServedBase
+    ) -> None:
+        self._engine = engine
+        self._registry = registry
+        self._settings = settings
+        self._base = base
+        self._known: Memory[Target, Known] = Memory(MAX_KNOWN)
+        self._flights: Flights[Target, OrderDone | Known] = Flights()
+
+    async def of(self, named: Named) -> Recipe:
+        """Of the adapter that a request names. Raises an ApiError where there is none, or where it
+        is for another base and that is refused."""
+        if not named.adapter_id or named.source is not None:
+            return NO_RECIPE  # of what is fetched, no manifest is
+        known = await self.known(named.adapter_id)
+        if self._settings.strict_base and known.other_parts:
+            raise AdapterInvalid(
+                f"adapter {shown(named.adapter_id)} was trained on another base: {_differs(known)};"
+                " serve it on that one, or start without --strict-base",
+                param="model",
+            )
+        return known.recipe
+
+    async def known(self, name: str) -> Known:
+        """Of a local adapter, by any of its names; the first time the engine reads it for that."""
+        target = find_target(self._registry, name)
+        known = self._known.get(target)
+        if known is not None:
+            return known
+        found = await self._flights.join(target, lambda: self._learn(target))
+        if isinstance(found, Known):
+            return found
+        assert found.failure is not None
+        raise from_failure(found.failure, self._settings.retry_after_s, name)
+
+    def forget(self, name: str) -> None:
+        """What its name stands for was replaced."""
+        target = self._registry.target(name)
+        if target is not None:
+            self._known.forget(target)
+
+    async def _learn(self, target: Target) -> OrderDone | Known:
+        done = await self._find(target)
+        if done.failure is not None:
+            return done
+        recipe = done.recipe or NO_RECIPE
+        known = Known(recipe, await self._base.other_parts(recipe.base))
+        if known.other_parts:
+            log.warning("adapter %r: %s", target.adapter_id, _differs(known))
+        self._known.put(target, known, math.inf)
+        return known
+
+    async def _find(self, target: Target) -> OrderDone:
+        """However long the adapter is on its way, as far as a request would wait."""
+        try:
+            async with asyncio.timeout(self._settings.request_timeout_s):
+                while True:
+                    try:
+                        return await self._engine.order("find", target.adapter_id, target.revision)
+                    except Unavailable as error:
+                        if error.reason != "loading" or not self._engine.is_ready():
+                            raise
+        except TimeoutError as error:
+            text = f"adapter {shown(target.adapter_id)} could not be read in time; try later"
+            raise TimedOut(text) from error
+
+
+def _differs(known: Known) -> str:
+    parts = " and ".join(known.other_parts or ())
+    return f"the base it was trained on has another {parts} than the one served"
