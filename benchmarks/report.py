@@ -18,6 +18,7 @@ from benchmarks import record
 
 README = record.ROOT / "README.md"
 ACCURACY = record.ROOT / "demo" / "accuracy.json"
+MISMATCHES = record.ROOT / "demo" / "mismatches.json"
 LORY = "Lory"
 COLD_GOAL = 1.2
 """At most so much longer may the slowest gaps be while cold adapters arrive."""
@@ -37,6 +38,7 @@ def fill(text: str, results: Path = record.RESULTS, accuracy: Path = ACCURACY) -
         "cold": lambda: cold_table(results),
         "gpu": lambda: gpu_tables(results),
         "accuracy": lambda: accuracy_table(accuracy),
+        "mismatches": lambda: mismatches_table(MISMATCHES),
     }
     return fill_tables(text, makers)
 
@@ -217,6 +219,20 @@ def accuracy_table(path: Path) -> str:
         for name, score in sorted(record.read(path).items())
     ]
     return markdown(["adapter", "base", "with the adapter", "held-out rows"], rows)
+
+
+def mismatches_table(path: Path) -> str:
+    """Ways to serve an adapter, and what each is worth."""
+    if not path.exists():
+        return "Not measured yet: run `python demo/mismatches.py`.\n"
+    told = record.read(path)
+    figures = ("json_valid", "json_schema.valid", "json_fields", "exact_match")
+    rows = [
+        [one["what"], *(f"{one[figure]:.0%}" for figure in figures)]
+        for one in told["served"].values()
+    ]
+    heads = [f"`{told['task']}` served", "valid JSON", "follows the schema", "fields", "exact"]
+    return markdown(heads, rows)
 
 
 # -- parts ------------------------------------------------------------------------------------

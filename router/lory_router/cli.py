@@ -221,6 +221,18 @@ def train(context: typer.Context) -> None:
     trainer_app(context.args, prog_name="lory train")
 
 
+@app.command("eval", context_settings=PASS_ON)
+def evaluate(context: typer.Context) -> None:
+    """Score adapters on held-out rows (see lory eval --help)."""
+    module = importlib.import_module("lory_trainer.evaluation.cli")
+    eval_app = typer.Typer(
+        add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+    command = module.command(server_url_option("--server"), caller_key_option())
+    eval_app.command()(command)
+    eval_app(context.args, prog_name="lory eval")
+
+
 @app.command(context_settings=PASS_ON)
 def bench(context: typer.Context) -> None:
     """Measure a running server (see lory bench --help)."""
