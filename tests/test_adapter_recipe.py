@@ -20,7 +20,7 @@ from lory_server.adapters.recipe import (
     template_fields,
 )
 from lory_server.adapters.store import AdapterStore
-from lory_server.messages import NO_RECIPE, BaseDigest, Defaults
+from lory_server.messages import NO_RECIPE, Defaults, TrainedOn
 from lory_trainer import template as trainers
 from lory_trainer.errors import ConfigError
 
@@ -29,7 +29,7 @@ HEX = "0" * 64
 
 
 def read(**fields: Any):
-    return read_recipe(json.dumps({"manifest_version": 1, **fields}).encode())
+    return read_recipe(json.dumps({"manifest_version": 1} | fields).encode())
 
 
 def test_a_manifest_without_anything_to_act_on_is_no_recipe():
@@ -45,16 +45,25 @@ def test_all_that_is_acted_on_is_read():
         generation={"temperature": 0.1, "top_k": 50, "max_new_tokens": 512, "stop": ["\n"]},
         stop=["###", "\n"],
         eos_token="<end>",
-        base_digest={"config": HEX, "tokenizer": HEX, "weights": HEX},
+        base_files={"config": HEX, "tokenizer": HEX, "weights": HEX, "quantization": {"bits": 4}},
+        chat=True,
+        chat_template_sha256=HEX,
+        completion_prefix=" ",
         probe=[{"unknown": 1}],
     )
     assert recipe.fields == ("q", "who")
     assert recipe.defaults == Defaults(temperature=0.1, top_k=50, max_new_tokens=512)
     assert recipe.stop == ("###", "\n")
-    assert (recipe.eos_token, recipe.base) == (
-        "<end>",
-        BaseDigest(config=HEX, tokenizer=HEX, weights=HEX),
+    assert (recipe.eos_token, recipe.is_chat, recipe.completion_prefix) == ("<end>", True, " ")
+    assert recipe.base == TrainedOn(
+        config=HEX, tokenizer=HEX, weights=HEX, chat_template=HEX, is_quantized=True
     )
+
+
+def test_both_versions_of_manifests_are_read():
+    assert read(manifest_version=2, template="{a}", fields=["a"], chat=False).fields == ("a",)
+    assert read(base_files={"quantization": None}).base == TrainedOn(is_quantized=False)
+    assert read(base_files={"tokenizer": HEX}).base == TrainedOn(tokenizer=HEX)
 
 
 def test_a_digest_is_of_what_is_acted_on_alone():
@@ -73,7 +82,7 @@ def test_an_adapter_that_was_not_to_sample_is_greedy():
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
-        ({"manifest_version": 2}, "manifest_version"),
+        ({"manifest_version": 3}, "manifest_version"),
         ({"manifest_version": "1"}, "manifest_version"),
         ({"template": 5}, "template"),
         ({"template": "no field"}, "names no field"),
@@ -99,9 +108,13 @@ def test_an_adapter_that_was_not_to_sample_is_greedy():
         ({"stop": ["x" * 300]}, "stop"),
         ({"stop": [str(i) for i in range(17)]}, "stop"),
         ({"stop": {"a": 1}}, "stop"),
-        ({"eos_token": ""}, "eos_token"),
-        ({"base_digest": {"config": HEX, "tokenizer": HEX}}, "weights"),
-        ({"base_digest": {"config": "x", "tokenizer": HEX, "weights": HEX}}, "config"),
+        ({"eos_token": "x" * 300}, "eos_token"),
+        ({"eos_token": 2}, "eos_token"),
+        ({"completion_prefix": "x" * 300}, "completion_prefix"),
+        ({"chat": "yes"}, "chat"),
+        ({"chat_template_sha256": "x"}, "chat_template_sha256"),
+        ({"base_files": {"config": "x", "tokenizer": HEX, "weights": HEX}}, "config"),
+        ({"base_files": HEX}, "base_files"),
     ],
 )
 def test_a_hostile_or_mistaken_manifest_is_refused_by_the_name_of_its_field(fields, named):

@@ -6,10 +6,11 @@ import math
 from dataclasses import replace
 
 import httpx
+import msgspec
 import pytest
 import yaml
 
-from eval_world import Around, Oracle, make_front, run, write_rows
+from eval_world import ARROW, Around, Oracle, make_front, run, write_rows
 from lory_trainer.evaluation.errors import EvaluationError
 from lory_trainer.evaluation.options import read_options
 from lory_trainer.evaluation.results import Evaluation
@@ -97,6 +98,24 @@ def test_prompt_only_may_be_a_chat(tmp_path):
     (prompt,) = prompts(front, "")
     assert prompt.index("Up") < prompt.index("b ->") < prompt.index("a ->")
     assert result.variants[1].spent.generated_tokens > 0
+
+
+def test_what_answers_begin_with_by_training_is_no_mistake(tmp_path):
+    front = make_front(says=lambda name, prompt: " ONE" if name else "ONE")
+    front.engine.recipes["loud"] = msgspec.structs.replace(ARROW, completion_prefix=" ")
+    result = run(front, data=write_rows(tmp_path, ("one",)))
+    assert [v.scores["exact_match"].value for v in result.variants] == [1, 1]
+
+
+def test_an_adapter_of_chats_is_compared_with_the_base_in_a_chat(tmp_path):
+    front = make_front()
+    front.engine.recipes["loud"] = msgspec.structs.replace(ARROW, is_chat=True)
+    data = write_rows(tmp_path, ("one",))
+    run(front, data=data)
+    assert prompts(front, "loud") == prompts(front, "")
+    assert prompts(front, "") != {"one ->"}
+    with pytest.raises(EvaluationError, match="perplexity: is not to be had"):
+        run(front, data=data, metrics=["exact_match", "perplexity"])
 
 
 def test_two_adapters_are_compared_without_a_base(tmp_path):
@@ -290,8 +309,6 @@ def test_a_refused_adapter_is_told_by_its_refusal(tmp_path):
     entry = front.engine.entry
 
     def refused(adapter_id: str):
-        import msgspec
-
         return msgspec.structs.replace(entry(adapter_id), refusal="tensor x is damaged")
 
     front.engine.entry = refused

@@ -9,10 +9,10 @@ import pytest
 
 import tiny_tokenizers
 from lory_router.base_check import ServedBase
-from lory_server.messages import BaseDigest, Defaults, Failure, Recipe
-from lory_trainer.base_digest import base_digest
+from lory_server.messages import Defaults, Failure, Recipe, TrainedOn
+from lory_trainer.digests import base_digests
 from scripted_engine import EOS, TEXT, Answer, Front, ScriptedEngine, events
-from test_base_digest import make_base
+from test_trainer_digests import make_base
 
 ONE = Recipe(digest="1", template="{text} ->", fields=("text",))
 TWO = Recipe(digest="2", template="{q}|{{{who}}}", fields=("q", "who"))
@@ -104,6 +104,24 @@ def test_a_chats_prompt_is_tokenised_as_training_did():
     server = Front(engine=engine, text=text)
     server.post("/v1/chat/completions", chat(("user", "now")))
     assert server.engine.last.prompt_ids == text.encode("now ->")
+
+
+def test_an_adapter_trained_through_a_chat_template_is_asked_through_it():
+    spoken = Recipe(digest="s", template="<{text}>", fields=("text",), is_chat=True)
+    server = front(plain=spoken)
+    assert TEXT.chat_template is not None
+    wanted = TEXT.chat_template.render([{"role": "user", "content": "<x>"}])
+    for path, sent in (
+        ("/generate", body({"text": "x"}, "plain")),
+        ("/v1/chat/completions", chat(("user", "x"), model="plain")),
+    ):
+        response = server.post(path, sent)
+        assert response.headers["x-template"] == "adapter"
+        assert server.engine.last.prompt_ids == TEXT.encode(wanted, add_special_tokens=False)
+    whole = Recipe(digest="w", is_chat=True)
+    server = front(plain=whole)
+    response = server.post("/v1/chat/completions", chat(("user", "x"), model="plain"))
+    assert response.headers["x-template"] == "base"
 
 
 @pytest.mark.parametrize(
@@ -269,9 +287,7 @@ def test_an_adapters_page_tells_how_to_ask_it():
 
 
 def trained_on(folder: Path) -> Recipe:
-    digest = base_digest(folder)
-    base = BaseDigest(config=digest.config, tokenizer=digest.tokenizer, weights=digest.weights)
-    return msgspec.structs.replace(ONE, base=base)
+    return msgspec.structs.replace(ONE, base=TrainedOn(**base_digests(folder)))
 
 
 def test_an_adapter_of_another_base_is_told_and_with_strict_base_refused(tmp_path, caplog):
@@ -294,7 +310,21 @@ def test_an_adapter_of_another_base_is_told_and_with_strict_base_refused(tmp_pat
         assert strict.post("/generate", body("a", name)).status_code == 200
 
 
+def test_another_chat_template_or_precision_is_told(tmp_path, caplog):
+    caplog.set_level(logging.WARNING)
+    other = TrainedOn(chat_template="0" * 64, is_quantized=True)
+    recipe = msgspec.structs.replace(ONE, base=other)
+    server = Front(
+        engine=ScriptedEngine(adapters=("own",), recipes={"own": recipe}),
+        base=ServedBase(str(make_base(tmp_path / "served")), TEXT.chat_template),
+    )
+    assert server.get("/v1/adapters/own").json()["base_matches"] is False
+    assert "another chat template" in caplog.text
+    assert "trained on a quantized base" in caplog.text
+
+
 def test_a_base_whose_files_cannot_be_read_tells_nothing(tmp_path):
+    (tmp_path / "config.json").write_text("[")
     server = Front(
         engine=ScriptedEngine(
             adapters=("own",), recipes={"own": trained_on(make_base(tmp_path / "a"))}

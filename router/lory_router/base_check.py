@@ -1,45 +1,60 @@
 """Is the base that is served the one an adapter was trained on? Told by digests, never by names.
 
-The digest is taken once, off the event loop, when the first adapter asks; the engine has loaded
+The digests are taken once, off the event loop, when the first adapter asks; the engine has loaded
 the base by then, so its files are there. It must not know requests.
 """
 
 import asyncio
+import hashlib
 import logging
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from lory_server import messages
-from lory_trainer.base_digest import FILES, BaseDigest, BaseDigestError, base_digest
+from lory_router.chat_template import ChatTemplate
+from lory_server.messages import TrainedOn
+from lory_trainer.digests import FILES, base_digests
+
+PARTS = {
+    "config": "configuration",
+    "tokenizer": "tokenizer",
+    "weights": "weights",
+    "chat_template": "chat template",
+}
 
 log = logging.getLogger(__name__)
 
 
 class ServedBase:
-    def __init__(self, model: str = "") -> None:
+    def __init__(self, model: str = "", chat_template: ChatTemplate | None = None) -> None:
         """A local folder or a hub id; without one nothing can be told."""
         self._model = model
-        self._digest: asyncio.Future[BaseDigest | None] | None = None
+        self._chat_template = chat_template
+        self._digests: asyncio.Future[dict[str, str]] | None = None
 
-    async def other_parts(self, trained_on: messages.BaseDigest | None) -> tuple[str, ...] | None:
+    async def other_parts(self, trained_on: TrainedOn | None) -> tuple[str, ...] | None:
         """The parts of the base that differ; None: the adapter, or the base, does not tell."""
         if trained_on is None or not self._model:
             return None
-        if self._digest is None:
-            self._digest = asyncio.ensure_future(asyncio.to_thread(_digest_of, self._model))
-        served = await asyncio.shield(self._digest)
-        wanted = BaseDigest(trained_on.config, trained_on.tokenizer, trained_on.weights)
-        return None if served is None else served.other_parts(wanted)
+        if self._digests is None:
+            digests = asyncio.to_thread(_digests_of, self._model, self._chat_template)
+            self._digests = asyncio.ensure_future(digests)
+        served = await asyncio.shield(self._digests)
+        told = {name: value for name in PARTS if (value := getattr(trained_on, name))}
+        if not (told.keys() & served.keys()):
+            return None
+        return tuple(PARTS[name] for name in told if told[name] != served.get(name, told[name]))
 
 
-def _digest_of(model: str) -> BaseDigest | None:
+def _digests_of(model: str, chat_template: ChatTemplate | None) -> dict[str, str]:
+    source = chat_template.source if chat_template else ""
+    template = {"chat_template": hashlib.sha256(source.encode()).hexdigest()}
     try:
-        return base_digest(_folder(model))
-    except (BaseDigestError, LocalEntryNotFoundError) as error:
+        return template | base_digests(_folder(model))
+    except (OSError, ValueError, LookupError, TypeError, LocalEntryNotFoundError) as error:
         log.warning("whether adapters were trained on this base cannot be told: %s", error)
-        return None
+        return {}
 
 
 def _folder(model: str) -> Path:

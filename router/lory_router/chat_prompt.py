@@ -20,7 +20,9 @@ ROLES = ("system", "developer", "user", "assistant")
 class ChatPrompt:
     text: str
     template: Template
-    """Whose made it; the base's brings its special tokens along."""
+    """Whose made it."""
+    has_specials: bool
+    """It names its special tokens itself, as what the base's chat template makes does."""
 
 
 def chat_prompt(
@@ -35,8 +37,11 @@ def chat_prompt(
                 " template of its own; leave it out",
                 param="chat_template_kwargs",
             )
-        return ChatPrompt(made_of_chat(messages, recipe, adapter_id), "adapter")
-    return ChatPrompt(_rendered(messages, body, chat_template), "base")
+        text = made_of_chat(messages, recipe, adapter_id)
+        if recipe.is_chat:
+            text = _rendered([{"role": "user", "content": text}], body, chat_template)
+        return ChatPrompt(text, "adapter", recipe.is_chat)
+    return ChatPrompt(_rendered(messages, body, chat_template), "base", True)
 
 
 def _rendered(messages: Sequence[Json], body: ChatBody, template: ChatTemplate | None) -> str:

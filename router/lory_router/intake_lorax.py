@@ -77,6 +77,8 @@ async def accept(body: GenerateBody, stream: bool, context: Context) -> LoraxJob
     recipe = await context.recipes.of(named)
     wish = asking.filled_in(wish, recipe)
     prompt, template = _prompt(body, recipe, named)
+    if template == "adapter" and recipe.is_chat:
+        wish = msgspec.structs.replace(wish, apply_chat_template=True)
     if wish.truncate is None:
         most = validate.max_input_length(info, settings)
         tokenize.check_length("inputs", prompt, text, most)

@@ -313,7 +313,7 @@ async def _chat_ids(body: ChatBody, context: Context) -> tuple[tuple[int, ...], 
     )
     most = validate.max_input_length(context.info, context.settings)
     tokenize.check_length("messages", prompt.text, context.text, most)
-    special = prompt.template == "adapter"
+    special = not prompt.has_specials
     ids = await tokenize.encode(context.text, prompt.text, context.settings, special)
     validate.check_prompt("messages", len(ids), context.info, context.settings)
     return ids, prompt.template

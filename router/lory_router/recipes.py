@@ -90,8 +90,16 @@ class Recipes:
         known = Known(recipe, await self._base.other_parts(recipe.base))
         if known.other_parts:
             log.warning("adapter %r: %s", target.adapter_id, _differs(known))
+        self._compare_quantization(target, recipe)
         self._known.put(target, known, math.inf)
         return known
+
+    def _compare_quantization(self, target: Target, recipe: Recipe) -> None:
+        """Other numbers of the same base cost a little; that is told, and no reason to refuse."""
+        info, trained = self._engine.info, recipe.base and recipe.base.is_quantized
+        if info is not None and trained is not None and trained != (info.quantize != "none"):
+            how = "quantized" if trained else "full-precision"
+            log.warning("adapter %r was trained on a %s base", target.adapter_id, how)
 
     async def _find(self, target: Target) -> OrderDone:
         """However long the adapter is on its way, as far as a request would wait."""

@@ -81,6 +81,10 @@ class AdapterDetail(AdapterReply, frozen=True, kw_only=True):
 
     template: str | None = None
     fields: tuple[str, ...] | None = None
+    chat: bool | None = None
+    """Whether its prompts go through the base's chat template."""
+    completion_prefix: str | None = None
+    """What its answers begin with."""
     defaults: dict[str, float] | None = None
     stop: tuple[str, ...] | None = None
     base_matches: bool | None = None
@@ -136,6 +140,8 @@ def adapter_detail(
         **known,
         template=recipe.template or None,
         fields=recipe.fields,
+        chat=recipe.is_chat,
+        completion_prefix=recipe.completion_prefix or None,
         defaults={name: value for name, value in defaults.items() if value is not None},
         stop=recipe.stop,
         base_matches=base_matches,

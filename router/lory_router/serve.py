@@ -155,7 +155,7 @@ def _build(launch: _Launch) -> _Parts:
         launch.registry,
         warm_up.is_done,
         sources,
-        ServedBase(config.model.model),
+        ServedBase(config.model.model, launch.text.chat_template),
     )
     server = http_server(app, room_for_connections(config.http.max_connections))
     supervisor = Supervisor(engine, metrics, launch.policy)

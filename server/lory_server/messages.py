@@ -376,12 +376,16 @@ class Defaults(msgspec.Struct, frozen=True, kw_only=True):
     max_new_tokens: int | None = None
 
 
-class BaseDigest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Which base an adapter was trained on: SHA-256 of its parts, see docs/evaluation.md."""
+class TrainedOn(msgspec.Struct, frozen=True, kw_only=True):
+    """Which base an adapter was trained on: digests of its parts (`lory_trainer.digests`), as far
+    as they are told."""
 
-    config: str
-    tokenizer: str
-    weights: str
+    config: str = ""
+    tokenizer: str = ""
+    weights: str = ""
+    chat_template: str = ""
+    """SHA-256; of an adapter that was trained through it."""
+    is_quantized: bool | None = None
 
 
 class Recipe(msgspec.Struct, frozen=True, kw_only=True):
@@ -392,11 +396,15 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     template: str = ""
     """The prompt, with `{field}`s in it; empty: callers send prompts as they are."""
     fields: tuple[str, ...] = ()
+    is_chat: bool = False
+    """It was trained through the base's chat template: a prompt is a user's message."""
+    completion_prefix: str = ""
+    """What its answers begin with, before what is asked of them."""
     defaults: Defaults = Defaults()
     stop: tuple[str, ...] = ()
     eos_token: str = ""
     """What it learned to end with."""
-    base: BaseDigest | None = None
+    base: TrainedOn | None = None
 
 
 NO_RECIPE = Recipe()

@@ -14,10 +14,10 @@ import msgspec
 
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.header import read_exactly
-from lory_server.messages import NO_RECIPE, BaseDigest, Defaults, Recipe
+from lory_server.messages import NO_RECIPE, Defaults, Recipe, TrainedOn
 
 MANIFEST_NAME = "adapter_manifest.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSIONS = (1, 2)
 MAX_MANIFEST_BYTES = 1024 * 1024
 MAX_TEMPLATE_CHARS = 65_536
 MAX_STOPS = 16
@@ -43,16 +43,30 @@ class _Generation(Defaults, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     stop: tuple[str, ...] | None = None
 
 
+class _Quantization(msgspec.Struct, frozen=True, kw_only=True):
+    bits: int | None = None
+
+
+class _BaseFiles(msgspec.Struct, frozen=True, kw_only=True):
+    config: str | None = None
+    tokenizer: str | None = None
+    weights: str | None = None
+    quantization: _Quantization | msgspec.UnsetType | None = msgspec.UNSET
+
+
 class _Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """What of the file is acted on; all else is passed over."""
 
     manifest_version: int
     template: str | None = None
     fields: tuple[str, ...] | None = None
+    chat: bool | None = None
+    chat_template_sha256: str | None = None
+    completion_prefix: str | None = None
     generation: _Generation | None = None
     stop: tuple[str, ...] | None = None
     eos_token: str | None = None
-    base_digest: BaseDigest | None = None
+    base_files: _BaseFiles | None = None
 
 
 def read_recipe_file(fd: int | None) -> Recipe:
@@ -70,16 +84,17 @@ def read_recipe(raw: bytes) -> Recipe:
         manifest = msgspec.json.decode(raw, type=_Manifest)
     except (ValueError, RecursionError) as error:
         raise _invalid(str(error)[:400]) from None
-    if manifest.manifest_version != MANIFEST_VERSION:
-        raise _invalid(
-            f"manifest_version is {manifest.manifest_version}; {MANIFEST_VERSION} is known here"
-        )
+    if manifest.manifest_version not in MANIFEST_VERSIONS:
+        known = " and ".join(map(str, MANIFEST_VERSIONS))
+        raise _invalid(f"manifest_version is {manifest.manifest_version}; {known} are known here")
     recipe = Recipe(
         template=_template(manifest),
         fields=_fields(manifest),
+        is_chat=bool(manifest.chat),
+        completion_prefix=_optional_text("completion_prefix", manifest.completion_prefix),
         defaults=_defaults(manifest.generation or _Generation()),
         stop=_stops(manifest),
-        eos_token=_eos_token(manifest),
+        eos_token=_optional_text("eos_token", manifest.eos_token),
         base=_base(manifest),
     )
     if recipe == NO_RECIPE:
@@ -145,11 +160,11 @@ def _stops(manifest: _Manifest) -> tuple[str, ...]:
     return stops
 
 
-def _eos_token(manifest: _Manifest) -> str:
-    if manifest.eos_token is None:
-        return ""
-    _check_texts("eos_token", (manifest.eos_token,), MAX_STOP_CHARS)
-    return manifest.eos_token
+def _optional_text(name: str, text: str | None) -> str:
+    """Empty where there is none."""
+    if text:
+        _check_texts(name, (text,), MAX_STOP_CHARS)
+    return text or ""
 
 
 def _check_texts(name: str, texts: Sequence[str], most: int) -> None:
@@ -157,12 +172,23 @@ def _check_texts(name: str, texts: Sequence[str], most: int) -> None:
         raise _invalid(f"{name}: must have 1 to {most} characters")
 
 
-def _base(manifest: _Manifest) -> BaseDigest | None:
-    base = manifest.base_digest
-    for name in BaseDigest.__struct_fields__ if base else ():
-        if not _HEX.fullmatch(getattr(base, name)):
-            raise _invalid(f"base_digest.{name}: must be a SHA-256 in hexadecimal")
-    return base
+def _base(manifest: _Manifest) -> TrainedOn | None:
+    files = manifest.base_files or _BaseFiles()
+    quantization = files.quantization
+    base = TrainedOn(
+        config=_digest("base_files.config", files.config),
+        tokenizer=_digest("base_files.tokenizer", files.tokenizer),
+        weights=_digest("base_files.weights", files.weights),
+        chat_template=_digest("chat_template_sha256", manifest.chat_template_sha256),
+        is_quantized=None if quantization is msgspec.UNSET else bool(quantization),
+    )
+    return None if base == TrainedOn() else base
+
+
+def _digest(name: str, value: str | None) -> str:
+    if value and not _HEX.fullmatch(value):
+        raise _invalid(f"{name}: must be a SHA-256 in hexadecimal")
+    return value or ""
 
 
 def _invalid(reason: str) -> AdapterInvalidError:

@@ -15,6 +15,10 @@ class AdapterFacts:
     template: str = ""
     """Empty: it has none, or its server does not tell."""
     fields: tuple[str, ...] = ()
+    is_chat: bool = False
+    """What the template makes goes through the base's chat template."""
+    completion_prefix: str = ""
+    """What its answers begin with, and wanted ones do not."""
     stop: tuple[str, ...] = ()
     max_new_tokens: int | None = None
     """Its own limit of an answer."""
@@ -54,6 +58,8 @@ async def adapter_facts(server: Server, adapter_id: str) -> AdapterFacts:
         adapter_id,
         template=told.get("template") or "",
         fields=tuple(told.get("fields") or ()),
+        is_chat=bool(told.get("chat")),
+        completion_prefix=told.get("completion_prefix") or "",
         stop=tuple(told.get("stop") or ()),
         max_new_tokens=(told.get("defaults") or {}).get("max_new_tokens"),
         base_matches=told.get("base_matches"),

@@ -9,10 +9,15 @@ from lory_trainer.evaluation.server import Server
 from lory_trainer.evaluation.variants import Variant
 
 
+def can_be_scored(variant: Variant) -> bool:
+    """Not where the prompt is made by a chat template, which only the server has."""
+    return variant.kind != "prompt_only" and not variant.is_chat
+
+
 async def wanted_logprobs(server: Server, variant: Variant, row: Row) -> list[float]:
     """Of each token of the wanted answer, after the prompt that training would have put before."""
     prompt_ids = await _ids(server, variant.prompt(row), special=True)
-    wanted_ids = await _ids(server, row.wanted, special=False)
+    wanted_ids = await _ids(server, variant.prefix + row.wanted, special=False)
     if not wanted_ids:
         return []
     body = {

@@ -17,7 +17,7 @@ from lory_trainer.evaluation.catalogue import make_metrics
 from lory_trainer.evaluation.errors import EvaluationError
 from lory_trainer.evaluation.facts import AdapterFacts, ServerFacts, adapter_facts, server_facts
 from lory_trainer.evaluation.labels import confusion
-from lory_trainer.evaluation.logprobs import wanted_logprobs
+from lory_trainer.evaluation.logprobs import can_be_scored, wanted_logprobs
 from lory_trainer.evaluation.metrics import Measured, Metric
 from lory_trainer.evaluation.options import EvaluationOptions
 from lory_trainer.evaluation.results import (
@@ -74,9 +74,7 @@ async def evaluate(
     facts = await server_facts(server)
     adapters = [await adapter_facts(server, name) for name in dict.fromkeys(options.adapters)]
     variants = _variants(options, data, facts, adapters)
-    for variant in variants:
-        for row in data.rows:
-            variant.prompt(row)  # every row has what it takes, before any is asked
+    _check(variants, data.rows, metrics)
     sampling = Sampling(
         options.seed, _longest(options, data, facts, adapters), options.generation == "greedy"
     )
@@ -94,7 +92,7 @@ def _variants(
     """The candidate first."""
     found = [adapter_variant(one, options.template) for one in adapters]
     if BASE in options.compare:
-        found.append(base_variant(facts.base_name, found[0].template))
+        found.append(base_variant(facts.base_name, found[0]))
     if PROMPT_ONLY in options.compare:
         prompting = _prompting(options, data)
         found.append(prompt_only_variant(facts.base_name, found[0].template, prompting))
@@ -102,6 +100,19 @@ def _variants(
     if len(set(names)) < len(names):
         raise EvaluationError(f"an adapter is called as another variant is: {', '.join(names)}")
     return found
+
+
+def _check(variants: Sequence[Variant], rows: Sequence[Row], metrics: Sequence[Metric]) -> None:
+    """Before anything is asked: every row has what prompts take, every metric can be had."""
+    for variant in variants:
+        for row in rows:
+            variant.prompt(row)
+    scored = [metric.name for metric in metrics if metric.source == "logprobs"]
+    if scored and not can_be_scored(variants[0]):
+        raise EvaluationError(
+            f"{scored[0]}: is not to be had of {variants[0].name!r}, for it was trained through a"
+            " chat template; leave it out"
+        )
 
 
 def _prompting(options: EvaluationOptions, data: DataSet) -> Prompting:
@@ -123,7 +134,8 @@ def _longest(
     own = options.max_new_tokens or adapters[0].max_new_tokens
     if own is not None:
         return own
-    bytes_of_longest = max(len(row.wanted.encode()) for row in data.rows)
+    prefix = adapters[0].completion_prefix
+    bytes_of_longest = max(len((prefix + row.wanted).encode()) for row in data.rows)
     half_a_context = (facts.max_model_len or 2**20) // 2
     return max(1, min(bytes_of_longest + SPARE_TOKENS, half_a_context))
 
@@ -147,7 +159,7 @@ async def _ask(
         if metric.source == "answer":
             pairs = zip(answers, rows, strict=True)
             measured[metric.name] = [metric.measure(got.text, row.wanted) for got, row in pairs]
-        elif variant.kind != "prompt_only":
+        elif can_be_scored(variant):
             score = partial(wanted_logprobs, server, variant)
             found = await server.ask_all(variant.name, rows, score, tell)
             pairs = zip(found, rows, strict=True)

@@ -45,6 +45,10 @@ class Variant:
     prompting: Prompting = Prompting()
     stop: tuple[str, ...] = ()
     """Texts at which its answers end, those that the server knows of included."""
+    is_chat: bool = False
+    """Its prompts are a user's message; the server makes a chat of it."""
+    prefix: str = ""
+    """What its answers begin with, and wanted ones do not."""
 
     def prompt(self, row: Row) -> str:
         """As text; of a chat, its last message."""
@@ -72,8 +76,9 @@ class Answer:
     revision: str
 
 
-def base_variant(model: str, template: str) -> Variant:
-    return Variant(BASE, "base", model, template)
+def base_variant(model: str, like: Variant) -> Variant:
+    """Asked as the adapter `like` is."""
+    return Variant(BASE, "base", model, like.template, is_chat=like.is_chat)
 
 
 def prompt_only_variant(model: str, template: str, prompting: Prompting) -> Variant:
@@ -91,6 +96,8 @@ def adapter_variant(facts: AdapterFacts, template: str) -> Variant:
             facts.template,
             sends_fields=True,
             stop=facts.stop,
+            is_chat=facts.is_chat,
+            prefix=facts.completion_prefix,
         )
     if not template:
         raise EvaluationError(
@@ -115,6 +122,8 @@ def request(variant: Variant, row: Row, sampling: Sampling) -> tuple[str, Json]:
         parameters["adapter_id"] = variant.model
     if variant.kind == "prompt_only":
         parameters["stop"] = list(variant.stop)
+    if variant.kind == "base" and variant.is_chat:
+        parameters["apply_chat_template"] = True
     return "/generate", {"inputs": _inputs(variant, row), "parameters": parameters}
 
 
@@ -154,7 +163,7 @@ def _plain_answer(variant: Variant, reply: Reply) -> Answer:
     if details["finish_reason"] == "stop_sequence":
         text = _before_stop(text, variant.stop)
     return Answer(
-        text,
+        text.removeprefix(variant.prefix),
         is_cut=details["finish_reason"] == "length",
         num_prompt_tokens=details["prompt_tokens"],
         num_tokens=details["generated_tokens"],

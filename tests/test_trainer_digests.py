@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lory_trainer.base_digest import BaseDigestError, base_digest
+from lory_trainer.digests import base_digests
 
 CONFIG = {"model_type": "llama", "hidden_size": 8, "dtype": "float32", "transformers_version": "5"}
 
@@ -30,9 +30,14 @@ def make_base(folder: Path, *, shards: int = 1, change: float = 0.0, **config: o
 
 
 def test_the_same_model_saved_otherwise_is_the_same_base(tmp_path):
-    first = base_digest(make_base(tmp_path / "one"))
+    first = base_digests(make_base(tmp_path / "one"))
     again = make_base(tmp_path / "another name", shards=3, dtype="bfloat16", use_cache=False)
-    assert base_digest(again) == first
+    assert base_digests(again) == first
+    assert first.keys() == {"config", "tokenizer", "weights"}
+
+
+def other_parts(first: dict[str, str], second: dict[str, str]) -> tuple[str, ...]:
+    return tuple(name for name in first if first[name] != second[name])
 
 
 @pytest.mark.parametrize(
@@ -44,22 +49,30 @@ def test_the_same_model_saved_otherwise_is_the_same_base(tmp_path):
     ],
 )
 def test_another_model_differs_in_that_part_alone(tmp_path, part, change):
-    first = base_digest(make_base(tmp_path / "one"))
-    assert first.other_parts(base_digest(make_base(tmp_path / "two", **change))) == (part,)
+    first = base_digests(make_base(tmp_path / "one"))
+    second = base_digests(make_base(tmp_path / "two", **change))
+    assert other_parts(first, second) == (part,)
 
 
 def test_another_tokenizer_is_another_base(tmp_path):
     first, second = make_base(tmp_path / "one"), make_base(tmp_path / "two")
     (second / "tokenizer.json").write_text('{"model": {"vocab": {}}}')
-    assert base_digest(first).other_parts(base_digest(second)) == ("tokenizer",)
+    assert other_parts(base_digests(first), base_digests(second)) == ("tokenizer",)
 
 
-def test_a_folder_that_is_no_base_says_so(tmp_path):
+def test_what_is_not_there_has_no_digest(tmp_path):
     folder = make_base(tmp_path / "base")
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(BaseDigestError, match=r"tokenizer\.json"):
-        base_digest(folder)
+    (folder / "model.safetensors").unlink()
+    assert base_digests(folder).keys() == {"config"}
+
+
+def test_weights_that_are_none_are_refused(tmp_path):
+    folder = make_base(tmp_path / "base")
+    (folder / "model.safetensors").write_bytes(b"\xff" * 100)
+    with pytest.raises(ValueError, match="safetensors"):
+        base_digests(folder)
     index = {"weight_map": {"w0": "../../model.safetensors"}}
-    (make_base(tmp_path / "two") / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(BaseDigestError, match="elsewhere"):
-        base_digest(tmp_path / "two")
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="elsewhere"):
+        base_digests(folder)

@@ -1,14 +1,17 @@
-"""Which base is this? SHA-256 of its configuration, its tokenizer and samples of its weights.
+"""Digests by which a base is known again, wherever it lies and whatever it is called.
 
-The trainer writes it into a manifest, the server compares it with the base it serves, and both
-call this. Equal whatever the folder is called and however the weights are cut into files; names
-would say nothing of either. It must not know torch or transformers.
+    config     SHA-256 of config.json, without what saving it again may change
+    tokenizer  SHA-256 of tokenizer.json
+    weights    SHA-256 over all tensors in order of name: name, dtype, shape, and three samples of
+               1 KiB; the same however they are cut into files, and an 8B base is not read whole
+
+The trainer writes them into a manifest, the server compares them with those of the base it serves,
+and both call this. It must not know models, torch or transformers.
 """
 
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,7 +22,7 @@ WEIGHTS = "model.safetensors"
 FILES = (CONFIG, TOKENIZER, INDEX, "model*.safetensors")
 
 SAMPLE_BYTES = 1024
-"""At a tensor's beginning, middle and end: a fine-tune of a base changes nearly all tensors."""
+"""At a tensor's beginning, middle and end: any fine-tune of a base changes some of them."""
 MAX_HEADER_BYTES = 64 * 1024 * 1024
 _LENGTH_BYTES = 8
 
@@ -29,30 +32,17 @@ _OF_THE_FILE = frozenset(
 """What saving the same model again may change in its configuration."""
 
 
-class BaseDigestError(Exception):
-    """The folder is not a base in safetensors; the message names the file."""
-
-
-@dataclass(frozen=True, slots=True)
-class BaseDigest:
-    """Each a SHA-256 in hexadecimal."""
-
-    config: str
-    tokenizer: str
-    weights: str
-
-    def other_parts(self, other: "BaseDigest") -> tuple[str, ...]:
-        """Those that differ."""
-        names = ("config", "tokenizer", "weights")
-        return tuple(name for name in names if getattr(self, name) != getattr(other, name))
-
-
-def base_digest(folder: Path) -> BaseDigest:
-    """Reads a few megabytes. Raises BaseDigestError."""
-    try:
-        return BaseDigest(_config(folder), _tokenizer(folder), _weights(folder))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BaseDigestError(f"{folder}: not a base in safetensors: {error}") from error
+def base_digests(folder: Path) -> dict[str, str]:
+    """Of the files that are there. Raises ValueError for weights that are no safetensors."""
+    found: dict[str, str] = {}
+    if (folder / CONFIG).is_file():
+        found["config"] = _config(folder)
+    if (folder / TOKENIZER).is_file():
+        found["tokenizer"] = hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest()
+    shards = _shards(folder)
+    if shards:
+        found["weights"] = _weights(folder, shards)
+    return found
 
 
 def _config(folder: Path) -> str:
@@ -61,12 +51,8 @@ def _config(folder: Path) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def _tokenizer(folder: Path) -> str:
-    return hashlib.sha256((folder / TOKENIZER).read_bytes()).hexdigest()
-
-
-def _weights(folder: Path) -> str:
-    samples = dict(sample for name in _shards(folder) for sample in _samples(folder / name))
+def _weights(folder: Path, shards: list[str]) -> str:
+    samples = dict(sample for name in shards for sample in _samples(folder / name))
     digest = hashlib.sha256()
     for name in sorted(samples):
         digest.update(samples[name])
@@ -76,7 +62,7 @@ def _weights(folder: Path) -> str:
 def _shards(folder: Path) -> list[str]:
     index = folder / INDEX
     if not index.is_file():
-        return [WEIGHTS]
+        return [WEIGHTS] if (folder / WEIGHTS).is_file() else []
     files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
     if any(Path(name).name != name for name in files):
         raise ValueError(f"{INDEX} names a file elsewhere")
@@ -102,5 +88,5 @@ def _header(file: BinaryIO) -> tuple[int, dict[str, Any]]:
     """Where the numbers begin, and what lies where."""
     num_bytes = int.from_bytes(file.read(_LENGTH_BYTES), "little")
     if num_bytes > MAX_HEADER_BYTES:
-        raise ValueError(f"a header of {num_bytes} bytes")
+        raise ValueError(f"not safetensors: a header of {num_bytes} bytes")
     return _LENGTH_BYTES + num_bytes, json.loads(file.read(num_bytes))
