@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import shutil
 import sys
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 from clients.server_process import ROOT, serving
 
@@ -18,7 +20,12 @@ sys.path.insert(0, str(DEMO))
 import evaluate  # noqa: E402
 import mismatches  # noqa: E402
 
+from lory_trainer.evaluation.errors import EvaluationError  # noqa: E402
+from lory_trainer.evaluation.options import EvaluationOptions  # noqa: E402
+from lory_trainer.evaluation.own_server import serving as own_server  # noqa: E402
 from lory_trainer.evaluation.results import Evaluation  # noqa: E402
+from lory_trainer.evaluation.run import evaluate as run_evaluation  # noqa: E402
+from lory_trainer.evaluation.server import Server  # noqa: E402
 
 TASKS = sorted(path.name for path in (DEMO / "adapters").iterdir() if path.is_dir())
 
@@ -88,9 +95,58 @@ def through_http(url: str, task: str, num_rows: int) -> Evaluation:
 
 
 @pytest.mark.full
+def test_perplexity_through_http_is_that_of_the_trainers_model(url: str) -> None:
+    """Of the wanted answers' tokens, under transformers + PEFT."""
+    options = EvaluationOptions(
+        data=str(evaluate.eval_file("sentiment")),
+        adapters=("sentiment",),
+        metrics=("perplexity",),
+        rows=20,
+    )
+
+    async def ask() -> Evaluation:
+        async with Server(url, "", 8) as server:
+            return await run_evaluation(options, server, None, lambda *_: None)
+
+    served = {v.name: v.scores["perplexity"].value for v in asyncio.run(ask()).variants}
+    model, tokenizer = evaluate.load_models(DEMO / "base", DEMO / "adapters")
+    for name, adapter_id in (("sentiment", "sentiment"), ("base", None)):
+        with evaluate.use_adapter(model, adapter_id), torch.inference_mode():
+            found = [
+                _logprobs(model, tokenizer, *row) for row in evaluate.read_eval("sentiment")[:20]
+            ]
+        nats = -sum(sum(one) for one in found) / sum(len(one) for one in found)
+        assert math.log(served[name]) == pytest.approx(nats, rel=1e-3, abs=1e-4)
+
+
+def _logprobs(model, tokenizer, prompt: str, wanted: str) -> list[float]:
+    prompt_ids = tokenizer.encode(prompt)
+    wanted_ids = tokenizer.encode(wanted, add_special_tokens=False)
+    logits = model(torch.tensor([[*prompt_ids, *wanted_ids]])).logits[0]
+    logprobs = logits[len(prompt_ids) - 1 : -1].log_softmax(-1)
+    return logprobs[range(len(wanted_ids)), wanted_ids].tolist()
+
+
+@pytest.mark.full
 def test_every_task_scores_the_same_through_http_as_in_the_trainer(url: str) -> None:
     local = evaluate.local_scores(TASKS, num_rows=100)
     for task in TASKS:
         result = through_http(url, task, 100)
         served = {v.name: v.scores["exact_match"].value for v in result.variants}
         assert served == {task: local[task]["adapter"], "base": local[task]["base"]}, task
+
+
+@pytest.mark.full
+def test_a_server_of_ones_own_is_started_asked_and_ended() -> None:
+    with own_server(str(DEMO / "base"), str(DEMO / "adapters"), ("--dtype", "float32")) as own:
+        assert post(own, "/generate", {"inputs": "a"}).status_code == 200
+    with pytest.raises(httpx.ConnectError):
+        post(own, "/generate", {"inputs": "a"})
+
+
+def test_a_server_that_cannot_start_is_told_in_its_own_words(tmp_path: Path) -> None:
+    with (
+        pytest.raises(EvaluationError, match="no folder /nowhere"),
+        own_server("/nowhere", str(tmp_path)),
+    ):
+        pytest.fail("it started")

@@ -6,16 +6,32 @@ Stop texts add up. It must not know HTTP, or where recipes come from.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 import msgspec
 
 from lory_router.errors import Invalid, shown
+from lory_router.recipes import Recipes
 from lory_router.schemas_lorax import Parameters
 from lory_router.schemas_openai import CommonBody
+from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_server.adapters.recipe import render
-from lory_server.messages import EngineInfo, Recipe
+from lory_server.messages import NO_RECIPE, EngineInfo, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a request is checked against."""
+
+    info: EngineInfo
+    settings: RouterSettings
+    text: TextModel
+    recipes: Recipes
+    recipe: Recipe = NO_RECIPE
+    """Of the adapter that it names, once that is known."""
+
 
 Template = Literal["adapter", "base", "none"]
 """Whose made the prompt: the adapter's own, the base's for chats, or nobody's."""

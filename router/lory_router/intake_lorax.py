@@ -10,12 +10,11 @@ from dataclasses import dataclass
 import msgspec
 
 from lory_router import asking, tokenize, validate
-from lory_router.asking import Template
+from lory_router.asking import Context, Template
 from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.chat_template import TemplateError
 from lory_router.engine import SequenceRequest
 from lory_router.errors import Invalid
-from lory_router.recipes import Recipes
 from lory_router.schemas_lorax import GenerateBody, Json, Parameters
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
@@ -55,16 +54,6 @@ def read_body(body: bytes) -> GenerateBody:
     if isinstance(parameters, dict):
         refuse_unknown(parameters, Parameters, inside="parameters.")
     return read_struct(value, GenerateBody)
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What a request is checked against."""
-
-    info: EngineInfo
-    settings: RouterSettings
-    text: TextModel
-    recipes: Recipes
 
 
 async def accept(body: GenerateBody, stream: bool, context: Context) -> LoraxJob:

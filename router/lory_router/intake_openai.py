@@ -13,7 +13,7 @@ from typing import TypeVar
 import msgspec
 
 from lory_router import asking, tokenize, validate
-from lory_router.asking import Template
+from lory_router.asking import Context, Template
 from lory_router.bodies import (
     read_object,
     read_struct,
@@ -24,7 +24,6 @@ from lory_router.bodies import (
 from lory_router.chat_prompt import chat_prompt
 from lory_router.engine import SequenceRequest
 from lory_router.errors import Invalid, adapter_not_found
-from lory_router.recipes import Recipes
 from lory_router.schemas_openai import (
     HARMLESS,
     NOT_SERVED,
@@ -37,7 +36,7 @@ from lory_router.schemas_openai import (
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_router.validate import Ask, Named
-from lory_server.messages import NO_RECIPE, EngineInfo, Recipe, Sampling
+from lory_server.messages import Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_TOKENS = 64
@@ -54,18 +53,6 @@ NAMES_HERE = {
 """What fields of other routes are called."""
 
 B = TypeVar("B", bound=CommonBody)
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What a request is checked against."""
-
-    info: EngineInfo
-    settings: RouterSettings
-    text: TextModel
-    recipes: Recipes
-    recipe: Recipe = NO_RECIPE
-    """Of the adapter that it names."""
 
 
 @dataclass(frozen=True, slots=True)

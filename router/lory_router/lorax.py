@@ -11,12 +11,13 @@ from contextlib import aclosing
 import msgspec
 
 from lory_router import intake_lorax
+from lory_router.asking import Context
 from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.endpoint import Front
 from lory_router.errors import IncompleteGeneration, Invalid
 from lory_router.exchange import Exchange
 from lory_router.headers import header_text, measured_headers
-from lory_router.intake_lorax import Context, LoraxJob
+from lory_router.intake_lorax import LoraxJob
 from lory_router.running import LiveSequence, run_all, running
 from lory_router.schemas_lorax import (
     Details,

@@ -10,10 +10,11 @@ from contextlib import aclosing
 from typing import Protocol
 
 from lory_router import intake_openai
+from lory_router.asking import Context
 from lory_router.endpoint import Front
 from lory_router.exchange import Exchange
 from lory_router.headers import header_text, measured_headers
-from lory_router.intake_openai import Context, OpenaiJob
+from lory_router.intake_openai import OpenaiJob
 from lory_router.openai_shapes import (
     Json,
     Shown,

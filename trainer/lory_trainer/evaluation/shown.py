@@ -3,11 +3,10 @@
 It must not know colours or markup.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lory_trainer.evaluation.results import Evaluation, VariantResult
-from lory_trainer.evaluation.statistics import Estimate, Pairing
+from lory_trainer.evaluation.statistics import Pairing
 
 NONE = "-"
 UNBOUNDED = ("perplexity",)
@@ -41,8 +40,8 @@ def spent_lines(result: Evaluation) -> list[Line]:
     if result.price_per_hour:
         per_million = tuple(_cost(v.spent.cost_per_million_tokens) for v in variants)
         per_correct = tuple(_cost(v.spent.cost_per_correct) for v in variants)
-        lines.append(Line("cost / 1M tokens", per_million))
-        lines.append(Line("cost / correct answer", per_correct))
+        lines.append(Line("cost, 1M tokens", per_million))
+        lines.append(Line("cost, correct one", per_correct))
     if any(variant.num_cut for variant in variants):
         lines.append(Line("cut at the limit", tuple(str(v.num_cut) for v in variants)))
     return lines
@@ -75,19 +74,17 @@ def base_warning(result: Evaluation) -> str:
     return f"{result.candidate} was trained on another base than the one that answered here"
 
 
-def diff_columns(result: Evaluation) -> Sequence[str]:
-    return [variant.name for variant in result.variants]
-
-
 def _score(name: str, variant: VariantResult) -> str:
     found = variant.scores.get(name)
     if found is None:
         return NONE
-    return _interval(found, "{:.3f}" if name in UNBOUNDED else "{:.1%}")
+    if name in UNBOUNDED:
+        return f"{_number(found.value)} ({_number(found.low)}-{_number(found.high)})"
+    return f"{found.value:.1%} ({found.low * 100:.0f}-{found.high * 100:.0f})"
 
 
-def _interval(found: Estimate, form: str) -> str:
-    return f"{form.format(found.value)} ({form.format(found.low)} - {form.format(found.high)})"
+def _number(value: float) -> str:
+    return f"{value:.3f}" if value < 100 else f"{value:.3g}"
 
 
 def _seconds(value: float) -> str:

@@ -47,7 +47,8 @@ def _pairings(result: Evaluation) -> Table:
     table.add_column("metric")
     for name in ("won", "tied", "lost", "p"):
         table.add_column(name, justify="right")
-    for pairing in result.pairings:
+    main = [one for one in result.pairings if one.metric == result.main_metric]
+    for pairing in main:
         metric, other, *counts = duel(pairing)
         table.add_row(Text(other), metric, *counts)
     return table
