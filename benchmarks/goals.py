@@ -43,6 +43,8 @@ class Measured:
     """The newest of the gaps while cold adapters arrive."""
     parts: tuple[Result, ...]
     """Of steps."""
+    curve: Result | None
+    """The newest of throughput over the number of adapters."""
     gpu: Mapping[str, Result]
     """By section."""
 
@@ -53,6 +55,10 @@ class Measured:
             comparisons=_newest_first(results, *COMPARISONS),
             cold=next(iter(_newest_first(results, "cold-adapters-*.json")), None),
             parts=_by_name(results, "step-parts-*.json"),
+            curve=next(
+                (r for r in _newest_first(results, "adapters-at-scale-*.json") if "curve" in r),
+                None,
+            ),
             gpu=record.read(gpu) if gpu.exists() else {},
         )
 
@@ -131,6 +137,23 @@ def _to_peer(scenario: str, model: str, peer: str, wanted: float) -> Find:
     return figures
 
 
+def _distinct_to_fastest_base(measured: Measured) -> Iterator[Figure]:
+    """Lory's rate over distinct adapters to the best rate of a peer's base alone."""
+    for result, _ in measured.newest():
+        cases = {
+            case["scenario"]: case["contenders"]
+            for case in result["cases"]
+            if case["requests"] == ROWS
+        }
+        if not cases.keys() >= {"base", "distinct"}:
+            continue
+        bases = {name: one["output_tokens_per_s"] for name, one in cases["base"].items()}
+        fastest = max(bases.keys() - {LORY}, key=bases.__getitem__, default=None)
+        if fastest is not None:
+            value = cases["distinct"][LORY]["output_tokens_per_s"] / bases[fastest]
+            yield Figure(f"{value:.2f} times {fastest} on {_label(result)}", value > 1)
+
+
 def _base_rows(wanted: float) -> Find:
     def figures(measured: Measured) -> Iterator[Figure]:
         for result in measured.parts:
@@ -150,6 +173,24 @@ def _cold_gap(wanted: float) -> Find:
             value = measured.cold["median"]["p99_cold_to_quiet"]
             mark = "" if measured.cold["clean"] else ", unclean"
             yield Figure(f"{value:.2f} times{mark}", value <= wanted)
+
+    return figures
+
+
+def _lost(fewest: int, most: int, wanted: float) -> Find:
+    """Of the throughput with `fewest` adapters, with `most`."""
+
+    def figures(measured: Measured) -> Iterator[Figure]:
+        if measured.curve is None:
+            return
+        points = measured.curve["curve"]["points"]
+        of = {(p["popularity"], p["count"]): p for p in points}
+        for popularity in dict.fromkeys(point["popularity"] for point in points):
+            few, many = of.get((popularity, fewest)), of.get((popularity, most))
+            if few is not None and many is not None:
+                lost = 1 - many["output_tokens_per_s"] / few["output_tokens_per_s"]
+                mark = "" if few["clean"] and many["clean"] else ", unclean"
+                yield Figure(f"{lost:.1%} with {popularity}{mark}", lost <= wanted)
 
     return figures
 
@@ -261,6 +302,12 @@ GOALS = (
         _to_peer("distinct", "tinyllama", "vLLM", 2.4),
     ),
     Goal(
+        "32 requests over 32 distinct adapters, against the base alone on the fastest peer, CPU",
+        RACE,
+        "faster",
+        _distinct_to_fastest_base,
+    ),
+    Goal(
         "32 requests of the base alone, against llama.cpp, `small`",
         RACE,
         "1.3 times",
@@ -284,6 +331,12 @@ GOALS = (
         "1: a step waits for no load",
         "at most 1.2 times",
         _cold_gap(1.2),
+    ),
+    Goal(
+        "throughput lost with 2,000 adapters against 5, all in host memory, 32 requests, CPU",
+        "0: only adapters in use cost",
+        "at most 5%",
+        _lost(5, 2000, 0.05),
     ),
     Goal(
         "time that LoRA adds to a step of 32 rows, 8B in NF4, 32 distinct rank-16 adapters, H200",

@@ -12,7 +12,8 @@ Legend: T tokens, K in features, N out features, S slots.
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -126,7 +127,7 @@ MIXES = {
 
 
 def sgmv_checks(scope: Scope) -> Iterator[Check]:
-    """The update alone, onto zeros: what the base adds would hide an error."""
+    """Onto little, so that what the base adds hides no error; gains and biases among the slots."""
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for in_features, out_features in _sgmv_shapes(scope, dtype):
             for mix in MIXES:
@@ -148,6 +149,7 @@ class SgmvCase:
     """One call of SGMV, on the CPU."""
 
     name: str
+    y_TN: Tensor
     x_TK: Tensor
     site: SiteTable
     pool: Tensor
@@ -175,16 +177,19 @@ class SgmvCase:
             starts, torch.tensor(slots).int(), rows, len(counts), max(_RANKS), adapted
         )
         x_TK = torch.randn(rows, in_features, generator=generator)
+        y_TN = 0.1 * torch.randn(rows, sum(out_features), generator=generator)
         kind = str(dtype).removeprefix("torch.")
         name = f"sgmv {kind} {in_features}->{sum(out_features)} {mix} {rows} rows"
-        return cls(name, x_TK.to(dtype), site, pool.to(dtype), segments)
+        site, pool = _with_outputs(site, pool.to(dtype), generator)
+        return cls(name, y_TN.to(dtype), x_TK.to(dtype), site, pool, segments)
 
     def check(self, scope: Scope) -> Check:
         expected = self._run(torch.device("cpu"), "torch", self.segments)
         actual = self._run(scope.device, scope.backend, self.segments)
         wrong = self._run(torch.device("cpu"), "torch", self._mixed_up())
         if not self.segments.adapted_rows:
-            return Check(self.name, float(actual.abs().max()), 0.0, math.inf, "base rows only")
+            changed = float((actual - self.y_TN).abs().max())
+            return Check(self.name, changed, 0.0, math.inf, "base rows only")
         tolerance = OP_TOLERANCE[self.x_TK.dtype]
         return Check(self.name, op_error(actual, expected), tolerance, op_error(wrong, expected))
 
@@ -196,22 +201,19 @@ class SgmvCase:
 
     def _run(self, device: torch.device, backend: str, segments: Segments) -> Tensor:
         ops = select(backend)  # pyright: ignore[reportArgumentType]
-        site, out_features = self.site, sum(self.site.out_features)
-        x_TK = self.x_TK.to(device)
-        y_TN = torch.zeros(x_TK.shape[0], out_features, dtype=x_TK.dtype, device=device)
-        there = replace(
-            site,
-            a_offset_SK=site.a_offset_SK.to(device),
-            b_offset_SK=site.b_offset_SK.to(device),
-            rank_SK=site.rank_SK.to(device),
-            scale_SK=site.scale_SK.to(device),
-        )
+        y_TN = self.y_TN.to(device, copy=True)
+        tables = {
+            field.name: table.to(device)
+            for field in fields(self.site)
+            if isinstance(table := getattr(self.site, field.name), Tensor)
+        }
+        there = replace(self.site, **tables)
         moved = replace(
             segments,
             starts_G1=segments.starts_G1.to(device),
             slots_G=segments.slots_G.to(device),
         )
-        ops.sgmv(y_TN, x_TK, there, self.pool.to(device), moved)
+        ops.sgmv(y_TN, self.x_TK.to(device), there, self.pool.to(device), moved)
         return y_TN.cpu()
 
 
@@ -240,6 +242,24 @@ def _random_site(
         in_features, offsets, out_features, a_offset, b_offset, rank_SK, scale_SK, alignment
     )
     return site, pool
+
+
+def _with_outputs(
+    site: SiteTable, pool: Tensor, generator: torch.Generator
+) -> tuple[SiteTable, Tensor]:
+    """Gains, biases, both or neither, in turn: float32 whatever the pool is made of."""
+    offsets_2SK = torch.full((2, *site.rank_SK.shape), -1)
+    pieces, place = [pool], pool.numel()
+    for slot, k in product(range(len(site.rank_SK)), range(len(site.out_features))):
+        for which in (0, 1):
+            if (slot + k) >> which & 1:
+                numbers = torch.randn(site.out_features[k], generator=generator)
+                offsets_2SK[which, slot, k] = place
+                pieces.append((0.1 * numbers if which else 1 + 0.5 * numbers).view(pool.dtype))
+                place += pieces[-1].numel()
+    gain_offset_SK, bias_offset_SK = offsets_2SK
+    tabled = replace(site, gain_offset_SK=gain_offset_SK, bias_offset_SK=bias_offset_SK)
+    return tabled, torch.cat(pieces)
 
 
 def _deal(rows: int, shares: Sequence[float]) -> list[int]:

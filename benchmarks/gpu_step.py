@@ -150,6 +150,7 @@ class Bench:
         rows: list[PlanRow] = []
         for lane in range(batch):
             first = lane * self._blocks_a_row
+            slot = lane % distinct if distinct else BASE_SLOT
             sampling = Sampling(max_new_tokens=1, seed=lane)
             rows.append(
                 PlanRow(
@@ -158,8 +159,9 @@ class Bench:
                     start=self.scale.context - 1,
                     token_ids=(lane % self.scale.spec.vocab_size,),
                     blocks=range(first, first + self._blocks_a_row),
-                    slot=lane % distinct if distinct else BASE_SLOT,
+                    slot=slot,
                     sample=SampleRow(sampling, self.scale.context),
+                    rank=0 if slot == BASE_SLOT else self.scale.rank,
                 )
             )
         return StepPlan(0, tuple(rows))

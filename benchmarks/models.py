@@ -113,11 +113,11 @@ def ensure_adapters(adapters: Adapters, root: Path = ROOT) -> Path:
     def make(target: Path) -> None:
         for number, name in enumerate(adapters.names):
             (target / name).mkdir()
-            tensors = _adapter_tensors(shape, rank, seed=1000 + number)
+            tensors = adapter_tensors(shape, rank, seed=1000 + number)
             save_file(
                 tensors, target / name / "adapter_model.safetensors", metadata={"format": "pt"}
             )
-            config = json.dumps(_adapter_config(shape, rank), indent=1)
+            config = json.dumps(adapter_config(shape, rank), indent=1)
             (target / name / "adapter_config.json").write_text(config + "\n")
 
     _ensure(folder, {"shape": asdict(shape), "rank": rank, "names": adapters.names}, make)
@@ -193,7 +193,7 @@ def _base_tensors(shape: Shape) -> dict[str, Tensor]:
     return tensors
 
 
-def _adapter_tensors(shape: Shape, rank: int, seed: int) -> dict[str, Tensor]:
+def adapter_tensors(shape: Shape, rank: int, seed: int) -> dict[str, Tensor]:
     draw = _Draw(seed)
     tensors: dict[str, Tensor] = {}
     for module, out_features, in_features in shape.modules:
@@ -204,7 +204,7 @@ def _adapter_tensors(shape: Shape, rank: int, seed: int) -> dict[str, Tensor]:
     return tensors
 
 
-def _adapter_config(shape: Shape, rank: int) -> dict[str, object]:
+def adapter_config(shape: Shape, rank: int) -> dict[str, object]:
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -168,6 +168,9 @@ def _has_share(case: Mapping[str, Any], one: Mapping[str, Any]) -> bool:
 
 
 def _to_reference(case: Mapping[str, Any], one: Mapping[str, Any]) -> float | None:
+    """None, too, where nothing must be moved: both then tell how long they take to see that."""
+    if not case["limit_s"] > 0:
+        return None
     reference = next((other for other in case["contenders"] if other["role"] == "reference"), None)
     ours_s, theirs_s = goals.median_s(one), None if reference is None else goals.median_s(reference)
     return None if ours_s is None or theirs_s is None else theirs_s / ours_s

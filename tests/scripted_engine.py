@@ -20,6 +20,7 @@ from lory_router.app import create_app
 from lory_router.base_check import ServedBase
 from lory_router.connection import Connection, HttpServer, http_server
 from lory_router.engine import SequenceRequest, StreamEvent, Unavailable
+from lory_router.keys import Keyring
 from lory_router.listener import listen, url_of
 from lory_router.observe import RequestRecord
 from lory_router.registry import Registry
@@ -256,6 +257,7 @@ class ScriptedEngine:
             host_bytes=200,
             device_bytes=100,
             is_pinned=adapter_id in self.pinned,
+            invocation_tokens=(7, 8),
         )
         return AdapterEntry(
             adapter_id=adapter_id,
@@ -297,14 +299,16 @@ class Front:
         engine: ScriptedEngine | None = None,
         registry: Registry | None = None,
         base: ServedBase | None = None,
+        keys: Keyring | None = None,
         **settings: Any,
     ) -> None:
         self.engine = engine or ScriptedEngine(list(answers) or [Answer()])
         self.settings = RouterSettings(model_names=(BASE,), **settings)
         self.ledger = Ledger()
         self._server: HttpServer | None = None
+        self.registry = registry or Registry()
         self.app: ASGIApp = create_app(
-            self.engine, self.settings, text, self.ledger, registry, base=base
+            self.engine, self.settings, text, self.ledger, self.registry, keys=keys, base=base
         )
 
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:

@@ -2,6 +2,7 @@
 
 The "model" is a hash of everything a position can see, so a token is right only if every block
 held exactly what the sequence's own tokens put there. Each row's view is checked as it is computed.
+Weights that act from a position on are another model from there, and the base before it.
 """
 
 import hashlib
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 
 from lory_server.messages import Sampling
 from lory_server.plan import (
+    BASE_SLOT,
     PENDING,
     Residency,
     ResidentAdapter,
@@ -23,17 +25,24 @@ VOCAB = 50
 EOS = 0
 
 
+def computer(position: int, weights: str, activation: int) -> str:
+    """What computes a position; KV of one may stand for another's only if this is the same."""
+    if position < activation:
+        return "base"
+    return f"{weights} from {activation}" if activation else weights
+
+
 def next_token(tokens: list[int], weights: str) -> int:
     """What the simulated model says after `tokens`."""
     digest = hashlib.blake2b(repr((tokens, weights)).encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") % VOCAB
 
 
-def alone(prompt: list[int], sampling: Sampling, weights: str) -> list[int]:
+def alone(prompt: list[int], sampling: Sampling, weights: str, activation: int = 0) -> list[int]:
     """The answer that a request gets when nothing else runs."""
     tokens = list(prompt)
     while len(tokens) - len(prompt) < sampling.max_new_tokens:
-        tokens.append(next_token(tokens, weights))
+        tokens.append(next_token(tokens, computer(len(tokens) - 1, weights, activation)))
         if tokens[-1] == EOS and not sampling.ignore_eos:
             break
     return tokens[len(prompt) :]
@@ -46,13 +55,21 @@ class SimulatedRunner:
     block_size: int
     weights_of: dict[int, str] = field(default_factory=dict)
     """By request id."""
+    activation_of: dict[int, int] = field(default_factory=dict)
     slot_of: dict[str, int] = field(default_factory=dict)
     """By weights; checked against every row."""
     kv: dict[int, tuple[int, int, str]] = field(default_factory=dict)
     lanes: dict[int, int] = field(default_factory=dict)
 
     def submit(self, plan: StepPlan) -> StepResult:
-        assert len({row.lane for row in plan.rows}) == len(plan.rows), "two rows share a lane"
+        ends: dict[int, tuple[int, int]] = {}
+        for row in plan.rows:
+            goes_on = ends.get(row.lane, (row.sequence_id, row.start)) == (
+                row.sequence_id,
+                row.start,
+            )
+            assert goes_on, "two rows share a lane"
+            ends[row.lane] = (row.sequence_id, row.start + len(row.token_ids))
         sampled = tuple(self._compute(row) for row in plan.rows)
         scored = tuple(tuple(SampledToken(t, -1.0) for t in row.targets) for row in plan.rows)
         return StepResult(sampled, scored if any(scored) else ())
@@ -64,27 +81,37 @@ class SimulatedRunner:
     def check_still_there(self, plan: StepPlan) -> None:
         """A device works on a step until it is collected, and reads its adapters until then."""
         for row in plan.rows:
-            slot = self.slot_of.get(self.weights_of[row.sequence_id], -1)
-            assert slot == row.slot, "an adapter was evicted under a step in flight"
+            assert self._slot(row) == row.slot, "an adapter was evicted under a step in flight"
 
     def _compute(self, row) -> SampledToken | None:
-        weights = self.weights_of[row.sequence_id]
-        assert row.slot == self.slot_of.get(weights, -1), "row computed with another adapter"
+        weights, activation = self.weights_of[row.sequence_id], self._activation(row)
         token_ids = [self.lanes[row.lane] if t == PENDING else t for t in row.token_ids]
-        for i, token in enumerate(token_ids):
-            self.kv[self._place(row, row.start + i)] = (token, row.start + i, weights)
+        end = row.start + len(token_ids)
+        assert row.slot == self._slot(row), "row computed with another adapter"
+        assert row.start >= activation or end <= activation, "a row of base and adapter"
+        for i, token in enumerate(token_ids, row.start):
+            self.kv[self._place(row, i)] = (token, i, computer(i, weights, activation))
         seen = []
-        for position in range(row.start + len(token_ids)):
+        for position in range(end):
             token, at, by = self.kv[self._place(row, position)]
-            assert (at, by) == (position, weights), f"foreign KV at {position}: {(at, by)}"
+            expected = computer(position, weights, activation)
+            assert (at, by) == (position, expected), f"foreign KV at {position}: {(at, by)}"
             seen.append(token)
         if row.sample is None:
             return None
         assert row.sample.position == len(seen)
         if row.sample.history is not None:
             assert list(row.sample.history) == seen, "a history that lags"
-        self.lanes[row.lane] = next_token(seen, weights)
+        self.lanes[row.lane] = next_token(seen, computer(end - 1, weights, activation))
         return SampledToken(self.lanes[row.lane], -1.0)
+
+    def _activation(self, row) -> int:
+        return self.activation_of.get(row.sequence_id, 0)
+
+    def _slot(self, row) -> int:
+        if row.start < self._activation(row):
+            return BASE_SLOT
+        return self.slot_of.get(self.weights_of[row.sequence_id], BASE_SLOT)
 
     def _place(self, row, position: int) -> int:
         return row.blocks[position // self.block_size] * self.block_size + (
@@ -147,6 +174,7 @@ class World:
 
     def add(self, sequence: Sequence) -> None:
         self.runner.weights_of[sequence.request_id] = sequence.weights
+        self.runner.activation_of[sequence.request_id] = sequence.activation
         self.answers[sequence.request_id] = []
         self.scheduler.add(sequence)
 
@@ -161,7 +189,8 @@ class World:
         self.preemptions += self.scheduler.counts.preemptions
         self.hits += self.scheduler.counts.prefix_hits
         assert plan.num_tokens <= self.scheduler.limits.max_step_tokens
-        assert len(plan.rows) <= self.scheduler.limits.max_batch_rows
+        sequences = {row.sequence_id for row in plan.rows}
+        assert len(sequences) <= self.scheduler.limits.max_batch_rows
         self.tier.demand(demand)
         if plan.rows:
             self.in_flight.append((plan, self.runner.submit(plan)))

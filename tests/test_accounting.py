@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lory_server.accounting import CostModel, Share, charge
+from lory_server.accounting import CostModel, Share, charge, row_share
+from lory_server.messages import Sampling, Submit
+from lory_server.plan import BASE_SLOT, PlanRow
 
 
 def share(work: float, request_id: int = 0) -> Share:
@@ -43,3 +45,28 @@ def test_a_prompt_costs_the_same_in_one_chunk_or_many() -> None:
     whole = model.work(0, 100, 5000)
     parts = sum(model.work(start, 10, 5000) for start in range(0, 100, 10))
     assert parts == pytest.approx(whole)
+
+
+def test_a_row_that_the_base_computes_costs_what_the_bases_does() -> None:
+    """An adapter that waits for its invocation has done nothing for it yet."""
+    model = CostModel.of(1_000_000, 4, 128, 2)
+    command = Submit(
+        request_id=1,
+        prompt_ids=(5,) * 20,
+        sampling=Sampling(max_new_tokens=4, seed=0),
+        adapter_id="a",
+        tenant="t",
+    )
+
+    def row(start: int, num_tokens: int, slot: int) -> PlanRow:
+        return PlanRow(1, 0, start, [5] * num_tokens, [0], slot, sample=None)
+
+    before = row_share(command, row(4, 8, BASE_SLOT), 200_000, model)
+    acting = row_share(command, row(4, 8, 0), 200_000, model)
+    assert before.work == model.work(4, 8, 0)
+    assert acting.work == model.work(4, 8, 200_000) > before.work
+    assert (before.prompt_tokens, row_share(command, row(18, 4, 0), 0, model).prompt_tokens) == (
+        8,
+        2,
+    )
+    assert (before.adapter_id, before.tenant) == ("a", "t")

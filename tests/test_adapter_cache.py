@@ -1,6 +1,5 @@
 """Adapters move between disk, host and device while requests hold them; nothing is lost or torn."""
 
-import dataclasses
 import os
 import random
 import re
@@ -15,15 +14,20 @@ import pytest
 import torch
 
 from adapter_files import BASE, SITES, Tensors, make_folder, write_adapter
-from lory_server.adapters import cache as cache_module
 from lory_server.adapters import known as known_module
+from lory_server.adapters import refusals as refusals_module
+from lory_server.adapters import workers as workers_module
 from lory_server.adapters.blob import AdapterBlob
-from lory_server.adapters.cache import AdapterCache, Listed, Outcome, Resolved, ResolveFailed
+from lory_server.adapters.cache import AdapterCache
+from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.fold import BaseFolder
-from lory_server.adapters.host import HostBudget
+from lory_server.adapters.host import HostBudget, HostTier
+from lory_server.adapters.jobs import LoadKey
 from lory_server.adapters.journal import MAX_LINES, MAX_SKIPPED_LINES, Journal
+from lory_server.adapters.outcomes import Listed, Outcome, Resolved, ResolveFailed
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import ThreadReader
+from lory_server.adapters.refusals import Refusals
 from lory_server.adapters.store import AdapterFiles, AdapterStore
 from lory_server.adapters.workers import Workers
 from lory_server.plan import AdapterDemand, Residency
@@ -233,6 +237,80 @@ def test_slow_loads_do_not_delay_warm_adapters_or_other_threads(
     world.until(lambda: slow in world.answers)
 
 
+def test_files_that_stall_hold_up_no_other_adapter(
+    make: MakeCache, gate: Gate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than there are loaders: spare threads load the others, and end again."""
+    monkeypatch.setattr(workers_module, "STALL_S", 0.02)
+    world = make(num_loaders=2)
+    gate.closed = {"a1", "a2", "a3"}
+    stuck = [world.ask(name) for name in ("a1", "a1", "a2", "a3", "a3")]
+    world.until(lambda: gate.closed <= set(gate.reads))
+    for name in ("a4", "a5", "a0"):
+        assert world.hold(name).revision
+    assert not any(ticket in world.answers for ticket in stuck)
+    assert sorted(gate.reads) == ["a0", "a1", "a2", "a3", "a4", "a5"], "each is read once"
+    gate.open()
+    world.until(lambda: all(ticket in world.answers for ticket in stuck))
+    world.until(lambda: not [t for t in threading.enumerate() if t.name.endswith("-spare")])
+    assert len(world.cache._all_readers) == world.cache._readers.qsize() == 2
+
+
+def test_a_folder_that_hangs_holds_up_no_other_name(
+    make: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request looks at its folder: one look at a time for a name, and spare threads."""
+    monkeypatch.setattr(workers_module, "STALL_S", 0.02)
+    opened, looks, locate = threading.Event(), list[str](), AdapterStore.locate
+
+    def hang(store: AdapterStore, adapter_id: str) -> AdapterFiles:
+        looks.append(adapter_id)
+        if adapter_id in ("a1", "a2"):
+            assert opened.wait(DEADLINE_S)
+        return locate(store, adapter_id)
+
+    world = make()
+    world.hold("a0")
+    monkeypatch.setattr(AdapterStore, "locate", hang)
+    stuck = [world.ask(name) for name in ("a1", "a1", "a1", "a2")]
+    world.until(lambda: {"a1", "a2"} <= set(looks))
+    assert world.hold("a0").revision, "what is warm needs a look, too"
+    assert world.hold("a3").revision
+    assert looks.count("a1") == 1
+    opened.set()
+    world.until(lambda: all(ticket in world.answers for ticket in stuck))
+    assert all(isinstance(world.answers[ticket], Resolved) for ticket in stuck)
+    world.until(lambda: not len(world.cache._lookups))
+
+
+def test_who_asks_during_a_look_waits_for_one_that_begins_after(
+    make: MakeCache, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a request could be given bytes that were replaced before it came."""
+    world = make()
+    looked, may_go_on, locate = threading.Event(), threading.Event(), AdapterStore.locate
+
+    def slow(store: AdapterStore, adapter_id: str) -> AdapterFiles:
+        files = locate(store, adapter_id)
+        looked.set()
+        assert may_go_on.wait(DEADLINE_S)
+        return files
+
+    old = world.hold("a0").revision
+    monkeypatch.setattr(AdapterStore, "locate", slow)
+    first = world.ask("a0")
+    assert looked.wait(DEADLINE_S)
+    replace(root, "a0", seed=99)
+    late = [world.ask("a0") for _ in range(3)]
+    may_go_on.set()
+    world.until(lambda: all(ticket in world.answers for ticket in (first, *late)))
+    revisions = [getattr(world.answers[ticket], "revision", None) for ticket in (first, *late)]
+    assert revisions[0] == old
+    assert len(set(revisions[1:])) == 1
+    assert None not in revisions
+    assert old != revisions[1]
+
+
 def test_a_cancelled_ticket_is_not_answered_and_holds_nothing(make: MakeCache, gate: Gate) -> None:
     world = make()
     gate.closed.add("a0")
@@ -295,8 +373,8 @@ def test_a_broken_file_is_not_read_for_each_of_a_storm(
     for _ in range(5):
         assert "not finite" in world.refusal("bad").message
     assert gate.reads == ["bad"]
-    monkeypatch.setattr(cache_module, "REFUSAL_MEMORY_S", -1.0)
-    world.cache._refusals.clear()
+    monkeypatch.setattr(refusals_module, "REFUSAL_MEMORY_S", -1.0)
+    world.cache._refusals = Refusals()
     for _ in range(2):
         assert world.refusal("bad").code == "adapter_invalid"
     assert gate.reads == ["bad"] * 3
@@ -318,20 +396,22 @@ def test_a_message_names_its_adapter_once(
 
 
 def test_refusals_are_remembered_up_to_a_number_and_for_a_while(
-    make: MakeCache, root: Path, monkeypatch: pytest.MonkeyPatch
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(cache_module, "MAX_REFUSALS", 2)
-    monkeypatch.setattr(cache_module, "REFUSAL_MEMORY_S", 1000.0)
-    world = make()
-    for index in range(4):
-        write_adapter(root / f"bad{index}", r=3)
-        world.refusal(f"bad{index}")
-    remembered = world.cache._refusals
-    assert [key.adapter_id for key in remembered] == ["bad0", "bad1"]
-    for key, refusal in remembered.items():
-        remembered[key] = dataclasses.replace(refusal, until_s=0.0)
-    world.refusal("bad2")
-    assert [key.adapter_id for key in world.cache._refusals] == ["bad2"]
+    monkeypatch.setattr(refusals_module, "MAX_REFUSALS", 2)
+    now_s = 0.0
+    refusals = Refusals(lambda: now_s)
+    keys = [LoadKey(f"bad{index}", (index,)) for index in range(4)]
+    for key in keys:
+        refusals.remember(key, AdapterInvalidError(key.adapter_id))
+    assert [refusals.find(key) is not None for key in keys] == [True, True, False, False]
+    now_s = refusals_module.REFUSAL_MEMORY_S
+    assert refusals.find(keys[0]) is None
+    refusals.remember(keys[2], AdapterInvalidError("bad2"))
+    refusals.remember(keys[3], OSError("no more files"))
+    assert str(refusals.find(keys[2])) == "bad2"
+    assert refusals.find(keys[3]) is None
+    assert len(refusals) == 1
 
 
 def test_a_file_written_to_while_it_is_read_is_refused(
@@ -539,7 +619,19 @@ def test_a_deleted_adapter_is_gone_for_new_requests_and_stays_for_holders(
 # -- the host tier --------------------------------------------------------------------------
 
 
-def test_the_least_recently_released_blob_makes_room(make: MakeCache) -> None:
+def let_equal_loads_cost_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    put = HostTier.put
+
+    def put_at_a_fixed_cost(tier: HostTier, adapter_id: str, blob: AdapterBlob, *rest: Any) -> None:
+        put(tier, adapter_id, blob, blob.num_bytes / 1e9, rest[1])
+
+    monkeypatch.setattr(HostTier, "put", put_at_a_fixed_cost)
+
+
+def test_among_equals_the_least_recently_released_blob_makes_room(
+    make: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_equal_loads_cost_the_same(monkeypatch)
     world = make(host_bytes=2 * RANK_4_BYTES)
     first, second = world.hold("a0").revision, world.hold("a2").revision
     world.cache.release(second)
@@ -551,6 +643,65 @@ def test_the_least_recently_released_blob_makes_room(make: MakeCache) -> None:
         ("evict", "a2"),
         ("load", "a4"),
     ]
+
+
+def test_what_is_asked_for_often_stays_on_the_host(
+    make: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_equal_loads_cost_the_same(monkeypatch)
+    world = make(host_bytes=2 * RANK_4_BYTES)
+    favourite = world.hold("a0").revision
+    assert world.hold("a0").revision == world.hold("a0").revision == favourite
+    once = world.hold("a2").revision
+    for revision in (favourite, favourite, favourite, once):
+        world.cache.release(revision)
+    world.cache.host.check()
+    world.cache.release(world.hold("a4").revision)
+    assert favourite in world.cache.host, "though the other was released later"
+    assert once not in world.cache.host
+
+
+def test_what_is_dear_to_load_stays_on_the_host(
+    make: MakeCache, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folding a large base takes a hundred times as long as reading an adapter."""
+    fold = BaseFolder.fold
+
+    def slow(folder: BaseFolder, blob: AdapterBlob) -> None:
+        time.sleep(0.3)
+        fold(folder, blob)
+
+    monkeypatch.setattr(BaseFolder, "fold", slow)
+    write_adapter(root / "dora", use_dora=True)
+    world = make(host_bytes=3 * RANK_4_BYTES)
+    dear = world.hold("dora").revision
+    world.cache.release(dear)
+    for name in ("a0", "a2", "a4", "a6", "a0", "a2"):
+        world.cache.release(world.hold(name).revision)
+    assert dear in world.cache.host
+
+
+def test_a_replaced_revision_goes_first_and_leaves_its_past_to_the_new_one(
+    make: MakeCache, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    let_equal_loads_cost_the_same(monkeypatch)
+    world = make(host_bytes=3 * RANK_4_BYTES, max_slots=3)
+    for _ in range(5):
+        old = world.hold("a0").revision
+        world.cache.release(old)
+    other = world.hold("a2").revision
+    world.bring(old, other)
+    replace(root, "a0", seed=99)
+    new = world.hold("a0").revision
+    assert world.cache.host.uses(new) == 6
+    assert world.cache.host.uses(old) == 0
+    world.bring(new)
+    for revision in (new, other):
+        world.cache.release(revision)
+    third = world.hold("a4").revision
+    assert old not in world.cache.host
+    assert {new, other, third} <= world.cache.host._entries.keys()
+    assert world.bring(third).resident.keys() == {new, other, third}
 
 
 def test_when_all_are_held_loads_wait_their_turn(make: MakeCache) -> None:
@@ -659,6 +810,17 @@ def test_adapters_in_use_or_pinned_are_never_evicted(make: MakeCache) -> None:
         assert not residency.loading
     world.cache.unpin(pinned)
     assert world.bring(wanted, in_use=(used,)).resident.keys() == {used, wanted}
+
+
+def test_who_is_asked_for_often_is_evicted_after_those_who_are_not(make: MakeCache) -> None:
+    world = make(max_slots=2)
+    favourite, other, third = (world.hold(name).revision for name in ("a0", "a2", "a4"))
+    for _ in range(3):
+        world.cache.release(world.hold("a0").revision)
+    world.bring(favourite, other)
+    for revision in (favourite, other):
+        world.cache.demand(AdapterDemand(frozenset({revision}), ()))
+    assert world.bring(third).resident.keys() == {favourite, third}
 
 
 def test_the_least_recently_used_is_evicted_first(make: MakeCache) -> None:

@@ -348,6 +348,8 @@ def test_another_base_is_refused_unless_allowed(tmp_path: Path) -> None:
 
 # -- configurations that are refused --------------------------------------------------------
 
+ALORA = {"alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"}
+
 REFUSED_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "LOHA"}, "peft_type"),
     ({"peft_type": None}, "peft_type"),
@@ -362,7 +364,20 @@ REFUSED_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"trainable_token_indices": [1]}, "trainable_token_indices"),
     ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ({"target_parameters": ["experts.w"]}, "target_parameters"),
-    ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+    ({"alora_invocation_tokens": [1, 2]}, "needs task_type CAUSAL_LM"),
+    *[({**ALORA, **fields}, "alora_invocation_tokens") for fields in (
+        {"alora_invocation_tokens": []},
+        {"alora_invocation_tokens": "<go>"},
+        {"alora_invocation_tokens": 3},
+        {"alora_invocation_tokens": [1, -2]},
+        {"alora_invocation_tokens": [1, True]},
+        {"alora_invocation_tokens": [1.0]},
+        {"alora_invocation_tokens": [[1, 2]]},
+        {"alora_invocation_tokens": [10**9]},
+        {"alora_invocation_tokens": [1] * 5000},
+        {"use_dora": True},
+        {"init_lora_weights": "mica"},
+    )],
     ({"megatron_config": {"a": 1}}, "megatron_config"),
     ({"use_qalora": True}, "use_qalora"),
     ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
@@ -370,7 +385,10 @@ REFUSED_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"trust_remote_code": True}, "trust_remote_code"),
     ({"key_of_the_future": 0}, "key_of_the_future"),
     *[({"init_lora_weights": init}, "path_initial_model_for_weight_conversion")
-      for init in ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga")],
+      for init in ("pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "lora_ga")],
+    ({"init_lora_weights": "loftq"}, "replace_lora_weights_loftq"),
+    ({"init_lora_weights": "of the future"}, "init_lora_weights"),
+    ({"init_lora_weights": ["eva"]}, "init_lora_weights"),
     *[({"r": r}, "r is") for r in (0, -1, 10**9, 257, 4.0, "4", True, None)],
     *[({"lora_alpha": a}, "lora_alpha") for a in ("8", None, True, 10**400, 1e300)],
     ({"use_rslora": 1}, "use_rslora"),
@@ -422,6 +440,31 @@ def test_what_changes_nothing_at_inference_is_accepted(
     fields: dict[str, Any], tmp_path: Path
 ) -> None:
     assert len(manifest_of(write_adapter(tmp_path, **fields)).slices) == 14
+
+
+def test_the_manifest_says_from_which_tokens_an_adapter_acts(tmp_path: Path) -> None:
+    assert manifest_of(write_adapter(tmp_path / "a", **ALORA)).invocation_tokens == (3, 4)
+    assert manifest_of(write_adapter(tmp_path / "b")).invocation_tokens == ()
+
+
+def test_an_invocation_outside_the_vocabulary_is_refused(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path, **ALORA)
+    assert manifest_of(folder, Base(SITES, vocab_size=5)).invocation_tokens == (3, 4)
+    message = refusal_of(folder, Base(SITES, vocab_size=4))
+    assert "alora_invocation_tokens has 4" in message
+    assert "vocabulary has 4 tokens" in message
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_a_trained_bias_acts_before_any_invocation(bias: str, tmp_path: Path) -> None:
+    """PEFT puts it in place of the base's, everywhere; where there is none it changes nothing."""
+    biased = tuple(dataclasses.replace(site, has_bias=True) for site in SITES)
+    fields = {"bias": bias, **ALORA}
+    assert manifest_of(write_adapter(tmp_path / "a", **fields)).invocation_tokens
+    message = refusal_of(write_adapter(tmp_path / "b", sites=biased, **fields), Base(biased))
+    assert "base_layer.bias' acts before the invocation tokens, too" in message
+    plain = {"lora_bias": True, **ALORA}
+    assert manifest_of(write_adapter(tmp_path / "c", sites=biased, **plain), Base(biased)).slices
 
 
 @pytest.mark.parametrize(

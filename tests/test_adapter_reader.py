@@ -112,7 +112,9 @@ def test_both_readers_give_the_same_bytes_and_refusals(dtype: torch.dtype, tmp_p
     write_adapter(tmp_path / "lost", use_dora=True, change=lose_magnitudes)
     write_adapter(tmp_path / "dora", rank=2, dtype=dtype, use_dora=True)
     write_adapter(tmp_path / "bias", rank=2, lora_bias=True)
-    for name in ("a0", "a1", "dora", "a2", "bias", "a0"):
+    invoked = {"alora_invocation_tokens": [3, 4], "task_type": "CAUSAL_LM"}
+    write_adapter(tmp_path / "alora", rank=2, **invoked)
+    for name in ("a0", "a1", "dora", "a2", "bias", "alora", "a0"):
         revision, manifest, data = load(apart, tmp_path, name)
         expected_revision, expected_manifest, expected = load(thread, tmp_path, name)
         assert (revision, manifest) == (expected_revision, expected_manifest)

@@ -151,7 +151,7 @@ def test_a_folder_that_may_not_be_looked_into_hides_no_other(
 
     class Entry:
         def __init__(self, entry: "os.DirEntry[str]") -> None:
-            self.name = entry.name
+            self.name, self.path, self.is_symlink = entry.name, entry.path, entry.is_symlink
             self._entry = entry
 
         def is_dir(self) -> bool:
@@ -370,6 +370,20 @@ def test_a_fresh_file_is_not_settled(root: Path) -> None:
     with AdapterStore(root).locate("one") as files:
         changed_ns = max(files.signature[4], files.signature[9])
         assert files.is_settled == (files.located_ns - changed_ns > SETTLED_NS)
+
+
+def test_a_fetched_file_is_settled_and_known_by_its_folder(root: Path) -> None:
+    """Its folder never gets other bytes; that of a removed one, whose inodes come again, has
+    another name. Otherwise a replacement would be read twice, at once and when it is first used."""
+    store = AdapterStore(None, root)
+    with store.locate("@one") as files:
+        assert files.is_settled
+        files.check_unchanged()
+        store.remember(files.signature, "abc")
+    (root / "one").rename(root / "other")
+    assert store.revision_of(signature_of(store, "@other")) is None
+    (root / "other").rename(root / "one")
+    assert store.revision_of(signature_of(store, "@one")) == "abc"
 
 
 def test_digests_are_remembered_by_signature(root: Path) -> None:

@@ -176,6 +176,15 @@ def test_a_step_has_no_more_adapters_than_rows() -> None:
     ]
 
 
+def test_steps_with_adapters_have_their_rank() -> None:
+    """With a rank of 0 a step changes no rows: op by op there was no SGMV in what was timed."""
+    scale = gpu_step.TINY
+    bench = gpu_step.Bench(scale, torch.device("cpu"))
+    for batch, distinct in gpu_step.points_of(scale):
+        segments = bench.op_by_op._packer.pack(bench.plan(batch, distinct)).segments
+        assert (0 if segments is None else segments.max_rank) == (scale.rank if distinct else 0)
+
+
 def test_the_8b_base_has_the_bytes_of_an_8b_base() -> None:
     """NF4 with float32 scales: 4.5 bits a weight; 6.98e9 weights in the linears of 32 layers."""
     spec = gpu_step.llama_8b()

@@ -43,6 +43,7 @@ def test_an_adapter_comes_back_with_all_that_is_known(adapters: Adapters) -> Non
     adapter = adapters.pin("french")
     assert (adapter.state, adapter.revision, adapter.pinned) == ("device", REVISION, True)
     assert adapter.matched == {"q_proj": MatchedModules(2, (4, 8))}
+    assert adapter.invocation_tokens == adapter.revisions[0].invocation_tokens == (7, 8)
     assert (adapter.disk_bytes, adapter.host_bytes, adapter.device_bytes) == (300, 200, 100)
     assert [one.revision for one in adapter.revisions] == [REVISION]
     assert adapters.get("french").pinned

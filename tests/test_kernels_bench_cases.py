@@ -16,7 +16,7 @@ import torch
 
 from kernel_bench_cases import WrongOps, place, quickly, tiny_cases
 from lory_kernels import nf4_choice, panels
-from lory_kernels.bench import nf4, table
+from lory_kernels.bench import nf4, sgmv, table
 from lory_kernels.bench.case import Case, Place
 from lory_kernels.bench.clock import Times, Timing
 from lory_kernels.bench.linears import dense_case
@@ -55,6 +55,18 @@ def cpu_place(dtype: torch.dtype) -> Place:
 
 def statuses(findings: CaseFindings, role: str) -> set[str]:
     return {one.status for one in findings.findings if one.role == role}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_adapters_lie_as_those_that_are_served(model: str) -> None:
+    """Without alignment Triton takes 2 bytes at a time: a kernel that no server runs was timed."""
+    for shape in MODELS[model].sites:
+        site, _ = sgmv._table(place("torch", torch.bfloat16), shape, (16, 3, 8))
+        assert site.alignment * torch.bfloat16.itemsize % 16 == 0
+        for offset_SK in (site.a_offset_SK, site.b_offset_SK):
+            assert not (offset_SK % site.alignment).any()
+        assert site.gain_offset_SK is not None
+        assert site.bias_offset_SK is not None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -126,6 +126,13 @@ def test_a_step_of_biases_alone_is_computed_and_one_of_nothing_is_not(ops: Ops) 
     assert torch.equal(replace(case, segments=idle).run(ops), case.y_TN)
 
 
+def test_a_step_said_to_change_no_rows_changes_none(ops: Ops) -> None:
+    """On every backend: the reference once hid that a step had been given no rank."""
+    case = sgmv_case("identical", 3, torch.float32)
+    idle = replace(case.segments, max_rank=0, has_gain_or_bias=False)
+    assert torch.equal(replace(case, segments=idle).run(ops), case.y_TN)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_is_the_same_alone_and_among_others(dtype: torch.dtype) -> None:
     if best_cpu_backend() == "torch":

@@ -65,7 +65,8 @@ SAMPLE_COMPILED = (
     ("bfloat16", 8, 64, (3, 1)),
     ("float32", 8, 64, (3, 32)),
 )
-"""(dtype, rows, largest rank, site) that every run compiles; `make test-full` compiles all."""
+"""(dtype, rows, largest rank, site) that every run compiles; `make test-full` compiles all. Sites
+have tables of gains and biases, as those that are served."""
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +295,9 @@ def launch(
 def _compiled(cases: Iterable[tuple[str, int, int, tuple[int, int]]]) -> Findings:
     found: Findings = {"built": {}}
     for dtype, rows, max_rank, (slices, alignment) in cases:
-        call = launch(COMPILED[dtype], rows, 2, max_rank, slices, alignment=alignment)
+        call = launch(
+            COMPILED[dtype], rows, 2, max_rank, slices, alignment=alignment, has_outputs=True
+        )
         for arch in SHARED_MEMORY_LIMIT_BYTES:
             for kernel, facts in launches_built(call, arch).items():
                 key = f"sm_{arch}-{kernel}-{dtype}-{rows}-{max_rank}-{slices}-{alignment}"

@@ -72,6 +72,14 @@ def test_norms_round_before_the_weight_unless_it_is_fp32(interpreted: Findings) 
     assert interpreted["rounding"] == {"as_asked": 0, "otherwise": True}
 
 
+def test_activations_round_before_the_product(interpreted: Findings) -> None:
+    """One in a hundred has other bits than the reference, or a tenth without that rounding."""
+    for gate in GATES:
+        found = interpreted["gated_rounding"][gate]
+        assert found["as_asked"] < 0.01
+        assert found["otherwise"] > 0.1
+
+
 def test_norms_return_out_and_make_one_where_none_is_given(interpreted: Findings) -> None:
     assert interpreted["returned"] == {"given": True, "in_place": True, "new": True}
 
@@ -166,6 +174,7 @@ def _interpret() -> Findings:
     row_TN = torch.tensor([*EXTREMES, *[1.0] * len(EXTREMES)])[None]
     found["extremes"] = {gate: _gated(ops, gate, row_TN)[0].tolist() for gate in GATES}
     found["rounding"], found["returned"] = _rounding(ops, reference), _returned(ops)
+    found["gated_rounding"] = {gate: _gated_rounding(ops, reference, gate) for gate in GATES}
     found["empty"], found["refused"] = _empty(ops), _refusals(ops)
     return found
 
@@ -215,8 +224,8 @@ def _rope_found(
     tokens = 7
     qkv_TN = torch.randn(tokens, (heads + 2 * kv_heads) * head_dim + 9).to(dtype)[:, :-9]
     positions_T = torch.randint(0, 400, (tokens,))
-    slots_T = torch.randperm(4 * block_size)[:tokens]
-    slots_T[::3] = -1
+    slots_T = 1 + torch.randperm(4 * block_size - 1)[:tokens]
+    slots_T[::3], slots_T[1] = -1, 0
     norms = torch.randn(2, head_dim).to(torch.float32 if in_fp32 else dtype)
     q_norm_D, k_norm_D = norms if normed else (None, None)
     results = []
@@ -248,6 +257,18 @@ def _rounding(ops: Ops, reference: Ops) -> dict[str, Any]:
     )
     differ = sum(int((a != b).sum()) for a, b in zip(ours, theirs, strict=True))
     return {"as_asked": differ // 64, "otherwise": int((ours[0] != ours[1]).sum()) > 640}
+
+
+def _gated_rounding(ops: Ops, reference: Ops, gate: str) -> dict[str, float]:
+    """Shares of values with other bits than the reference's."""
+    gate_up_TN = torch.randn(64, 192).half()
+    expected_TI = _gated(reference, gate, gate_up_TN)
+    gate_TI, up_TI = gate_up_TN.float().chunk(2, 1)
+    answers = {
+        "as_asked": _gated(ops, gate, gate_up_TN),
+        "otherwise": (GATES[gate](gate_TI) * up_TI).half(),
+    }
+    return {name: float((out != expected_TI).double().mean()) for name, out in answers.items()}
 
 
 def _returned(ops: Ops) -> dict[str, bool]:

@@ -65,6 +65,7 @@ def charge(adapter_id: str, seconds: float) -> Charge:
 def record(**changes: object) -> RequestRecord:
     values: dict[str, object] = {
         "route": "/generate",
+        "tenant": "default",
         "adapter_id": "polite",
         "status": 200,
         "outcome": "stop",

@@ -300,6 +300,20 @@ def test_rows_of_the_base_alone_replay_no_sgmv(folder: Path) -> None:
         assert any("sgmv" in getattr(call.op, "__name__", "") for call in tape.calls) == calls_sgmv
 
 
+@pytest.mark.parametrize(
+    ("rank", "bucket"), [(0, 16), (1, 16), (16, 16), (17, 64), (64, 64), (65, 256), (256, 256)]
+)
+def test_the_smallest_variant_that_holds_the_ranks_is_replayed(
+    folder: Path, rank: int, bucket: int
+) -> None:
+    """Adapters of rank 0, which have gains or biases alone, are no rows of the base."""
+    twins = Twins.make(folder, max_rows=2)
+    graphs: Any = twins.replaying._graphs
+    adapted = plan_row(1, start=0, slot=1, rank=rank, has_gain_or_bias=rank == 0)
+    twins.step(plan_row(0, start=0), adapted)
+    assert [key for key, tape in graphs._graphs.items() if tape.num_replays] == [(2, bucket)]
+
+
 def test_padded_sizes() -> None:
     assert padded_rows(1) == (1,)
     assert padded_rows(12) == (1, 2, 4, 8, 12)

@@ -12,7 +12,7 @@ import lory_kernels
 import tiny_models
 from lory_kernels import Segments, TorchOps, sgmv_choice
 from lory_kernels.nf4_choice import RULES
-from lory_server.build import kernel_bytes, workspace_bytes
+from lory_server.build import compile_kernels, kernel_bytes, workspace_bytes
 from lory_server.messages import EngineOptions
 from lory_server.model.decoder import Decoder
 from lory_server.model.kv import KVCache
@@ -27,6 +27,14 @@ class Steps(TorchOps):
     """The reference's ops, and what SGMV was asked for."""
 
     seen: list[tuple[int, int]] = field(default_factory=list)
+    attended: list[tuple[bool, int]] = field(default_factory=list)
+    """Whether rows had one token each, and the keys that their tables have room for."""
+
+    def paged_attention(self, qkv_TN: Any, k_cache: Any, v_cache: Any, tables_RM: Any, *more: Any,
+                        **options: Any) -> None:  # fmt: skip
+        room = tables_RM.shape[1] * k_cache.shape[2]
+        self.attended.append((qkv_TN.shape[0] <= tables_RM.shape[0], room))
+        super().paged_attention(qkv_TN, k_cache, v_cache, tables_RM, *more, **options)
 
     def sgmv(self, y_TN: Any, x_TH: Any, site: Any, pool: Any, segments: Segments) -> None:
         self.seen.append((segments.num_rows, segments.max_rank))
@@ -48,7 +56,7 @@ def loaded(folder: Path, ops: lory_kernels.Ops) -> tuple[Decoder, KVCache]:
 def test_every_class_of_step_runs_and_no_key_is_written(folder: Path) -> None:
     ops = Steps()
     decoder, kv = loaded(folder, ops)
-    assert warm_up(decoder, kv, 70, has_adapters=True) == 6 * 4
+    assert warm_up(decoder, kv, 70, has_adapters=True) == 6 * 4 + 1
     assert {rows for rows, _ in ops.seen} == {2, 5, 17, 33, 65, 70}
     assert {rank for _, rank in ops.seen} == set(MAX_RANKS)
     assert not any(pages.any() for pages in (*kv.keys, *kv.values))
@@ -57,8 +65,30 @@ def test_every_class_of_step_runs_and_no_key_is_written(folder: Path) -> None:
 def test_a_base_without_adapters_runs_no_sgmv(folder: Path) -> None:
     ops = Steps()
     decoder, kv = loaded(folder, ops)
-    assert warm_up(decoder, kv, 2, has_adapters=False) == 1
+    assert warm_up(decoder, kv, 2, has_adapters=False) == 2
     assert not ops.seen
+
+
+def test_attention_runs_as_for_decodes_and_as_for_prompts_with_contexts_that_split(
+    folder: Path,
+) -> None:
+    """The first decode compiled its kernel within a step where nothing was captured."""
+    ops = Steps()
+    warm_up(*loaded(folder, ops), 5, has_adapters=False)
+    assert {of_decode for of_decode, _ in ops.attended} == {True, False}
+    assert min(room for _, room in ops.attended) >= 2 * 256
+
+
+@pytest.mark.parametrize("source", [{"adapters_dir": "a"}, {"fetched_dir": "f"}, {}])
+def test_adapters_from_any_source_have_their_kernels_compiled(
+    source: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where adapters came from elsewhere than a folder, SGMV was compiled within a step."""
+    asked: list[bool] = []
+    monkeypatch.setattr("lory_server.build.warm_up", lambda *more: asked.append(more[-1]) or 1)
+    world: Any = None
+    compile_kernels(world, world, EngineOptions(model="m", **source))
+    assert asked == [bool(source)]
 
 
 def test_steps_cover_every_class_that_kernels_know() -> None:

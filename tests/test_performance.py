@@ -213,6 +213,33 @@ def test_a_peer_is_compared_with_itself_alone(tmp_path: Path) -> None:
     assert found(start, tmp_path) == NOT_MEASURED
 
 
+def test_distinct_adapters_race_the_fastest_of_the_peers_bases(tmp_path: Path) -> None:
+    rates = {"base": {"Lory": 300.0, "slow": 20.0, "fast": 100.0}, "distinct": {"Lory": 150.0}}
+    result = comparison({}) | {
+        "cases": [
+            {
+                "scenario": scenario,
+                "requests": requests,
+                "contenders": {
+                    name: {"output_tokens_per_s": rate * factor, "clean": True}
+                    for name, rate in ours.items()
+                },
+            }
+            for scenario, ours in rates.items()
+            for requests, factor in ((32, 1 if scenario == "distinct" else 0.75), (8, 9.0))
+        ]
+    }
+    start = "32 requests over 32 distinct adapters, against the base"
+    write(tmp_path, "bench-small.json", result)
+    assert found(start, tmp_path) == "2.00 times fast on `small`: met"
+    result["cases"][0]["contenders"]["slow"]["output_tokens_per_s"] = 200.0
+    write(tmp_path, "bench-small.json", result)
+    assert found(start, tmp_path) == "0.75 times slow on `small`: not met"
+    result["cases"] = result["cases"][:1]
+    write(tmp_path, "bench-small.json", result)
+    assert found(start, tmp_path) == NOT_MEASURED
+
+
 def test_base_rows_beside_loaded_adapters(tmp_path: Path) -> None:
     write(tmp_path, "step-parts-small.json", parts(0.995))
     write(tmp_path, "step-parts-small-nf4.json", parts(0.95, "nf4") | {"clean": False})
@@ -290,7 +317,7 @@ def test_kernels_are_put_together_by_op_rows_and_contender(tmp_path: Path) -> No
     ]
     write(tmp_path, "cpu-kernels-small.json", kernels(*cases))
     text = performance.kernels_tables(tmp_path)
-    assert "| sgmv | 8 | cpu | 3 of 4 | 0.20 / 0.30 / 0.40 | 1.00 / 2.00 / 4.00 |" in text
+    assert "| sgmv | 8 | cpu | 3 of 4 | 0.20 / 0.30 / 0.40 | 2.00 / 3.00 / 4.00 |" in text
     assert "| linear | 8 | torch | 1 of 1 | 0.90 / 0.90 / 0.90 | 1.00 / 1.00 / 1.00 |" in text
     assert "4300.0 GB/s, 700.00 TFLOP/s" in text
     assert "GPU: not measured yet" in text

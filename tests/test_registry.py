@@ -1,4 +1,5 @@
-"""Names, pins and removals outlive the server, and a file that cannot be trusted is refused."""
+"""Names, pins, owners and removals outlive the server; a file that cannot be trusted is refused,
+and one of an older version is brought up to this one."""
 
 import asyncio
 import sqlite3
@@ -14,7 +15,8 @@ import pytest
 
 from lory_router.errors import RegistryUnwritable
 from lory_router.names import Target
-from lory_router.registry import SCHEMA_VERSION, Registry, RegistryError
+from lory_router.registry import Registry
+from lory_router.registry_file import CHANGES, SCHEMA_VERSION, RegistryError
 
 REVISION = "0123456789abcdef" * 2
 
@@ -37,6 +39,7 @@ def test_everything_outlives_the_server(tmp_path: Path) -> None:
             first.pin(Target("support", REVISION)),
             first.pin(Target("other")),
             first.unpin([Target("other")]),
+            first.register("acme/own", Target("acme/own"), "acme"),
             first.remove("old"),
         )
         kept = first.state
@@ -46,6 +49,7 @@ def test_everything_outlives_the_server(tmp_path: Path) -> None:
         assert second.target("support@prod") == Target("support", REVISION)
         assert second.target("helpdesk") == Target("support")
         assert second.target("old") is None
+        assert second.state.owners == {"acme/own": "acme"}
 
 
 def test_without_a_file_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,6 +116,103 @@ def test_an_alias_moves_and_a_name_can_be_forgotten() -> None:
         assert registry.target("a@prod") is None
 
 
+def test_an_owner_stays_until_another_is_named_or_the_name_is_forgotten() -> None:
+    with closing(Registry()) as registry:
+        run(registry.register("a", Target("a"), "acme"), registry.register("a", Target("a")))
+        assert registry.state.owners == {"a": "acme"}
+        run(registry.register("a", Target("a"), "beta"))
+        assert registry.state.owners == {"a": "beta"}
+        run(registry.register("x", Target("a"), "acme"), registry.remove("a"))
+        assert registry.state.owners == {"a": "beta"}, "it is not for all when it comes back"
+        run(registry.register("a", Target("a"), ""))
+        assert not registry.state.owners
+        run(registry.register("y", Target("a"), "acme"), registry.forget("y"))
+        assert not registry.state.owners
+        run(registry.register("a", Target("a"), "acme"), registry.clear("a"))
+        assert not registry.state.owners
+        assert not registry.state.names
+
+
+def test_to_who_does_not_see_a_name_it_is_not_registered() -> None:
+    with closing(Registry()) as registry:
+        run(
+            registry.register("help", Target("a")),
+            registry.register("a@prod", Target("a", "1" * 32)),
+        )
+        run(registry.remove("gone"))
+
+        def sees(name: str) -> bool:
+            return name not in ("help", "a@prod", "gone")
+
+        assert registry.target("help", sees) == Target("help")
+        assert registry.target("help@0123ab", sees) == Target("help", "0123ab")
+        assert registry.target("a@prod", sees) is None
+        assert registry.target("gone", sees) == Target("gone")
+
+
+@pytest.mark.parametrize("removed", ["hub:org/x", "hub:org/x@v2"])
+def test_a_source_that_was_removed_is_so_for_every_branch_if_none_was_named(removed: str) -> None:
+    with closing(Registry()) as registry:
+        run(registry.remove(removed), registry.register("x@prod", Target("hub:org/x@v2", REVISION)))
+        assert registry.target("hub:org/x@v2") is None
+        assert registry.target("x@prod") is None
+        assert (registry.target("hub:org/x@v3") is None) == (removed == "hub:org/x")
+
+
+# -- files of earlier versions --------------------------------------------------------------
+
+
+def file_of_version_1(path: Path) -> None:
+    """As the first version wrote it."""
+    with closing(sqlite3.connect(path)) as database, database:
+        for statement in (
+            "CREATE TABLE names (name TEXT PRIMARY KEY, adapter_id TEXT, revision TEXT)",
+            "CREATE TABLE pins (adapter_id TEXT, revision TEXT, UNIQUE (adapter_id, revision))",
+            "CREATE TABLE removed (adapter_id TEXT PRIMARY KEY)",
+            "PRAGMA application_id = 1282372217",
+            "PRAGMA user_version = 1",
+            f"INSERT INTO names VALUES ('support@prod', 'support', '{REVISION}')",
+            "INSERT INTO pins VALUES ('support', '')",
+            "INSERT INTO removed VALUES ('old')",
+        ):
+            database.execute(statement)
+
+
+def version_of(path: Path) -> int:
+    with closing(sqlite3.connect(path)) as database:
+        return int(database.execute("PRAGMA user_version").fetchone()[0])
+
+
+def test_a_file_of_the_first_version_is_brought_up_and_keeps_all(tmp_path: Path) -> None:
+    path = tmp_path / "registry"
+    file_of_version_1(path)
+    with closing(Registry(str(path))) as registry:
+        assert registry.state.names == {"support@prod": Target("support", REVISION)}
+        assert registry.state.pins == {Target("support")}
+        assert registry.state.removed == {"old"}
+        assert not registry.state.owners
+        run(registry.register("a", Target("a"), "acme"))
+    assert version_of(path) == SCHEMA_VERSION
+    with closing(Registry(str(path))) as registry:
+        assert registry.state.owners == {"a": "acme"}
+
+
+def test_a_change_of_version_that_breaks_off_changes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lory_router import registry_file as module
+
+    path = tmp_path / "registry"
+    file_of_version_1(path)
+    broken = (CHANGES[0], ("CREATE TABLE half (a TEXT)", "CREATE TABLE names (a TEXT)"))
+    monkeypatch.setattr(module, "CHANGES", broken)
+    refusal(path)
+    assert version_of(path) == 1
+    with closing(sqlite3.connect(path)) as database:
+        tables = {row[0] for row in database.execute("SELECT name FROM sqlite_master")}
+    assert "half" not in tables
+
+
 # -- files that are not as they should be ---------------------------------------------------
 
 
@@ -164,7 +265,8 @@ def test_two_servers_do_not_share_a_file(tmp_path: Path) -> None:
     path = tmp_path / "registry"
     with closing(Registry(str(path))):
         program = (
-            "import sys; from lory_router.registry import Registry, RegistryError\n"
+            "import sys; from lory_router.registry import Registry\n"
+            "from lory_router.registry_file import RegistryError\n"
             "try: Registry(sys.argv[1])\n"
             "except RegistryError as error: print(error)\n"
         )

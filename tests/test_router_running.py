@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lory_router.engine import SequenceRequest, Unavailable
+from lory_router.keys import Caller
 from lory_router.running import GATHERED_TOKENS, merged, run_all, running
 from lory_router.settings import RouterSettings
 from lory_router.transcript import Ending
@@ -31,7 +32,7 @@ def test_sequences_are_read_no_faster_than_their_pieces_are_taken(num: int):
 
     async def main() -> list[int]:
         async with (
-            running(engine, asks(num), TEXT, SETTINGS) as live,
+            running(engine, asks(num), TEXT, SETTINGS, Caller()) as live,
             aclosing(merged(live)) as batches,
         ):
             await anext(batches)
@@ -55,7 +56,7 @@ def test_when_one_submission_fails_those_before_it_are_cancelled():
             return await submit(request)
 
         engine.submit = fail_third
-        async with running(engine, wanted, TEXT, SETTINGS):
+        async with running(engine, wanted, TEXT, SETTINGS, Caller()):
             raise AssertionError("not reached")
 
     with pytest.raises(Unavailable):
@@ -68,7 +69,7 @@ def test_no_task_outlives_a_reader_that_leaves():
 
     async def main() -> int:
         async with (
-            running(engine, asks(3), TEXT, SETTINGS) as live,
+            running(engine, asks(3), TEXT, SETTINGS, Caller()) as live,
             aclosing(merged(live)) as batches,
         ):
             await anext(batches)
@@ -83,7 +84,7 @@ def test_the_deadline_is_over_with_the_request():
     hasty = RouterSettings(model_names=(BASE,), request_timeout_s=0.05)
 
     async def main() -> None:
-        async with running(engine, asks(1), TEXT, hasty) as live:
+        async with running(engine, asks(1), TEXT, hasty, Caller()) as live:
             await run_all(live)
         await asyncio.sleep(0.1)
 
@@ -104,7 +105,7 @@ def test_what_is_submitted_after_the_deadline_has_passed_it():
             return await submit(request)
 
         engine.submit = submit_late
-        async with running(engine, asks(2), TEXT, hasty):
+        async with running(engine, asks(2), TEXT, hasty, Caller()):
             pass
 
     asyncio.run(main())
@@ -120,7 +121,7 @@ def test_tokens_gather_for_who_waits_for_the_end_unless_a_stop_string_may_come(
     ask = replace(ask, ending=replace(ask.ending, stops=stops))
 
     async def main() -> None:
-        async with running(engine, [ask], TEXT, SETTINGS) as live:
+        async with running(engine, [ask], TEXT, SETTINGS, Caller()) as live:
             await run_all(live)
 
     asyncio.run(main())
@@ -132,7 +133,7 @@ def test_a_reader_of_pieces_gets_them_at_once():
 
     async def main() -> None:
         async with (
-            running(engine, asks(1), TEXT, SETTINGS) as live,
+            running(engine, asks(1), TEXT, SETTINGS, Caller()) as live,
             aclosing(merged(live)) as batches,
         ):
             await anext(batches)

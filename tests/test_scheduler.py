@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from lory_server.blocks import BlockPool
 from lory_server.messages import Sampling
-from lory_server.plan import PENDING, Residency
+from lory_server.plan import BASE_SLOT, PENDING, Residency
 from lory_server.scheduler import Scheduler, SchedulerLimits
 from lory_server.sequence import NO_LANE, Sequence
 from simulated import EOS, SimulatedRunner, SimulatedTier, World, alone
@@ -30,7 +30,12 @@ def world(
 
 
 def sequence(
-    request_id: int, prompt: list[int], max_new_tokens: int = 8, weights: str = "base", **sampling
+    request_id: int,
+    prompt: list[int],
+    max_new_tokens: int = 8,
+    weights: str = "base",
+    activation: int = 0,
+    **sampling,
 ) -> Sequence:
     return Sequence(
         request_id=request_id,
@@ -38,6 +43,7 @@ def sequence(
         tokens=list(prompt),
         tenant="t",
         weights=weights,
+        activation=activation,
         revision="" if weights == "base" else weights,
         adapter_bytes=0 if weights == "base" else 1,
     )
@@ -45,14 +51,18 @@ def sequence(
 
 def check_answers(w: World, sequences: list[Sequence]) -> None:
     for s in sequences:
-        expected = alone(s.tokens[: s.prompt_len], s.sampling, s.weights)
-        assert w.answers[s.request_id] == expected, s
+        assert w.answers[s.request_id] == answer_of(s), s
+
+
+def answer_of(s: Sequence) -> list[int]:
+    return alone(s.tokens[: s.prompt_len], s.sampling, s.weights, s.activation)
 
 
 request_strategy = st.tuples(
     st.integers(1, 40),  # prompt length
     st.integers(1, 24),  # max_new_tokens
     st.sampled_from(["base", "a", "b", "c", "d", "e"]),
+    st.sampled_from([0, 0, 1, 4, 9, 20, 39]),  # where the adapter begins to act
     st.integers(0, 3),  # which of few prompts: repeats make prefix hits
     st.integers(0, 12),  # steps before it arrives
     st.booleans(),  # cancelled on the way
@@ -83,12 +93,14 @@ def test_any_trace_ends_with_every_answer_right(
     arrivals: dict[int, list[Sequence]] = {}
     cancelled: set[int] = set()
     sequences = []
-    for i, (length, new, weights, which, at, cancels, history, scores) in enumerate(requests):
+    for i, request in enumerate(requests):
+        length, new, weights, activation, which, at, cancels, history, scores = request
         s = sequence(
             i,
             prompts[which][:length],
             new,
             weights,
+            0 if weights == "base" else min(activation, length - 1),
             presence_penalty=0.5 if history else 0.0,
             prompt_logprobs=scores,
         )
@@ -108,8 +120,7 @@ def test_any_trace_ends_with_every_answer_right(
     assert w.scheduler.pool.num_used == 0
     check_answers(w, [s for s in sequences if w.reasons[s.request_id] != "cancelled"])
     for s in sequences:  # what a cancelled request got is a prefix of what it would have got
-        expected = alone(s.tokens[: s.prompt_len], s.sampling, s.weights)
-        assert w.answers[s.request_id] == expected[: len(w.answers[s.request_id])]
+        assert w.answers[s.request_id] == answer_of(s)[: len(w.answers[s.request_id])]
         if w.answers[s.request_id] and s.sampling.prompt_logprobs:
             assert w.scored[s.request_id] == s.tokens[1 : s.prompt_len]
 
@@ -123,11 +134,14 @@ def test_a_storm_leaves_every_answer_right_and_nothing_behind(depth: int) -> Non
     sequences: list[Sequence] = []
     for _ in range(10_000):
         if len(w.scheduler.waiting) < 6:
+            prompt, weights = rng.choice(prompts), rng.choice(["base", "base", "a", "b", "c"])
+            prompt = prompt[: rng.randint(1, 30)]
             new = sequence(
                 len(sequences),
-                rng.choice(prompts)[: rng.randint(1, 30)],
+                prompt,
                 rng.randint(1, 24),
-                rng.choice(["base", "base", "a", "b", "c"]),
+                weights,
+                0 if weights in ("base", "a") else rng.randrange(len(prompt)),
                 ignore_eos=rng.random() < 0.5,
                 presence_penalty=rng.choice([0.0, 0.0, 0.0, 0.5]),
                 prompt_logprobs=rng.random() < 0.2,
@@ -183,6 +197,50 @@ def test_a_second_request_reuses_the_prompt_of_the_first_but_not_across_adapters
     w.run()
     assert w.hits == 28
     check_answers(w, [sequence(i, prompt, weights=x) for i, x in ((1, "a"), (2, "b"), (3, "a"))])
+
+
+def test_what_stands_before_an_activation_is_shared_with_the_base_and_others() -> None:
+    """Blocks of four: an activation at 17 leaves four of the base's, one at 16 as many."""
+    w = world()
+    prompt = list(range(1, 30))
+    asked = [
+        (sequence(1, prompt), 0),
+        (sequence(2, prompt, weights="a", activation=17), 16),
+        (sequence(3, prompt, weights="b", activation=16), 16),
+        (sequence(4, prompt, weights="a", activation=17), 28),
+        (sequence(5, prompt, weights="a", activation=18), 16),  # the same tokens, later
+        (sequence(6, prompt, weights="a"), 0),
+        (sequence(7, prompt, weights="b", activation=3), 0),
+        (sequence(8, prompt), 28),
+    ]
+    for s, expected_hits in asked:
+        before = w.hits
+        w.add(s)
+        w.run()
+        assert w.hits - before == expected_hits, s
+    check_answers(w, [s for s, _ in asked])
+
+
+def test_what_an_adapter_left_before_its_activation_is_the_bases_to_reuse() -> None:
+    w = world()
+    prompt = list(range(1, 30))
+    sequences = [sequence(1, prompt, weights="a", activation=21), sequence(2, prompt)]
+    for s in sequences:
+        w.add(s)
+        w.run()
+    assert w.hits == 20
+    check_answers(w, sequences)
+
+
+def test_a_sequence_passes_its_activation_within_a_step() -> None:
+    """One row for the base and one for the adapter, and no step more than anybody's."""
+    w = world()
+    w.tier.resident["a"] = 2
+    w.add(sequence(1, list(range(1, 20)), weights="a", activation=13))
+    plan, _ = w.scheduler.plan(w.tier.residency())
+    rows = [(row.start, len(row.token_ids), row.slot, row.rank) for row in plan.rows]
+    assert rows == [(0, 13, BASE_SLOT, 0), (13, 6, 2, 1)]
+    assert [row.sample is None for row in plan.rows] == [True, False]
 
 
 def test_prompt_logprobs_bypass_the_prefix_cache_and_name_every_target() -> None:

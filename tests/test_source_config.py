@@ -51,13 +51,14 @@ def test_every_flag_arrives(tmp_path: Path):
         "source_timeout": 2.0, "download_timeout": 1.0, "hub_endpoint": "http://h",
         "hub_token": "t", "hub_hosts": "x", "s3_buckets": "p,q", "s3_endpoint": "http://s",
         "s3_region": "r", "s3_access_key_id": "k", "s3_secret_access_key": "s",
-        "s3_session_token": "n",
+        "s3_session_token": "n", "tenant_uploads_size": 2,
     }  # fmt: skip
     assert set(flags) | {"adapter_cache"} == {field.name for field in fields(SourceConfig)}
     flags["request_timeout"], flags["max_queued"] = 9.0, 40
     told = config(tmp_path, **flags).source_settings
     assert told is not None
     assert (told.budget_bytes, told.max_adapter_bytes, told.recheck_s) == (5, 4, 3.0)
+    assert told.tenant_bytes == 2
     assert (told.stall_s, told.download_timeout_s, told.wait_timeout_s) == (2.0, 1.0, 9.0)
     assert (told.max_waiting, told.is_offline, told.allows_upload) == (10, True, True)
     assert told.web_hosts.entry_for("https://b/x") == "b"

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from lory_router.errors import AdapterFileTooLarge, DiskFull
@@ -19,7 +20,9 @@ from source_servers import Server
 BUDGET = 1000
 
 
-async def put(disk: DiskCache, name: str, num_bytes: int = 300, kind: str = "web") -> None:
+async def put(
+    disk: DiskCache, name: str, num_bytes: int = 300, kind: str = "web", is_removed: bool = False
+) -> None:
     """An adapter of so many bytes in its two files, fetched as `name`."""
     files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * (num_bytes - 2)}
     async with disk.arriving() as arrival:
@@ -28,7 +31,7 @@ async def put(disk: DiskCache, name: str, num_bytes: int = 300, kind: str = "web
             (arrival.path / file).write_bytes(body)
         sizes = {file: (len(body), "") for file, body in files.items()}
         origin = Origin(
-            kind=kind, scope="s", name=name, revision="1", is_public=True,
+            kind=kind, scope="s", name=name, revision="1", is_public=True, is_removed=is_removed,
             fetched_at=time.time(), files=sizes,
         )  # fmt: skip
         await disk.publish(arrival, name, origin)
@@ -231,3 +234,43 @@ def _run_and_kill(folder: Path, url: str, after_s: float) -> None:
         time.sleep(after_s)
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
+
+
+def test_what_is_noted_at_once_is_whole_and_the_last_word(tmp_path: Path):
+    """Two notes of one entry were written to one file at the same time."""
+
+    async def work() -> None:
+        disk = DiskCache(tmp_path / "c", BUDGET)
+        await put(disk, "a")
+        disk.hold("a")
+        notes = (disk.set_public("s", "a", bool(number % 2)) for number in range(21))
+        await asyncio.gather(*notes, disk.withdraw("a"))
+        folder = tmp_path / "c" / "held" / "a"
+        told = msgspec.json.decode((folder / "origin.json").read_bytes(), type=Origin)
+        entry = disk.entry("a")
+        assert entry is not None
+        assert (told, told.is_removed) == (entry.origin, True)
+        assert not list(folder.glob("*.new"))
+        disk.release("a")
+        disk.close()
+        assert not folder.exists()
+        assert is_clean(tmp_path / "c")
+
+    asyncio.run(work())
+
+
+def test_what_is_published_unserved_is_nobodys_until_it_is_adopted(tmp_path: Path):
+    async def work() -> None:
+        disk = DiskCache(tmp_path / "c", BUDGET)
+        await put(disk, "a", is_removed=True)
+        assert disk.latest("s", "a") is None
+        disk.hold("a")
+        await disk.adopt("a")
+        disk.release("a")
+        assert disk.latest("s", "a") == disk.entry("a")
+        disk.close()
+        again = DiskCache(tmp_path / "c", BUDGET)
+        assert again.latest("s", "a") is not None
+        again.close()
+
+    asyncio.run(work())

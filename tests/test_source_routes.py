@@ -176,14 +176,3 @@ def test_tokens_stand_in_no_log_and_no_repr(world: World, caplog: pytest.LogCapt
         assert "canary" not in response.text
     assert "canary" not in caplog.text
     assert "good" not in repr(world.engine.last)
-
-
-@pytest.mark.parametrize("deed", ["load", "unload", "pin", "unpin"])
-def test_orders_are_for_local_adapters(world: World, deed: str):
-    front = world.front()
-    front.post("/v1/completions", {"model": "hub:org/open", "prompt": "a"})
-    reply = front.post(f"/v1/adapters/hub:org/open/{deed}")
-    assert reply.status_code == 400, reply.text
-    assert "comes from a source" in reply.json()["error"]["message"]
-    assert front.get("/v1/adapters/hub:org/open").status_code == 200
-    assert front.ask("DELETE", "/v1/adapters/hub:org/open").status_code == 400

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as with_effort
 from hypothesis import strategies as st
 
-from lory_router.errors import BodyTimeout
+from lory_router.errors import BodyTimeout, DiskFull
 from lory_router.sources.multipart import (
     MultipartError,
     MultipartReader,
@@ -22,6 +22,7 @@ from lory_router.sources.multipart import (
 )
 from lory_router.sources.reference import Reference
 from lory_router.sources.service import Sources
+from lory_router.sources.upload import Upload
 from scripted_engine import Front
 from source_files import is_clean, kept, settings, with_sources
 from source_servers import CONFIG, WEIGHTS
@@ -184,10 +185,10 @@ def test_a_key_is_asked_for(world: World):
 
 def test_a_deleted_upload_is_gone_at_once(world: World):
     send(uploading(world), "a", ONE)
-    done = uploading(world).ask("DELETE", "/v1/adapters/a/files")
+    done = uploading(world).ask("DELETE", "/v1/adapters/upload:a")
     assert (done.status_code, done.json()["deleted"]) == (200, True)
     assert uploading(world).post("/generate", lorax(adapter_id="upload:a")).status_code == 404
-    assert uploading(world).ask("DELETE", "/v1/adapters/a/files").status_code == 404
+    assert uploading(world).ask("DELETE", "/v1/adapters/upload:a").status_code == 404
     assert not kept(world.folder)
 
 
@@ -208,7 +209,7 @@ async def put(sources: Sources, files: dict[str, bytes]) -> None:
         for start in range(0, len(whole), 700):
             yield whole[start : start + 700]
 
-    await sources.uploads.take(UPLOAD, b"b", body())
+    await sources.uploads.take(Upload(UPLOAD, MultipartReader(b"b"), body()))
 
 
 UPLOAD = Reference("upload", "a")
@@ -226,7 +227,7 @@ def test_who_holds_the_old_one_keeps_it_while_others_get_the_new(tmp_path: Path)
             await put(sources, TWO)
             async with sources.using(UPLOAD) as new:
                 assert (read(old), read(new)) == (ONE, TWO)
-            await sources.remove_uploaded(UPLOAD)
+            await sources.remove(UPLOAD)
             assert read(old) == ONE
 
     async def again(sources: Sources) -> None:
@@ -261,7 +262,7 @@ def test_an_upload_that_stops_is_given_up(tmp_path: Path):
 
     async def work(sources: Sources) -> None:
         with pytest.raises(BodyTimeout):
-            await sources.uploads.take(UPLOAD, b"b", body())
+            await sources.uploads.take(Upload(UPLOAD, MultipartReader(b"b"), body()))
 
     with_sources(chosen, work)
     assert not kept(tmp_path / "c")
@@ -278,3 +279,95 @@ def test_uploads_at_once_leave_one(tmp_path: Path):
     with_sources(chosen, work)
     (files,) = kept(tmp_path / "c").values()
     assert files in (ONE, TWO)
+
+
+# -- those who take too much ----------------------------------------------------------------------
+
+
+async def put_for(sources: Sources, name: str, owner: str, files: dict[str, bytes] = ONE) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield multipart(files)
+
+    reference = Reference("upload", name)
+    await sources.uploads.take(Upload(reference, MultipartReader(b"b"), body(), owner))
+
+
+def test_a_tenants_uploads_leave_room_for_others(tmp_path: Path):
+    size = sum(map(len, ONE.values()))
+    chosen = settings(tmp_path / "c", allows_upload=True, tenant_bytes=2 * size + 10)
+
+    async def work(sources: Sources) -> None:
+        for name in ("acme/a", "acme/b", "acme/a", "acme/b"):
+            await put_for(sources, name, "acme")
+        with pytest.raises(DiskFull, match="--tenant-uploads-size"):
+            await put_for(sources, "acme/c", "acme")
+        await put_for(sources, "beta/a", "beta")
+        for name in ("a", "b", "c"):
+            await put_for(sources, name, "")
+        assert len(sources.listing()) == 6
+        assert is_clean(tmp_path / "c")
+        await sources.remove(Reference("upload", "acme/a"))
+        await put_for(sources, "acme/c", "acme")
+
+    with_sources(chosen, work)
+
+
+def test_an_upload_that_dribbles_is_given_up(tmp_path: Path):
+    """A byte now and then kept one of the few places for uploads for an hour."""
+    chosen = settings(tmp_path / "c", allows_upload=True, stall_s=0.1, min_bytes_per_s=5000.0)
+
+    async def body() -> AsyncIterator[bytes]:
+        for byte in multipart(ONE):
+            yield bytes([byte])
+            await asyncio.sleep(0.01)
+
+    async def work(sources: Sources) -> None:
+        with pytest.raises(BodyTimeout):
+            async with asyncio.timeout(5):
+                await sources.uploads.take(Upload(UPLOAD, MultipartReader(b"b"), body()))
+
+    with_sources(chosen, work)
+    assert is_clean(tmp_path / "c")
+
+
+def test_a_tenant_that_sends_slowly_keeps_no_other_waiting(tmp_path: Path):
+    chosen = settings(tmp_path / "c", allows_upload=True, max_downloads=1)
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield multipart(ONE)[:100]
+        await asyncio.sleep(10)
+
+    async def work(sources: Sources) -> None:
+        upload = Upload(Reference("upload", "acme/a"), MultipartReader(b"b"), slow(), "acme")
+        sending = asyncio.ensure_future(sources.uploads.take(upload))
+        await asyncio.sleep(0.02)
+        async with asyncio.timeout(0.4):
+            await put_for(sources, "beta/a", "beta")
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+
+    with_sources(chosen, work)
+
+
+def test_an_upload_that_is_cancelled_leaves_nothing(tmp_path: Path):
+    chosen = settings(tmp_path / "c", allows_upload=True)
+
+    async def body() -> AsyncIterator[bytes]:
+        yield multipart(ONE)[:1500]
+        await asyncio.sleep(10)
+
+    async def work(sources: Sources) -> None:
+        upload = Upload(UPLOAD, MultipartReader(b"b"), body())
+        sending = asyncio.ensure_future(sources.uploads.take(upload))
+        await asyncio.sleep(0.05)
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        assert is_clean(tmp_path / "c")
+        assert sources.disk.num_bytes == 0
+
+    with_sources(chosen, work)
+
+
+def test_the_folder_is_nobody_elses_to_read(tmp_path: Path):
+    with_sources(settings(tmp_path / "c"), lambda sources: asyncio.sleep(0))
+    assert (tmp_path / "c").stat().st_mode & 0o077 == 0

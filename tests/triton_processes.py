@@ -25,8 +25,10 @@ import lory_kernels
 Findings = dict[str, dict[str, Any]]
 """What a mode found out: subject to case to number."""
 
-SHARED_MEMORY_LIMIT_BYTES = {80: 163 * 1024, 90: 227 * 1024}
-"""A block's most shared memory by architecture; the keys are the ones to compile for."""
+SHARED_MEMORY_LIMIT_BYTES = {80: 99 * 1024, 90: 227 * 1024}
+"""A block's most shared memory by architecture; the keys are the ones to compile for. sm_80 itself
+has 163 KB; what is laid out for it also runs on sm_86, sm_89 and sm_120 (A10, L4, RTX), which have
+99."""
 
 needs_triton = [
     pytest.mark.triton,

@@ -142,7 +142,7 @@ class TorchOps:
     def sgmv(
         self, y_TN: Tensor, x_TH: Tensor, site: SiteTable, pool: Tensor, segments: Segments
     ) -> None:
-        if segments.adapted_rows == 0:
+        if not segments.changes_rows:
             return
         if not segments.has_gain_or_bias:
             site = replace(site, gain_offset_SK=None, bias_offset_SK=None)

@@ -4,6 +4,7 @@ It must not know the server's inside.
 """
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 from urllib.parse import quote
 
@@ -18,12 +19,22 @@ Deed = Literal["list", "show", "load", "unload", "pin", "unpin", "register", "de
 MIB = 1 << 20
 
 
-def check_arguments(deed: Deed, name: str, adapter_id: str, revision: str) -> None:
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What register can be told beside a name."""
+
+    adapter_id: str = ""
+    revision: str = ""
+    owner: str = ""
+
+
+def check_arguments(deed: Deed, name: str, wish: Wish) -> None:
     if bool(name) != (deed != "list"):
         wants = "takes no name" if name else "needs the name of an adapter"
         raise ConfigError(f"lory adapters {deed}: {wants}")
-    if (adapter_id or revision) and deed != "register":
-        raise ConfigError(f"lory adapters {deed}: --adapter and --revision are for register")
+    if wish != Wish() and deed != "register":
+        text = "--adapter, --revision and --owner are for register"
+        raise ConfigError(f"lory adapters {deed}: {text}")
 
 
 def do(
@@ -32,15 +43,14 @@ def do(
     deed: Deed,
     name: str,
     *,
-    adapter_id: str = "",
-    revision: str = "",
+    wish: Wish = Wish(),
     as_json: bool = False,
     console: Console | None = None,
 ) -> None:
     """Do it, and print the adapter as it is afterwards."""
     assert deed in get_args(Deed)
     with connect(url, api_key) as client, one_line_errors():
-        reply = _request(client, deed, name, adapter_id, revision)
+        reply = _request(client, deed, name, wish)
     check(reply)
     console, told = console or Console(), reply.json()
     if as_json:
@@ -49,9 +59,7 @@ def do(
         console.print("\n".join(_lines(told)), highlight=False, soft_wrap=True)
 
 
-def _request(
-    client: httpx.Client, deed: Deed, name: str, adapter_id: str, revision: str
-) -> httpx.Response:
+def _request(client: httpx.Client, deed: Deed, name: str, wish: Wish) -> httpx.Response:
     path = f"/v1/adapters/{quote(name, safe='/@')}"
     match deed:
         case "show":
@@ -59,7 +67,7 @@ def _request(
         case "delete":
             return client.delete(path)
         case "register":
-            body = {"name": name, "adapter_id": adapter_id, "revision": revision}
+            body = {"name": name, **asdict(wish)}
             return client.post("/v1/adapters", json={k: v for k, v in body.items() if v})
         case _:
             return client.post(f"{path}/{deed}")
@@ -70,6 +78,8 @@ def _lines(told: dict[str, Any]) -> list[str]:
         return [f"{told['id']} is not served any more; its files are where they were"]
     facts: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
         ("state", lambda a: a["state"] + (", pinned" if a["pinned"] else "")),
+        ("fetching", lambda a: fetched(a["fetching"]) if a.get("fetching") else None),
+        ("owner", lambda a: a.get("owner")),
         ("revision", lambda a: a["revision"]),
         ("refused", lambda a: a["refused"]),
         ("changes", _changes),
@@ -79,6 +89,13 @@ def _lines(told: dict[str, Any]) -> list[str]:
     ]
     found = [(label, fact(told)) for label, fact in facts]
     return [told["id"], *(f"  {label:9} {value}" for label, value in found if value)]
+
+
+def fetched(download: dict[str, Any]) -> str:
+    """How far it has come."""
+    total = download["total"]
+    of = "" if total is None else f" of {total / MIB:.1f}"
+    return f"{download['bytes'] / MIB:.1f}{of} MiB in {download['seconds']:.0f} s"
 
 
 def _changes(adapter: dict[str, Any]) -> str:

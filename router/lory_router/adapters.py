@@ -14,19 +14,24 @@ from starlette.routing import Route
 
 from lory_router import validate
 from lory_router.bodies import read_object, read_struct, refuse_unknown
+from lory_router.catalogue import Catalogue
 from lory_router.endpoint import Endpoint, Front
 from lory_router.errors import ApiError, Invalid, adapter_not_found, shown
 from lory_router.exchange import Exchange
-from lory_router.lifecycle import Lifecycle
+from lory_router.gate import caller_of
+from lory_router.keys import Caller
+from lory_router.lifecycle import Lifecycle, Naming
 from lory_router.names import is_adapter_id
 from lory_router.schemas_adapters import (
     AdapterReply,
     LoadLoraBody,
+    OrderBody,
     RegisterBody,
     RemovedReply,
     UnloadLoraBody,
     adapter_detail,
 )
+from lory_router.sources.reference import BadReferenceError, is_from_source, reference_of
 
 PATH = "/v1/adapters"
 LOAD_LORA = "/v1/load_lora_adapter"
@@ -35,13 +40,16 @@ COUNTED = (PATH, LOAD_LORA, UNLOAD_LORA)
 """What metrics call them."""
 
 T = TypeVar("T", bound=msgspec.Struct)
+Deed = Callable[[Caller, str, str], Awaitable[AdapterReply]]
+"""Who asks, a name, and the token for its source."""
 Work = Callable[[Exchange, bytes], Coroutine[None, None, None]]
 
 
 class AdapterRoutes:
-    def __init__(self, front: Front, lifecycle: Lifecycle) -> None:
+    def __init__(self, front: Front, lifecycle: Lifecycle, catalogue: Catalogue) -> None:
         self._front = front
         self._lifecycle = lifecycle
+        self._catalogue = catalogue
         root = front.settings.adapters_dir
         folders = (root, os.path.abspath(root), os.path.realpath(root)) if root else ()
         self._roots = tuple(folder.rstrip("/") + "/" for folder in folders)
@@ -74,14 +82,14 @@ class AdapterRoutes:
     # -- ours -------------------------------------------------------------------------------
 
     async def list(self, request: Request) -> Response:
-        return _json(await self._lifecycle.list())
+        return _json(await self._catalogue.list(caller_of(request.scope)))
 
     async def get(self, request: Request) -> Response:
         """It is read for that, unless it has been: its folder tells how it wants to be asked."""
-        name = _checked(request.path_params["adapter_id"])
-        reply = await self._lifecycle.get(name)
+        name, caller = _checked(request.path_params["adapter_id"]), caller_of(request.scope)
+        reply = await self._catalogue.get(caller, name)
         try:
-            known = None if ":" in name else await self._front.recipes.known(name)
+            known = await self._front.recipes.known(caller, name)
         except ApiError:
             known = None  # it cannot be served, which `refused` tells
         if known is None:
@@ -90,19 +98,26 @@ class AdapterRoutes:
 
     async def register(self, exchange: Exchange, body: bytes) -> None:
         wish = _read(body, RegisterBody)
-        reply, is_new = await self._lifecycle.register(wish.name, wish.adapter_id, wish.revision)
+        naming = Naming(
+            name=_canonical(wish.name),
+            adapter_id=wish.adapter_id and _canonical(wish.adapter_id),
+            revision=wish.revision or "",
+            owner=wish.owner,
+            token=wish.api_token or "",
+        )
+        reply, is_new = await self._lifecycle.register(exchange.caller, naming)
         await exchange.reply_json(reply, 201 if is_new else 200)
 
     async def remove(self, exchange: Exchange, body: bytes) -> None:
         name = _named(exchange)
-        await self._lifecycle.remove(name)
+        await self._lifecycle.remove(exchange.caller, name)
         await exchange.reply_json(RemovedReply(id=name))
 
-    def _doing(self, do: Callable[[str], Awaitable[AdapterReply]]) -> Work:
+    def _doing(self, do: Deed) -> Work:
         async def work(exchange: Exchange, body: bytes) -> None:
-            if body.strip():
-                refuse_unknown(read_object(body), _Nothing)
-            await exchange.reply_json(await do(_named(exchange)))
+            wish = _read(body, OrderBody) if body.strip() else OrderBody()
+            reply = await do(exchange.caller, _named(exchange), wish.api_token or "")
+            await exchange.reply_json(reply)
 
         return work
 
@@ -114,14 +129,15 @@ class AdapterRoutes:
         name, path = wish.lora_name, wish.lora_path
         if not name or not path:
             raise Invalid("Both 'lora_name' and 'lora_path' must be provided.", param="lora_name")
-        if self._lifecycle.is_registered(name) and not wish.load_inplace:
+        if self._lifecycle.is_registered(exchange.caller, name) and not wish.load_inplace:
             raise Invalid(
                 f"The lora adapter {shown(name)} has already been loaded. If you want to load the"
                 " adapter in place, set 'load_inplace' to True.",
                 param="lora_name",
             )
         adapter_id = self._adapter_at(path)
-        await self._lifecycle.register(name, adapter_id, kind="load", field="lora_name")
+        naming = Naming(name, adapter_id, field="lora_name")
+        await self._lifecycle.register(exchange.caller, naming, "load")
         await _reply_text(exchange, f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload_lora(self, exchange: Exchange, body: bytes) -> None:
@@ -131,11 +147,14 @@ class AdapterRoutes:
             raise Invalid(
                 "'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name"
             )
-        await self._lifecycle.unload_and_remove(_checked(name))
+        await self._lifecycle.unload_and_remove(exchange.caller, _checked(name))
         await _reply_text(exchange, f"Success: LoRA adapter '{name}' removed successfully.")
 
     def _adapter_at(self, path: str) -> str:
-        """The name in the adapters folder that a path means. The path is only compared."""
+        """The name in the adapters folder, or at a source, that a path means. The path is only
+        compared."""
+        if is_from_source(path):
+            return _canonical(path)
         root = next((root for root in self._roots if path.startswith(root)), "")
         name = path.removeprefix(root).rstrip("/")
         if not is_adapter_id(name):
@@ -147,19 +166,31 @@ class AdapterRoutes:
         return name
 
 
-class _Nothing(msgspec.Struct, frozen=True):
-    """The body of a route that takes none."""
-
-
 def _named(exchange: Exchange) -> str:
     return _checked(exchange.scope["path_params"]["adapter_id"])
 
 
 def _checked(text: str) -> str:
+    """A name that can be one, in its one spelling."""
+    if is_from_source(text):
+        try:
+            return reference_of(text).name
+        except BadReferenceError:
+            raise adapter_not_found(text) from None
     name = validate.check_adapter_id(text)
     if not name:
         raise adapter_not_found(text)
     return name
+
+
+def _canonical(text: str) -> str:
+    """The one spelling of a source's name; a wrong one is refused with the form it has."""
+    if not is_from_source(text):
+        return text
+    try:
+        return reference_of(text).name
+    except BadReferenceError as error:
+        raise Invalid(error.message, param="adapter_id") from error
 
 
 def _read(body: bytes, kind: type[T]) -> T:

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from lory_router import lorax, openai
 from lory_router.adapters import AdapterRoutes
 from lory_router.base_check import ServedBase
+from lory_router.catalogue import Catalogue
 from lory_router.endpoint import Endpoint, Front, Handler
 from lory_router.engine import EngineClient, Unavailable
 from lory_router.errors import (
@@ -30,7 +31,8 @@ from lory_router.errors import (
     Unauthorized,
 )
 from lory_router.exchange import REQUEST_ID, Exchange, error_headers
-from lory_router.gate import Gate, authorise
+from lory_router.gate import CALLER, Gate, authorise
+from lory_router.keys import Keyring
 from lory_router.lifecycle import Lifecycle
 from lory_router.listing import Listing
 from lory_router.named_engine import NamedEngine
@@ -38,8 +40,9 @@ from lory_router.observe import MetricsSink
 from lory_router.pages import Pages
 from lory_router.recipes import Recipes
 from lory_router.registry import Registry
+from lory_router.rights import Rights
 from lory_router.settings import RouterSettings
-from lory_router.sources.service import Sources
+from lory_router.sourced_engine import SourcedEngine
 from lory_router.sse import shown_error
 from lory_router.text import TextModel
 from lory_router.upload_routes import UploadRoutes
@@ -62,23 +65,26 @@ def create_app(
     metrics: MetricsSink,
     registry: Registry | None = None,
     is_warm: Callable[[], bool] = lambda: True,
-    sources: Sources | None = None,
+    keys: Keyring | None = None,
     base: ServedBase | None = None,
 ) -> ASGIApp:
     """The front of `engine`, to be served by an ASGI server; healthy once it is warm."""
     registry = registry or Registry()
-    uploads = sources if "upload" in settings.adapter_sources else None
-    named = NamedEngine(engine, registry, is_warm)
-    recipes = Recipes(named, registry, settings, base or ServedBase())
-    front = Front(named, settings, text, metrics, Gate(settings), registry, recipes)
+    sourced = engine if isinstance(engine, SourcedEngine) else None
+    rights = Rights(registry, sourced.sources if sourced else None)
+    named = NamedEngine(engine, rights, settings, is_warm)
+    recipes = Recipes(named, rights, settings, base or ServedBase())
+    front = Front(named, settings, text, metrics, Gate(settings), registry, rights, recipes)
     listing = Listing(named)
-    lifecycle = Lifecycle(named, registry, listing, settings)
+    catalogue = Catalogue(listing, registry, rights, sourced.sources if sourced else None)
+    lifecycle = Lifecycle(named, registry, rights, listing, settings, sourced)
+    uploads = sourced if "upload" in settings.adapter_sources else None
     app = Starlette(
         routes=[
             *_generation_routes(front),
-            *(UploadRoutes(uploads).routes() if uploads else ()),
-            *_page_routes(Pages(front, listing, int(time.time()))),
-            *AdapterRoutes(front, lifecycle).routes(),
+            *(UploadRoutes(uploads, rights, listing, settings).routes() if uploads else ()),
+            *_page_routes(Pages(front, catalogue, int(time.time()))),
+            *AdapterRoutes(front, lifecycle, catalogue).routes(),
         ],
         exception_handlers={
             HTTPException: _on_http_exception,
@@ -88,7 +94,7 @@ def create_app(
         },
     )
     app.router.redirect_slashes = False
-    return Guard(app, settings)
+    return Guard(app, settings, Keyring(settings.api_keys) if keys is None else keys)
 
 
 def _generation_routes(front: Front) -> list[Route]:
@@ -114,9 +120,10 @@ class Guard:
     """Names each request, and asks for the key before anything else looks at it, unknown paths
     included."""
 
-    def __init__(self, app: ASGIApp, settings: RouterSettings) -> None:
+    def __init__(self, app: ASGIApp, settings: RouterSettings, keys: Keyring) -> None:
         self._app = app
         self._settings = settings
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -132,7 +139,7 @@ class Guard:
 
         try:
             _check_framing(scope)
-            authorise(scope, self._settings)
+            scope[CALLER] = authorise(scope, self._keys)
         except (BadHttp, Unauthorized) as error:
             dialect = dialect_of(scope["path"])
             exchange = Exchange(scope, receive, send_named, dialect, self._settings)

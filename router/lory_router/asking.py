@@ -12,6 +12,7 @@ from typing import Literal, TypeVar
 import msgspec
 
 from lory_router.errors import Invalid, shown
+from lory_router.keys import Caller
 from lory_router.recipes import Recipes
 from lory_router.schemas_lorax import Parameters
 from lory_router.schemas_openai import CommonBody
@@ -29,6 +30,7 @@ class Context:
     settings: RouterSettings
     text: TextModel
     recipes: Recipes
+    caller: Caller
     recipe: Recipe = NO_RECIPE
     """Of the adapter that it names, once that is known."""
 

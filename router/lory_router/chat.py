@@ -15,12 +15,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lory_router.adapter_commands import fetched
 from lory_router.config import CommandError
 from lory_router.remote import (
     TooLongError,
     check,
     connect,
     error_text,
+    list_arriving,
     list_models,
     one_line_errors,
 )
@@ -94,11 +96,15 @@ def show_adapters(
     """Print what is served: a table, or the server's own entries."""
     with connect(url, api_key) as client:
         models = list_models(client)
+        arriving = [] if as_json else list_arriving(client)
     console = console or Console()
     if as_json:
         console.print_json(data=models)
-    else:
-        console.print(adapter_table(models))
+        return
+    console.print(adapter_table(models))
+    for adapter in arriving:
+        told = f"{adapter['id']}: fetching, {fetched(adapter['fetching'])}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
 
 
 def check_adapter(models: list[dict[str, Any]], name: str) -> None:

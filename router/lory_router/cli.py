@@ -187,19 +187,21 @@ def adapters(
     name: Annotated[str, typer.Argument(help="Adapter, name@alias or name@revision.")] = "",
     adapter: Annotated[str, typer.Option(help="For register: what the name stands for.")] = "",
     revision: Annotated[str, typer.Option(help="For register: which revision of it.")] = "",
+    owner: Annotated[str, typer.Option(help="For register: tenant that it is for alone.")] = "",
     url: str = server_url_option(),
     api_key: str = caller_key_option(),
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
 ) -> None:
     """List what a running server serves, or pin, load, name, delete one."""
-    from lory_router.adapter_commands import check_arguments, do
+    from lory_router.adapter_commands import Wish, check_arguments, do
     from lory_router.chat import show_adapters
 
-    check_arguments(deed, name, adapter, revision)
+    wish = Wish(adapter, revision, owner)
+    check_arguments(deed, name, wish)
     if deed == "list":
         show_adapters(url, api_key, as_json=as_json)
     else:
-        do(url, api_key, deed, name, adapter_id=adapter, revision=revision, as_json=as_json)
+        do(url, api_key, deed, name, wish=wish, as_json=as_json)
 
 
 # -- other parts of the house ---------------------------------------------------------------

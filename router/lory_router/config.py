@@ -18,6 +18,7 @@ from typing import Any, get_type_hints
 import typer
 
 from lory_router.flags import flag, size_flag
+from lory_router.key_config import KeyConfig
 from lory_router.settings import RouterSettings
 from lory_router.source_config import SourceConfig
 from lory_router.sources.settings import SourceSettings
@@ -123,11 +124,6 @@ class HttpConfig:
 
     host: str = flag("127.0.0.1", "Address to listen on; 0.0.0.0 is every network.")
     port: int = flag(8080, "Port to listen on; 0 picks a free one.", at_least=0, at_most=65535)
-    api_key: str = flag(
-        "",
-        "Bearer keys callers must send one of, comma-separated; empty: open to all who reach it.",
-        secret=True,
-    )
     max_connections: int = flag(
         2048, "Most open connections, as far as open files allow; one more gets a 503.", at_least=1
     )
@@ -175,6 +171,7 @@ class ServeConfig:
     step: StepConfig = field(default_factory=StepConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     http: HttpConfig = field(default_factory=HttpConfig)
+    keys: KeyConfig = field(default_factory=KeyConfig)
     limits: LimitConfig = field(default_factory=LimitConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
 
@@ -183,11 +180,10 @@ class ServeConfig:
             _check_bounds(item, getattr(getattr(self, section.name), item.name))
         for check in (
             _check_model,
-            _check_sources,
+            _check_parts,
             _check_positive,
             _check_steps,
             _check_memory,
-            _check_keys,
         ):
             check(self)
 
@@ -248,7 +244,7 @@ class ServeConfig:
             adapters_dir=self.model.adapters,
             strict_base=self.model.strict_base,
             adapter_sources=sources.kinds if sources else frozenset(),
-            api_keys=comma_list(self.http.api_key),
+            api_keys=comma_list(self.keys.api_key),
             max_concurrent_requests=self.step.max_queued,
             max_input_length=self.limits.max_input_length,
             max_best_of=self.limits.max_best_of,
@@ -426,14 +422,15 @@ def _check_model(config: ServeConfig) -> None:
             f"--adapters: {model.adapters} is itself an adapter; give its parent, "
             f"{Path(model.adapters).resolve().parent}"
         )
-    if model.warm_up and not model.adapters:
+    if model.warm_up and not (model.adapters or config.sources.adapter_cache):
         raise ConfigError("--warm-up: needs --adapters, the folder where they are")
     if model.double_quant and model.quantize == "none":
         raise ConfigError("--double-quant: needs --quantize nf4")
 
 
-def _check_sources(config: ServeConfig) -> None:
+def _check_parts(config: ServeConfig) -> None:
     try:
+        config.keys.check()
         config.sources.check(config.model.adapters)
     except ValueError as error:
         raise ConfigError(str(error)) from error
@@ -470,11 +467,6 @@ def _check_steps(config: ServeConfig) -> None:
             f"--max-input-length: {config.limits.max_input_length} leaves no room for an answer "
             f"in --max-model-len {context}"
         )
-
-
-def _check_keys(config: ServeConfig) -> None:
-    if config.http.api_key and not comma_list(config.http.api_key):
-        raise ConfigError("--api-key: holds no key; leave it out to serve everyone")
 
 
 def _check_memory(config: ServeConfig) -> None:

@@ -24,6 +24,7 @@ from lory_router.gate import Gate
 from lory_router.observe import MetricsSink, Outcome
 from lory_router.recipes import Recipes
 from lory_router.registry import Registry
+from lory_router.rights import Rights
 from lory_router.settings import RouterSettings
 from lory_router.sse import shown_error
 from lory_router.text import TextModel
@@ -45,6 +46,7 @@ class Front:
     metrics: MetricsSink
     gate: Gate
     registry: Registry
+    rights: Rights
     recipes: Recipes
 
     def require_ready(self) -> EngineInfo:
@@ -108,7 +110,7 @@ class Endpoint:
             try:
                 return await self._handle(self._front, exchange, body)
             except AdapterReplaced as error:
-                self._front.recipes.forget(error.adapter_id)
+                self._front.recipes.forget(exchange.caller, error.adapter_id)
                 if exchange.status or num_tries == MAX_TRIES:
                     raise
 

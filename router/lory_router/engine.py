@@ -17,6 +17,7 @@ The contract of a stream, which implementations keep and the routes rely on:
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from lory_router.keys import Caller
 from lory_router.sources.reference import Reference
 from lory_server.messages import (
     AdapterEntry,
@@ -58,7 +59,8 @@ class SequenceRequest:
     """The caller's, for that source."""
     recipe: str = ""
     """Digest of the recipe that the prompt was made by; see `recipes`."""
-    tenant: str = "default"
+    caller: Caller = Caller()  # noqa: RUF009 - never changes
+    """Whose request it is; its tenant pays."""
     room: BufferRoom = field(default_factory=BufferRoom, compare=False, repr=False)
     """Shared by the sequences of one request."""
 

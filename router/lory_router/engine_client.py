@@ -154,7 +154,7 @@ class ChildEngine:
             adapter_id=request.adapter_id,
             adapter_revision=request.adapter_revision,
             recipe=request.recipe,
-            tenant=request.tenant,
+            tenant=request.caller.tenant,
         )
         life.send(command)
         stream = SequenceStream(number, len(request.prompt_ids), request.room, life.send_cancel)

@@ -3,8 +3,9 @@
 ApiError
  |- BadJson 400               |- NotFound 404 (no such path)      |- Overloaded 429
  |- Unauthorized 401          |- MethodNotAllowed 405             |- GenerationFailed 424 / 500
- |- AdapterNotFound 404       |- BodyTimeout 408                  |- IncompleteGeneration 500
- |- RevisionNotFound 404      |- ReaderTooSlow 408                |- InternalError 500
+ |- Forbidden 403             |- BodyTimeout 408                  |- IncompleteGeneration 500
+ |- AdapterNotFound 404       |- ReaderTooSlow 408                |- InternalError 500
+ |- RevisionNotFound 404      |                                   |
  |- BodyTooLarge 413          |- Conflict 409                     |- RegistryUnwritable 500
  |- WrongMediaType 415        |- Invalid 422 / 400                |- EngineUnavailable 503
  |- ClientGone 499                |- ContextTooLong               |- TooManyConnections 503
@@ -89,6 +90,14 @@ class Unauthorized(ApiError):
     error_type = "unauthorized"
     openai_type = "authentication_error"
     code = "invalid_api_key"
+
+
+class Forbidden(ApiError):
+    """Known, and not this caller's to do."""
+
+    status = 403
+    error_type = "forbidden"
+    openai_type = "permission_error"
 
 
 class NotFound(ApiError):

@@ -23,6 +23,8 @@ from lory_router.errors import (
     Overloaded,
     WrongMediaType,
 )
+from lory_router.gate import caller_of
+from lory_router.keys import Caller
 from lory_router.observe import Outcome, RequestRecord
 from lory_router.running import LiveSequence
 from lory_router.settings import RouterSettings
@@ -64,6 +66,10 @@ class Exchange:
     @property
     def request_id(self) -> str:
         return self.scope[REQUEST_ID]
+
+    @property
+    def caller(self) -> Caller:
+        return caller_of(self.scope)
 
     async def read_body(self, hold: Callable[[int], None]) -> bytes:
         """The body, no larger and no later than allowed. `hold` is told its size as it grows."""
@@ -191,6 +197,7 @@ class Exchange:
         first = self.first_token_at
         return RequestRecord(
             route=route,
+            tenant=self.caller.tenant,
             adapter_id=None if first is None else self.adapter_id,
             status=self.status or 499,
             outcome=self.outcome,

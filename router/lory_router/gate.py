@@ -1,12 +1,12 @@
 """Who may come in, and how many at once. It must not know routes' contents or the engine."""
 
-import hmac
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from starlette.types import Scope
 
 from lory_router.errors import Overloaded, Unauthorized
+from lory_router.keys import ANYBODY, Caller, Keyring
 from lory_router.settings import RouterSettings
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
@@ -15,14 +15,24 @@ SMALL_BODY_BYTES = 64 * 1024
 """Of each body so much is never counted: large ones must not keep ordinary requests out."""
 
 
-def authorise(scope: Scope, settings: RouterSettings) -> None:
+CALLER = "lory.caller"
+"""Where a scope holds who asks."""
+
+
+def authorise(scope: Scope, keys: Keyring) -> Caller:
     """Deny by default. Decided on the path that routing uses, never on the Host header."""
-    if not settings.api_keys or scope["path"] in OPEN_PATHS:
-        return
-    given = _bearer(scope)
-    known = [hmac.compare_digest(given, key.encode()) for key in settings.api_keys]
-    if not any(known):
+    if not keys:
+        return ANYBODY
+    caller = keys.caller(_bearer(scope))
+    if caller is None and scope["path"] not in OPEN_PATHS:
         raise Unauthorized("Give a valid API key: `Authorization: Bearer <key>`")
+    return caller or Caller()
+
+
+def caller_of(scope: Scope) -> Caller:
+    """Who asks; nobody, if nobody looked at the key."""
+    caller = scope.get(CALLER)
+    return caller if isinstance(caller, Caller) else Caller()
 
 
 def _bearer(scope: Scope) -> bytes:

@@ -63,7 +63,7 @@ async def accept(body: GenerateBody, stream: bool, context: Context) -> LoraxJob
     named = validate.check_adapter(wish.adapter_id, wish.adapter_source, wish.api_token, settings)
     if not body.inputs:
         raise Invalid("`inputs` cannot be empty", param="inputs")
-    recipe = await context.recipes.of(named)
+    recipe = await context.recipes.of(named, context.caller)
     wish = asking.filled_in(wish, recipe)
     prompt, template = _prompt(body, recipe, named)
     if template == "adapter" and recipe.is_chat:

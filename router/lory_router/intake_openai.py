@@ -186,7 +186,7 @@ async def accept_chat(body: ChatBody, context: Context) -> OpenaiJob:
 
 async def _with_recipe(body: B, context: Context) -> tuple[B, Context]:
     """The body filled in by the recipe of the adapter that it names."""
-    recipe = await context.recipes.of(_adapter(body, context.settings))
+    recipe = await context.recipes.of(_adapter(body, context.settings), context.caller)
     return asking.filled_in(body, recipe), replace(context, recipe=recipe)
 
 

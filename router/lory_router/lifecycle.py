@@ -1,11 +1,11 @@
-"""What can be done with adapters while they are served: an operator's wishes, carried out.
+"""What can be done with adapters while they are served: a caller's wishes, carried out.
 
-In: names and wishes. Out: adapters as they are afterwards, or the refusal. What the engine keeps in
-memory is ordered from it, what outlives it is written to the registry. It must not know HTTP.
+In: who asks, names and wishes. Out: adapters as they are afterwards, or the refusal. What the
+engine keeps in memory is ordered from it, what outlives it is written to the registry. It must not
+know HTTP.
 """
 
-import asyncio
-import time
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from lory_router.engine import EngineClient, Unavailable
@@ -16,169 +16,266 @@ from lory_router.errors import (
     from_failure,
     shown,
 )
-from lory_router.listing import Entries, Listing
-from lory_router.named_engine import find_target
+from lory_router.keys import Caller
+from lory_router.listing import Listing
 from lory_router.names import Target, check_new_name, check_revision, split
-from lory_router.registry import Registry, State
-from lory_router.schemas_adapters import AdapterListReply, AdapterReply, adapter_reply
+from lory_router.registry import Registry
+from lory_router.rights import Rights
+from lory_router.schemas_adapters import AdapterReply, adapter_reply
 from lory_router.settings import RouterSettings
+from lory_router.sourced_engine import SourcedEngine
+from lory_router.sources.reference import Reference, is_from_source, reference_of
+from lory_router.validate import check_source, token_without_source
 from lory_server.messages import AdapterEntry, OrderDone, OrderKind
+
+
+@dataclass(frozen=True, slots=True)
+class Naming:
+    """A wish for a name, or for one to stand for something else."""
+
+    name: str
+    adapter_id: str | None = None
+    """None: the part before the `@`, or the name itself."""
+    revision: str = ""
+    owner: str | None = None
+    token: str = ""
+    field: str = "name"
+    """Which one gave the name."""
 
 
 class Lifecycle:
     def __init__(
-        self, engine: EngineClient, registry: Registry, listing: Listing, settings: RouterSettings
+        self,
+        engine: EngineClient,
+        registry: Registry,
+        rights: Rights,
+        listing: Listing,
+        settings: RouterSettings,
+        sourced: SourcedEngine | None = None,
     ) -> None:
         self._engine = engine
         self._registry = registry
+        self._rights = rights
         self._listing = listing
         self._settings = settings
-
-    # -- looking ----------------------------------------------------------------------------
-
-    async def list(self) -> AdapterListReply:
-        entries = await self._listing.read()
-        age_s = time.monotonic() - self._listing.listed_at
-        return await asyncio.to_thread(_list_reply, entries, self._registry.state, age_s)
-
-    async def get(self, name: str) -> AdapterReply:
-        target = find_target(self._registry, name)
-        entry = await self._listing.find(target.adapter_id)
-        if entry is None:
-            raise adapter_not_found(name)
-        return self._reply(entry, time.monotonic() - self._listing.listed_at)
+        self._sourced = sourced
 
     # -- what is in memory ------------------------------------------------------------------
 
-    async def load(self, name: str) -> AdapterReply:
-        done = await self._order("load", name)
-        return self._after(name, done)
+    async def load(self, caller: Caller, name: str, token: str = "") -> AdapterReply:
+        target = await self._owned_target(caller, name)
+        return self._after(caller, name, await self._order("load", target, token))
 
-    async def unload(self, name: str) -> AdapterReply:
-        done = await self._order("unload", name)
-        await self._check_known(name, done)
-        return self._after(name, done)
+    async def unload(self, caller: Caller, name: str, token: str = "") -> AdapterReply:
+        target = await self._owned_target(caller, name)
+        done = await self._order("unload", target, token)
+        await self._check_known(name, target, done)
+        return self._after(caller, name, done)
 
-    async def pin(self, name: str) -> AdapterReply:
-        target = find_target(self._registry, name)
-        done = await self._order("pin", name)
-        adapter_id = target.adapter_id
-        if adapter_id in self._registry.state.removed:
-            await self._engine.order("drop", adapter_id)
+    async def pin(self, caller: Caller, name: str, token: str = "") -> AdapterReply:
+        target = await self._pins_target(caller, name)
+        done = await self._order("pin", target, token)
+        reply = self._after(caller, name, done)
+        if self._registry.state.is_removed(target.adapter_id):
+            await self._order("drop", target)
             raise adapter_not_found(name)
-        await self._registry.pin(Target(adapter_id, done.revision if target.revision else ""))
-        return self._after(name, done)
+        pin = replace(target, revision=done.revision if target.revision else "")
+        await self._registry.pin(pin)
+        return reply
 
-    async def unpin(self, name: str) -> AdapterReply:
-        target = find_target(self._registry, name)
+    async def unpin(self, caller: Caller, name: str, token: str = "") -> AdapterReply:
+        target = await self._pins_target(caller, name)
         pins = self._registry.state.pins_of(target.adapter_id, target.revision)
         if pins:
             await self._registry.unpin(pins)
-        done = await self._order("unpin", name)
+        done = await self._order("unpin", target, token)
         if not pins:
-            await self._check_known(name, done)
-        return self._after(name, done)
+            await self._check_known(name, target, done)
+        return self._after(caller, name, done)
 
     # -- names ------------------------------------------------------------------------------
 
-    def is_registered(self, name: str) -> bool:
-        return name in self._registry.state.names
+    def is_registered(self, caller: Caller, name: str) -> bool:
+        return self._rights.sees(caller, name) and name in self._registry.state.names
 
     async def register(
-        self,
-        name: str,
-        adapter_id: str | None,
-        revision: str | None = None,
-        *,
-        kind: Literal["find", "load"] = "find",
-        field: str = "name",
+        self, caller: Caller, naming: Naming, kind: Literal["find", "load"] = "find"
     ) -> tuple[AdapterReply, bool]:
-        """Let a name, which `field` gave, stand for an adapter that can be read, or serve again one
-        that was removed. And whether the name is new."""
-        check_new_name(field, name, self._settings.model_names)
-        _check_local(adapter_id or name)
-        check_revision("revision", revision or "")
+        """Let a name stand for an adapter that can be read, or serve again one that was removed.
+        And whether the name is new."""
+        name, field = naming.name, naming.field
+        self._check_naming(caller, naming)
+        owner = self._rights.check_owner(caller, naming.owner)
         plain, alias = split(name)
-        target = self._registered_target(name, adapter_id or plain)
+        adapter_id = naming.adapter_id or plain
+        target = self._registered_target(caller, name, adapter_id)
         is_own = name == target.adapter_id
-        if not is_own and not alias:
-            await self._check_free(name, field)
-        wanted = revision or target.revision
-        done = await self._engine.order(kind, target.adapter_id, wanted)
-        entry = self._check(done, adapter_id or plain)
+        if is_own:
+            self._check_own(naming, owner)
+        elif not alias:
+            await self._check_free(caller, name, field)
+        if alias:
+            target = await self._fixed(target, naming.token)
+        wanted = naming.revision or target.revision
+        done = await self._order(kind, replace(target, revision=wanted), naming.token)
+        entry = self._check(done, adapter_id)
         fixed = done.revision if alias or wanted else ""
         if is_own and fixed:
             raise Invalid("`revision`: a revision needs another name, as name@alias", param=field)
-        is_new = not self.is_registered(name)
-        await self._registry.register(name, Target(target.adapter_id, fixed))
+        is_new = name not in self._registry.state.names
+        await self._registry.register(name, replace(target, revision=fixed), owner)
         self._listing.expire()
-        return self._reply(entry, 0.0), is_new
+        return self._reply(caller, entry), is_new
 
-    async def remove(self, name: str) -> None:
+    async def remove(self, caller: Caller, name: str) -> None:
         """Forget a name; an adapter of that name is not served any more, and let go of when the
-        last request that holds it has ended. Its files stay where they are."""
-        _check_local(name)
+        last request that holds it has ended. A local one's files stay where they are."""
+        target = self._rights.find_target(caller, name)
         registered = self._registry.state.names.get(name)
-        if registered is not None and registered.adapter_id != name:
+        if self.is_registered(caller, name) and registered and registered.adapter_id != name:
+            self._rights.check_owns(caller, name)
             await self._registry.forget(name)
         elif name != split(name)[0]:
-            find_target(self._registry, name)
             raise Invalid(
                 "A revision cannot be removed by itself; unload it, or remove the adapter",
                 param="adapter_id",
             )
         else:
-            await self._remove_adapter(name)
+            await self._remove_adapter(caller, name, target)
         self._listing.expire()
 
-    async def unload_and_remove(self, name: str) -> None:
+    async def unload_and_remove(self, caller: Caller, name: str) -> None:
         """Unless it is pinned under another name, it is let go of, too."""
-        target = find_target(self._registry, name)
-        await self.remove(name)
-        await self._engine.order("unload", target.adapter_id, target.revision)
+        target = self._rights.find_target(caller, name)
+        may_unload = caller.is_admin or self._rights.owner(target.adapter_id) == caller.tenant
+        await self.remove(caller, name)
+        if may_unload:
+            await self._order("unload", target)
 
-    async def _remove_adapter(self, adapter_id: str) -> None:
-        find_target(self._registry, adapter_id)
-        self._listing.expire()
-        if await self._listing.find(adapter_id) is None:
-            raise adapter_not_found(adapter_id)
-        await self._registry.remove(adapter_id)
-        try:
-            await self._engine.order("drop", adapter_id)
-        except Unavailable:
-            return  # an engine that is gone holds nothing, and the next one is not told of it
+    def _check_naming(self, caller: Caller, naming: Naming) -> None:
+        name = naming.name
+        if is_from_source(name):
+            reference_of(name)
+            if naming.adapter_id not in (None, name):
+                raise Invalid(f"{shown(name)} is a source's and names itself", param=naming.field)
+            self._rights.check_admin(caller, "Serving a source's adapter again")
+        else:
+            check_new_name(naming.field, name, self._settings.model_names)
+            self._rights.check_gives(caller, naming.field, name)
+        check_revision("revision", naming.revision)
 
-    def _registered_target(self, name: str, adapter_id: str) -> Target:
+    def _check_own(self, naming: Naming, owner: str | None) -> None:
+        """What an owner protects must not be everybody's after a restart."""
+        if not owner:
+            return
+        if is_from_source(naming.name):
+            raise Invalid("`owner`: who may read it is its source's to say", param="owner")
+        if not self._registry.is_kept:
+            raise Invalid(
+                "`owner`: start the server with --registry FILE; without it the adapter would be"
+                " for all after a restart",
+                param="owner",
+            )
+
+    def _registered_target(self, caller: Caller, name: str, adapter_id: str) -> Target:
         """What `name` is to stand for; an adapter that was removed only if it is its own name."""
-        if name == adapter_id:
-            return Target(adapter_id)
-        return find_target(self._registry, adapter_id)
+        if name != adapter_id:
+            return self._rights.find_target(caller, adapter_id)
+        if not caller.is_admin:
+            self._rights.check_owns(caller, name)
+        return Target(adapter_id)
 
-    async def _check_free(self, name: str, field: str) -> None:
+    async def _fixed(self, target: Target, token: str) -> Target:
+        """An alias of a hub's adapter is of the commit, which can be fetched again."""
+        if self._sourced is None or not is_from_source(target.adapter_id):
+            return target
+        reference = self._reference(target.adapter_id, token)
+        fixed = await self._sourced.sources.fixed(reference, token)
+        return replace(target, adapter_id=fixed.name)
+
+    async def _check_free(self, caller: Caller, name: str, field: str) -> None:
         self._listing.expire()
-        if await self._listing.find(name) is not None:
+        if self._rights.sees(caller, name) and await self._listing.find(name) is not None:
             raise Conflict(
                 f"An adapter in the folder is called {shown(name)}; take another name, or an alias"
                 f" as {name}@alias",
                 param=field,
             )
 
+    async def _remove_adapter(self, caller: Caller, name: str, target: Target) -> None:
+        self._listing.expire()
+        reference = reference_of(name) if is_from_source(name) else None
+        if not await self._is_here(caller, target, reference):
+            raise adapter_not_found(name)
+        self._rights.check_owns(caller, name)
+        if reference is not None and reference.kind == "upload":
+            await self._registry.clear(name)
+        else:
+            await self._registry.remove(name)
+        if reference is not None and self._sourced is not None:
+            await self._sourced.drop(reference)
+            return
+        try:
+            await self._engine.order("drop", target.adapter_id)
+        except Unavailable:
+            return  # an engine that is gone holds nothing, and the next one is not told of it
+
+    async def _is_here(self, caller: Caller, target: Target, reference: Reference | None) -> bool:
+        """What the caller would not find in a list is not."""
+        if reference is None:
+            return await self._listing.find(target.adapter_id) is not None
+        if self._sourced is None or reference.name != target.adapter_id:
+            return False
+        entries = self._sourced.sources.entries_of(reference)
+        return any(caller.is_admin or self._rights.lists(caller, e.origin.name) for e in entries)
+
     # -- orders -----------------------------------------------------------------------------
 
-    async def _check_known(self, name: str, done: OrderDone) -> None:
+    async def _owned_target(self, caller: Caller, name: str) -> Target:
+        """What a name stands for, if the caller owns it; what is not there is told as such."""
+        target = await self._known_target(caller, name)
+        self._rights.check_owns(caller, target.adapter_id)
+        return target
+
+    async def _pins_target(self, caller: Caller, name: str) -> Target:
+        """Pins take memory from all tenants."""
+        target = await self._known_target(caller, name)
+        self._rights.check_admin(caller, "Pinning")
+        return target
+
+    async def _known_target(self, caller: Caller, name: str) -> Target:
+        """What a name stands for; of who may not do everything only what is in its lists, so that
+        a refusal tells of nothing else."""
+        target = self._rights.find_target(caller, name)
+        if caller.is_admin:
+            return target
+        is_here = await self._listing.find(target.adapter_id) is not None
+        if not is_here or not self._rights.lists(caller, target.adapter_id):
+            raise adapter_not_found(name)
+        return target
+
+    async def _check_known(self, name: str, target: Target, done: OrderDone) -> None:
         """404 for what is not in the folder, and was never in memory."""
-        target, entry = find_target(self._registry, name), done.entry
+        entry = done.entry
         is_known = entry is not None and entry.revision
         if not is_known and await self._listing.find(target.adapter_id) is None:
             raise adapter_not_found(name)
 
-    async def _order(self, kind: OrderKind, name: str) -> OrderDone:
-        _check_local(name)
-        target = find_target(self._registry, name)
-        done = await self._engine.order(kind, target.adapter_id, target.revision)
+    async def _order(self, kind: OrderKind, target: Target, token: str = "") -> OrderDone:
+        adapter_id, revision = target.adapter_id, target.revision
         self._listing.expire()
-        self._check(done, name)
-        return done
+        if is_from_source(adapter_id):
+            reference = self._reference(adapter_id, token)
+            assert self._sourced is not None
+            return await self._sourced.orders.order(kind, reference, revision, token)
+        if token:
+            raise token_without_source()
+        return await self._engine.order(kind, adapter_id, revision)
+
+    def _reference(self, adapter_id: str, token: str) -> Reference:
+        reference = reference_of(adapter_id)
+        check_source(reference, token, self._settings)
+        return reference
 
     def _check(self, done: OrderDone, name: str) -> AdapterEntry:
         if done.failure is not None:
@@ -186,28 +283,11 @@ class Lifecycle:
         assert done.entry is not None
         return done.entry
 
-    def _after(self, name: str, done: OrderDone) -> AdapterReply:
-        return self._reply(self._check(done, name), 0.0)
+    def _after(self, caller: Caller, name: str, done: OrderDone) -> AdapterReply:
+        self._listing.expire()
+        return self._reply(caller, self._check(done, name))
 
-    def _reply(self, entry: AdapterEntry, age_s: float) -> AdapterReply:
+    def _reply(self, caller: Caller, entry: AdapterEntry) -> AdapterReply:
         names = self._registry.state.names_by_adapter().get(entry.adapter_id, {})
-        return adapter_reply(entry, names, age_s)
-
-
-def _check_local(name: str) -> None:
-    """Names of adapters from elsewhere begin with their source and a colon."""
-    if ":" in name:
-        raise Invalid(
-            f"{shown(name)} comes from a source and is fetched when it is asked for; adapters of"
-            " the adapters folder alone can be loaded, pinned, named and removed",
-            param="adapter_id",
-        )
-
-
-def _list_reply(entries: Entries, state: State, age_s: float) -> AdapterListReply:
-    names = state.names_by_adapter()
-    served = [entry for entry in entries if entry.adapter_id not in state.removed]
-    return AdapterListReply(
-        data=tuple(adapter_reply(e, names.get(e.adapter_id, {}), age_s) for e in served),
-        removed=tuple(sorted(state.removed)),
-    )
+        owner = self._rights.owner(entry.adapter_id)
+        return adapter_reply(entry, self._rights.names_of(caller, names), 0.0, owner)

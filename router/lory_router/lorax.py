@@ -97,7 +97,7 @@ async def _accept(
     front: Front, exchange: Exchange, wish: GenerateBody, stream: bool
 ) -> tuple[LoraxJob, EngineInfo]:
     info = front.require_ready()
-    context = Context(info, front.settings, front.text, front.recipes)
+    context = Context(info, front.settings, front.text, front.recipes, exchange.caller)
     job = await intake_lorax.accept(wish, stream, context)
     exchange.adapter_id = front.served_as(job.adapter_id)
     exchange.sequences_per_prompt = len(job.asks)
@@ -107,7 +107,7 @@ async def _accept(
 
 async def _reply_whole(front: Front, exchange: Exchange, wish: GenerateBody, as_list: bool) -> None:
     job, info = await _accept(front, exchange, wish, stream=False)
-    async with running(front.engine, job.asks, front.text, front.settings) as live:
+    async with running(front.engine, job.asks, front.text, front.settings, exchange.caller) as live:
         exchange.sequences = live
         await run_all(live)
     reply = _reply(job, live, front.text)
@@ -124,7 +124,7 @@ async def _reply_stream(front: Front, exchange: Exchange, wish: GenerateBody) ->
 async def _events(front: Front, exchange: Exchange, job: LoraxJob) -> AsyncGenerator[bytes, None]:
     """An event a token; the last token's waits for the terminal event, which it tells as well."""
     last: Piece | None = None
-    async with running(front.engine, job.asks, front.text, front.settings) as live:
+    async with running(front.engine, job.asks, front.text, front.settings, exchange.caller) as live:
         exchange.sequences = live
         async with aclosing(live[0].pieces()) as batches:
             async for pieces in batches:

@@ -7,7 +7,7 @@ come from.
 
 import time
 from bisect import bisect_left
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -28,6 +28,8 @@ from lory_server.messages import AdapterMove, EngineInfo, StepReport
 BASE = "base"
 OTHER = "other"
 NONE = "none"
+MAX_REMEMBERED = 4096
+"""Adapters whose label is remembered; each replacement of an upload is another to the engine."""
 SECONDS_PER_HOUR = 3600.0
 TOKENS_PER_PRICE = 1e6
 PRICED_TOKENS = ("prompt", "generated")
@@ -99,10 +101,12 @@ class AdapterLabels:
         self._limit = limit
         self._model = model
         self._name_of = name_of
-        self._labels = {"": BASE}
+        self._labels: OrderedDict[str, str] = OrderedDict()
         self._shown: set[str] = set()
 
     def of(self, adapter_id: str) -> str:
+        if not adapter_id:
+            return BASE
         label = self._labels.get(adapter_id)
         if label is None:
             label = self._name_of(adapter_id)
@@ -112,6 +116,8 @@ class AdapterLabels:
                 label = f"{self._model}:{adapter_id}"
             self._shown.add(label)
             self._labels[adapter_id] = label
+            if len(self._labels) > MAX_REMEMBERED:
+                self._labels.popitem(last=False)
         return label
 
 
@@ -131,7 +137,7 @@ class Metrics(Collector):
         self._price_per_s = price_per_hour / SECONDS_PER_HOUR
         self._clock = clock
         self._labels = AdapterLabels(max_adapter_labels, model, name_of)
-        self._ledger = Ledger(clock())
+        self._ledger = Ledger(clock(), self._labels.of)
         self._info: EngineInfo | None = None
         self._report: StepReport | None = None
         self._last_report_at = clock()
@@ -172,6 +178,9 @@ class Metrics(Collector):
             self._first_token.add(record.time_to_first_token_s)
         if record.time_per_token_s is not None:
             self._per_token.add(record.time_per_token_s)
+        self._counts["tenant_request", record.tenant] += 1
+        self._counts["tenant_token", record.tenant, "prompt"] += record.prompt_tokens
+        self._counts["tenant_token", record.tenant, "generated"] += record.generated_tokens
         self._counts["adapter_request", label] += 1
         self._counts["token", label, "prompt"] += record.prompt_tokens
         self._counts["token", label, "generated"] += record.generated_tokens
@@ -251,6 +260,12 @@ class Metrics(Collector):
         for kind in ("prompt", "generated", "cached"):
             tokens.add_metric((kind,), self._tokens(kind))
         yield tokens
+        yield self._counter(
+            "lory_tenant_requests", "Requests served.", "tenant_request", ("tenant",)
+        )
+        yield self._counter(
+            "lory_tenant_tokens", "Tokens served.", "tenant_token", ("tenant", "kind")
+        )
         for name, text, histogram in (
             ("time_to_first_token", "From arrival to the first token.", self._first_token),
             ("time_per_output_token", "Mean gap between a request's tokens.", self._per_token),
@@ -343,9 +358,7 @@ class Metrics(Collector):
         """
         split = self._ledger.split(self._clock())
         price = self._price_per_s
-        costs: defaultdict[str, float] = defaultdict(float)
-        for adapter_id, seconds in split.by_adapter.items():
-            costs[self._labels.of(adapter_id)] += seconds * price
+        costs = {label: seconds * price for label, seconds in split.by_adapter.items()}
         cost = CounterMetricFamily("lory_cost", "Cost of steps.", labels=("adapter",))
         unit = GaugeMetricFamily(
             "lory_cost_per_million_tokens",
@@ -359,6 +372,10 @@ class Metrics(Collector):
                 unit.add_metric((label,), value / tokens * TOKENS_PER_PRICE)
         yield cost
         yield unit
+        tenant_cost = CounterMetricFamily("lory_tenant_cost", "Cost of steps.", labels=("tenant",))
+        for tenant, seconds in split.by_tenant.items():
+            tenant_cost.add_metric((tenant,), seconds * price)
+        yield tenant_cost
         yield CounterMetricFamily(
             "lory_cost_idle", "Cost of an engine with nothing to do.", value=split.idle * price
         )

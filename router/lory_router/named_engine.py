@@ -8,9 +8,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from lory_router.engine import EngineClient, EngineStream, SequenceRequest
-from lory_router.errors import RevisionNotFound, adapter_not_found, shown
-from lory_router.names import REVISION_RULE, Target, split
-from lory_router.registry import Registry
+from lory_router.errors import adapter_not_found
+from lory_router.rights import Rights
+from lory_router.settings import RouterSettings
+from lory_router.sources.reference import is_from_source, reference_of
+from lory_router.validate import check_source, token_without_source
 from lory_server.messages import AdapterEntry, EngineInfo, OrderDone, OrderKind
 
 
@@ -18,10 +20,15 @@ class NamedEngine:
     """An `engine.EngineClient` over another one."""
 
     def __init__(
-        self, engine: EngineClient, registry: Registry, is_warm: Callable[[], bool]
+        self,
+        engine: EngineClient,
+        rights: Rights,
+        settings: RouterSettings,
+        is_warm: Callable[[], bool],
     ) -> None:
         self._engine = engine
-        self._registry = registry
+        self._rights = rights
+        self._settings = settings
         self._is_warm = is_warm
 
     @property
@@ -35,11 +42,7 @@ class NamedEngine:
         return self._engine.is_draining()
 
     async def submit(self, request: SequenceRequest) -> EngineStream:
-        if request.adapter_id and request.source is None:
-            target = find_target(self._registry, request.adapter_id)
-            adapter_id, revision = target.adapter_id, target.revision
-            request = replace(request, adapter_id=adapter_id, adapter_revision=revision)
-        return await self._engine.submit(request)
+        return await self._engine.submit(self._aimed(request))
 
     async def list_adapters(self) -> tuple[AdapterEntry, ...]:
         return await self._engine.list_adapters()
@@ -47,17 +50,24 @@ class NamedEngine:
     async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
         return await self._engine.order(kind, adapter_id, revision)
 
-
-def find_target(registry: Registry, name: str) -> Target:
-    """What a name stands for; raises the 404 of one that stands for nothing."""
-    target = registry.target(name)
-    if target is not None:
-        return target
-    adapter_id, suffix = split(name)
-    if not suffix or registry.target(adapter_id) is None:
-        raise adapter_not_found(name)
-    raise RevisionNotFound(
-        f"Adapter {shown(adapter_id)} has no alias {shown(suffix)}; GET /v1/adapters/{{id}} lists"
-        f" those it has, and {REVISION_RULE} name a revision",
-        param="model",
-    )
+    def _aimed(self, request: SequenceRequest) -> SequenceRequest:
+        """At what the caller's name stands for."""
+        if not request.adapter_id:
+            return request
+        target = self._rights.find_target(request.caller, request.adapter_id)
+        if request.source is not None:
+            if target.adapter_id != request.adapter_id:
+                raise adapter_not_found(request.adapter_id)
+            return request
+        source = None
+        if is_from_source(target.adapter_id):
+            source = reference_of(target.adapter_id)
+            check_source(source, request.token, self._settings)
+        elif request.token:
+            raise token_without_source()
+        return replace(
+            request,
+            adapter_id=target.adapter_id,
+            adapter_revision=target.revision,
+            source=source,
+        )

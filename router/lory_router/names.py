@@ -28,7 +28,9 @@ class Target:
 
 
 def split(name: str) -> tuple[str, str]:
-    """An adapter's part, and what stands behind the `@`."""
+    """An adapter's part, and what stands behind the `@`; in a source's name it is a part of it."""
+    if ":" in name:
+        return name, ""
     adapter_id, _, rest = name.partition("@")
     return adapter_id, rest
 

@@ -15,6 +15,7 @@ class RequestRecord:
 
     route: str
     """The route's own pattern, such as "/generate"."""
+    tenant: str
     adapter_id: str | None
     """The adapter that tokens came from, empty for the base; None where there came none."""
     status: int

@@ -58,19 +58,20 @@ class Dressing(Protocol):
 async def completions(front: Front, exchange: Exchange, body: bytes) -> None:
     """POST /v1/completions."""
     wish = intake_openai.read_body(body, CompletionBody)
-    job = await intake_openai.accept_completion(wish, _context(front))
+    job = await intake_openai.accept_completion(wish, _context(front, exchange))
     await _reply(front, exchange, job, CompletionDressing())
 
 
 async def chat_completions(front: Front, exchange: Exchange, body: bytes) -> None:
     """POST /v1/chat/completions."""
     wish = intake_openai.read_body(body, ChatBody)
-    job = await intake_openai.accept_chat(wish, _context(front))
+    job = await intake_openai.accept_chat(wish, _context(front, exchange))
     await _reply(front, exchange, job, ChatDressing())
 
 
-def _context(front: Front) -> Context:
-    return Context(front.require_ready(), front.settings, front.text, front.recipes)
+def _context(front: Front, exchange: Exchange) -> Context:
+    info = front.require_ready()
+    return Context(info, front.settings, front.text, front.recipes, exchange.caller)
 
 
 async def _reply(front: Front, exchange: Exchange, job: OpenaiJob, dressing: Dressing) -> None:
@@ -107,7 +108,7 @@ async def _reply_whole(
     headers: Mapping[str, str],
 ) -> None:
     asks = [ask for group in job.asks for ask in group]
-    async with running(front.engine, asks, front.text, front.settings) as live:
+    async with running(front.engine, asks, front.text, front.settings, exchange.caller) as live:
         exchange.sequences = live
         await run_all(live)
     groups = _groups(job, live)
@@ -137,7 +138,7 @@ async def _events(
     """A chunk a batch of tokens, usage if asked for, and [DONE]."""
     head = _head(exchange, job, dressing, dressing.chunk_object)
     asks = [ask for group in job.asks for ask in group]
-    async with running(front.engine, asks, front.text, front.settings) as live:
+    async with running(front.engine, asks, front.text, front.settings, exchange.caller) as live:
         exchange.sequences = live
         choices = [_Streamed(i, s.transcript, job, dressing) for i, s in enumerate(live)]
         async with aclosing(merged(live)) as batches:

@@ -4,7 +4,7 @@ It must not know generation.
 """
 
 import asyncio
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,14 +13,20 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from lory_router import validate
+from lory_router.catalogue import Catalogue
 from lory_router.endpoint import Front
 from lory_router.errors import Unhealthy, adapter_not_found
+from lory_router.gate import caller_of
 from lory_router.intake_openai import adapter_of, model_of
-from lory_router.listing import Entries, Listing
+from lory_router.keys import Caller
+from lory_router.listing import Entries
 from lory_router.registry import State
+from lory_router.sources.memory import Memory
 from lory_server.messages import AdapterEntry
 
 VERSION = "0.1.0"
+MAX_RENDERED = 8
+"""Callers for whom the list of models is kept."""
 
 Json = dict[str, object]
 
@@ -47,18 +53,18 @@ class _Rendered:
     """A reply, and what it was made from."""
 
     entries: Entries
-    state: State | None
+    state: State
     body: bytes
 
 
 class Pages:
     """Handlers of the GET routes."""
 
-    def __init__(self, front: Front, listing: Listing, started_at: int) -> None:
+    def __init__(self, front: Front, catalogue: Catalogue, started_at: int) -> None:
         self._front = front
-        self._listing = listing
+        self._catalogue = catalogue
         self._started_at = started_at
-        self._rendered = _Rendered((), None, b"")
+        self._rendered: Memory[Caller, _Rendered] = Memory(MAX_RENDERED)
 
     async def health(self, request: Request) -> Response:
         """200 and nothing else while a request sent now would be taken."""
@@ -101,15 +107,19 @@ class Pages:
 
     async def models(self, request: Request) -> Response:
         """The base under each of its names, then every adapter and what else it is called."""
-        entries, state = await self._listing.read(), self._front.registry.state
-        if self._rendered.entries is not entries or self._rendered.state is not state:
-            body = await asyncio.to_thread(self._render_models, _named(entries, state))
-            self._rendered = _Rendered(entries, state, body)
-        return Response(self._rendered.body, media_type="application/json")
+        caller = caller_of(request.scope)
+        entries, state = await self._catalogue.read()
+        kept = self._rendered.get(caller)
+        if kept is None or kept.entries is not entries or kept.state is not state:
+            body = await asyncio.to_thread(self._render_models, caller, entries, state)
+            kept = _Rendered(entries, state, body)
+            self._rendered.put(caller, kept, math.inf)
+        return Response(kept.body, media_type="application/json")
 
-    def _render_models(self, entries: Sequence[AdapterEntry]) -> bytes:
+    def _render_models(self, caller: Caller, entries: Entries, state: State) -> bytes:
+        named = self._catalogue.named(caller, entries, state)
         base = [self._base_card(name) for name in self._front.settings.model_names]
-        cards = [*base, *(self._adapter_card(entry) for entry in entries)]
+        cards = [*base, *map(self._adapter_card, named)]
         return msgspec.json.encode({"object": "list", "data": cards}) + b"\n"
 
     async def model(self, request: Request) -> Response:
@@ -118,13 +128,16 @@ class Pages:
         if model_id in self._front.settings.model_names:
             return _json(self._base_card(model_id))
         adapter_id = adapter_of(model_id, self._front.settings)
-        entries = _named(await self._listing.read(), self._front.registry.state)
-        for entry in entries:
-            if entry.adapter_id == adapter_id:
-                return _json(self._adapter_card(entry))
-        raise adapter_not_found(model_id)
+        entry = None
+        if adapter_id:
+            entry = await self._catalogue.find(caller_of(request.scope), adapter_id)
+        if entry is None:
+            raise adapter_not_found(model_id)
+        return _json(self._adapter_card(entry))
 
     async def metrics(self, request: Request) -> Response:
+        """All tenants' figures, and so for admins."""
+        self._front.rights.check_admin(caller_of(request.scope), "GET /metrics")
         body, content_type = self._front.metrics.render()
         return Response(body, headers={"content-type": content_type})
 
@@ -154,23 +167,6 @@ class Pages:
     def _max_model_len(self) -> int | None:
         info = self._front.engine.info
         return info.max_model_len if info else None
-
-
-def _named(entries: Entries, state: State) -> list[AdapterEntry]:
-    """The adapters that are served, and each again under its further names."""
-    served = {e.adapter_id: e for e in entries if e.adapter_id not in state.removed}
-    for name, target in state.names.items():
-        entry = served.get(target.adapter_id)
-        if entry is not None and name != target.adapter_id:
-            served[name] = _as_named(name, entry, target.revision)
-    return list(served.values())
-
-
-def _as_named(name: str, entry: AdapterEntry, revision: str) -> AdapterEntry:
-    if not revision or revision == entry.revision:
-        return msgspec.structs.replace(entry, adapter_id=name)
-    tier = next((one.tier for one in entry.revisions if one.revision == revision), "disk")
-    return msgspec.structs.replace(entry, adapter_id=name, revision=revision, tier=tier)
 
 
 def _json(value: object) -> Response:

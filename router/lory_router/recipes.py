@@ -14,12 +14,13 @@ from dataclasses import dataclass
 from lory_router.base_check import ServedBase
 from lory_router.engine import EngineClient, Unavailable
 from lory_router.errors import AdapterInvalid, TimedOut, from_failure, shown
-from lory_router.named_engine import find_target
+from lory_router.keys import Caller
 from lory_router.names import Target
-from lory_router.registry import Registry
+from lory_router.rights import Rights
 from lory_router.settings import RouterSettings
 from lory_router.sources.flight import Flights
 from lory_router.sources.memory import Memory
+from lory_router.sources.reference import is_from_source
 from lory_router.validate import Named
 from lory_server.messages import NO_RECIPE, OrderDone, Recipe
 
@@ -39,23 +40,26 @@ class Known:
         return None if self.other_parts is None else not self.other_parts
 
 
+UNTOLD = Known(NO_RECIPE, None)
+
+
 class Recipes:
     def __init__(
-        self, engine: EngineClient, registry: Registry, settings: RouterSettings, base: ServedBase
+        self, engine: EngineClient, rights: Rights, settings: RouterSettings, base: ServedBase
     ) -> None:
         self._engine = engine
-        self._registry = registry
+        self._rights = rights
         self._settings = settings
         self._base = base
         self._known: Memory[Target, Known] = Memory(MAX_KNOWN)
         self._flights: Flights[Target, OrderDone | Known] = Flights()
 
-    async def of(self, named: Named) -> Recipe:
+    async def of(self, named: Named, caller: Caller) -> Recipe:
         """Of the adapter that a request names. Raises an ApiError where there is none, or where it
         is for another base and that is refused."""
         if not named.adapter_id or named.source is not None:
-            return NO_RECIPE  # of what is fetched, no manifest is
-        known = await self.known(named.adapter_id)
+            return NO_RECIPE
+        known = await self.known(caller, named.adapter_id)
         if self._settings.strict_base and known.other_parts:
             raise AdapterInvalid(
                 f"adapter {shown(named.adapter_id)} was trained on another base: {_differs(known)};"
@@ -64,9 +68,12 @@ class Recipes:
             )
         return known.recipe
 
-    async def known(self, name: str) -> Known:
-        """Of a local adapter, by any of its names; the first time the engine reads it for that."""
-        target = find_target(self._registry, name)
+    async def known(self, caller: Caller, name: str) -> Known:
+        """Of an adapter that the caller sees, by any of its names; the first time the engine reads
+        it for that. What comes from a source comes without its manifest."""
+        target = self._rights.find_target(caller, name)
+        if is_from_source(target.adapter_id):
+            return UNTOLD
         known = self._known.get(target)
         if known is not None:
             return known
@@ -76,11 +83,9 @@ class Recipes:
         assert found.failure is not None
         raise from_failure(found.failure, self._settings.retry_after_s, name)
 
-    def forget(self, name: str) -> None:
+    def forget(self, caller: Caller, name: str) -> None:
         """What its name stands for was replaced."""
-        target = self._registry.target(name)
-        if target is not None:
-            self._known.forget(target)
+        self._known.forget(self._rights.find_target(caller, name))
 
     async def _learn(self, target: Target) -> OrderDone | Known:
         done = await self._find(target)

@@ -1,8 +1,9 @@
-"""What operators have decided about adapters, kept over a restart: names, pins, removals.
+"""What operators have decided about adapters, kept over a restart: names, pins, owners, removals.
 
     names      support@prod -> (support, 1f3a9c...), helpdesk -> (support, whichever it has)
     pins       (support, whichever it has), (support, 1f3a9c...)
-    removed    adapters that lie in the folder and are not served
+    owners     support -> acme: for that tenant alone; without an owner it is for all
+    removed    adapters that lie in the folder, or at a source, and are not served
 
 In memory, and written through to SQLite: reading never waits, a change is there once it is on the
 disk. One server a file. It must not know HTTP, the engine, or which adapters there are.
@@ -10,32 +11,15 @@ disk. One server a file. It must not know HTTP, the engine, or which adapters th
 
 import asyncio
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from lory_router.errors import RegistryUnwritable
 from lory_router.names import Target, is_revision, split
-
-SCHEMA_VERSION = 1
-APPLICATION_ID = 0x4C6F7279
-"""In the file's header: "Lory"."""
-IN_MEMORY = ":memory:"
-
-_SCHEMA = (
-    "CREATE TABLE names (name TEXT PRIMARY KEY, adapter_id TEXT NOT NULL, revision TEXT NOT NULL)",
-    "CREATE TABLE pins (adapter_id TEXT, revision TEXT, PRIMARY KEY (adapter_id, revision))",
-    "CREATE TABLE removed (adapter_id TEXT PRIMARY KEY)",
-    f"PRAGMA application_id = {APPLICATION_ID}",
-    f"PRAGMA user_version = {SCHEMA_VERSION}",
-)
+from lory_router.registry_file import open_registry
 
 Statement = tuple[str, tuple[str, ...]]
-
-
-class RegistryError(Exception):
-    """The file cannot be used; the message names it and the fix."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +29,8 @@ class State:
     names: Mapping[str, Target]
     pins: frozenset[Target]
     removed: frozenset[str]
+    owners: Mapping[str, str]
+    """Of names and of adapters, by name: the tenant."""
 
     def names_by_adapter(self) -> dict[str, dict[str, str]]:
         """Further names of each adapter that has any, each with the revision it stands for."""
@@ -59,6 +45,16 @@ class State:
         found = [pin for pin in self.pins if pin.adapter_id == adapter_id]
         return sorted(pin for pin in found if pin.revision.startswith(revision))
 
+    def is_removed(self, adapter_id: str) -> bool:
+        """A source's adapter is, too, if it was removed without a branch or tag."""
+        plain = adapter_id.partition("@")[0] if ":" in adapter_id else adapter_id
+        return adapter_id in self.removed or plain in self.removed
+
+
+def everything(_name: str) -> bool:
+    """What who may see all sees."""
+    return True
+
 
 class Registry:
     """All of it. Belongs to the event loop; only writes leave it."""
@@ -66,7 +62,9 @@ class Registry:
     def __init__(self, path: str = "") -> None:
         """Opens or makes the file; without a path nothing outlives the server. Raises
         RegistryError."""
-        self._connection = _open(path)
+        self.is_kept = bool(path)
+        """Whether it outlives the server."""
+        self._connection = open_registry(path)
         self._lock = asyncio.Lock()
         self._state = _read(self._connection)
 
@@ -80,41 +78,55 @@ class Registry:
 
     # -- what others ask --------------------------------------------------------------------
 
-    def target(self, name: str) -> Target | None:
+    def target(self, name: str, sees: Callable[[str], bool] = everything) -> Target | None:
         """What a name stands for, whether or not it is there; None: nothing can be called so.
 
-        A name that was registered goes before an adapter that is called so.
+        A name that was registered goes before an adapter that is called so. To who does not see a
+        name, it is as if it were not registered.
         """
         names = self._state.names
-        target = names.get(name)
+        target = names.get(name) if sees(name) else None
         if target is None:
             adapter_id, suffix = split(name)
-            target = names.get(adapter_id, Target(adapter_id))
+            target = names.get(adapter_id) if sees(adapter_id) else None
+            target = target or Target(adapter_id)
             if name != adapter_id:
                 if not is_revision(suffix):
                     return None
                 target = Target(target.adapter_id, suffix)
-        return None if target.adapter_id in self._state.removed else target
+        is_removed = self._state.is_removed(target.adapter_id) and sees(target.adapter_id)
+        return None if is_removed else target
 
     # -- changes ----------------------------------------------------------------------------
 
-    async def register(self, name: str, target: Target) -> None:
-        """Let a name stand for a target; one that was removed is served again."""
+    async def register(self, name: str, target: Target, owner: str | None = None) -> None:
+        """Let a name stand for a target; one that was removed is served again. An owner that is
+        given takes the place of the one it had; an empty one leaves it without."""
         put = "INSERT OR REPLACE INTO names VALUES (?, ?, ?)"
         statements: list[Statement] = [(put, (name, target.adapter_id, target.revision))]
         if name == target.adapter_id:
             statements.append(("DELETE FROM removed WHERE adapter_id = ?", (name,)))
+        if owner:
+            statements.append(("INSERT OR REPLACE INTO owners VALUES (?, ?)", (name, owner)))
+        elif owner is not None:
+            statements.append(("DELETE FROM owners WHERE name = ?", (name,)))
         await self._write(statements)
 
     async def forget(self, name: str) -> None:
-        await self._write([("DELETE FROM names WHERE name = ?", (name,))])
+        tables = ("names", "owners")
+        await self._write([(f"DELETE FROM {table} WHERE name = ?", (name,)) for table in tables])
 
     async def remove(self, adapter_id: str) -> None:
-        """Serve an adapter no more, under whichever name, and forget its names and pins."""
-        of_it = " WHERE adapter_id = ?"
-        statements = [f"DELETE FROM names{of_it}", f"DELETE FROM pins{of_it}"]
-        statements.append("INSERT OR IGNORE INTO removed VALUES (?)")
-        await self._write([(statement, (adapter_id,)) for statement in statements])
+        """Serve an adapter no more, under whichever name, and forget its names and pins. It keeps
+        its owner, so that it is nobody else's when it is served again."""
+        statements = _without(adapter_id)
+        statements.append(("INSERT OR IGNORE INTO removed VALUES (?)", (adapter_id,)))
+        await self._write(statements)
+
+    async def clear(self, adapter_id: str) -> None:
+        """Forget all that is known of an adapter that is no more."""
+        forget = ("DELETE FROM owners WHERE name = ?", (adapter_id,))
+        await self._write([*_without(adapter_id), forget])
 
     async def pin(self, target: Target) -> None:
         put = "INSERT OR IGNORE INTO pins VALUES (?, ?)"
@@ -137,6 +149,18 @@ class Registry:
                 raise RegistryUnwritable(text) from error
 
 
+def _without(adapter_id: str) -> list[Statement]:
+    """Neither further names nor their owners nor pins, of a source's adapter at any branch; the
+    adapter's own owner stays."""
+    of_it = "WHERE adapter_id = ?1 OR substr(adapter_id, 1, length(?1) + 1) = ?1 || '@'"
+    further = f"(SELECT name FROM (SELECT * FROM names {of_it}) WHERE name != adapter_id)"
+    return [
+        (f"DELETE FROM owners WHERE name IN {further}", (adapter_id,)),
+        (f"DELETE FROM names {of_it}", (adapter_id,)),
+        (f"DELETE FROM pins {of_it}", (adapter_id,)),
+    ]
+
+
 def _read(connection: sqlite3.Connection) -> State:
     rows = connection.execute("SELECT name, adapter_id, revision FROM names ORDER BY name")
     return State(
@@ -145,6 +169,7 @@ def _read(connection: sqlite3.Connection) -> State:
             Target(*row) for row in connection.execute("SELECT adapter_id, revision FROM pins")
         ),
         removed=frozenset(row[0] for row in connection.execute("SELECT adapter_id FROM removed")),
+        owners=dict(connection.execute("SELECT name, tenant FROM owners")),
     )
 
 
@@ -159,62 +184,3 @@ def _apply(connection: sqlite3.Connection, statements: Sequence[Statement]) -> S
             connection.execute("ROLLBACK")
         raise
     return _read(connection)
-
-
-# -- opening --------------------------------------------------------------------------------
-
-
-def _open(path: str) -> sqlite3.Connection:
-    if path and not Path(path).absolute().parent.is_dir():
-        raise RegistryError(f"{path}: its folder is not there; make it first")
-    try:
-        connection = sqlite3.connect(
-            path or IN_MEMORY, timeout=0, isolation_level=None, check_same_thread=False
-        )
-        try:
-            _prepare(connection, path)
-        except BaseException:
-            connection.close()
-            raise
-    except sqlite3.OperationalError as error:
-        raise RegistryError(_why_not_open(path, str(error))) from error
-    except sqlite3.DatabaseError as error:
-        raise RegistryError(_damaged(path, str(error))) from error
-    return connection
-
-
-def _prepare(connection: sqlite3.Connection, path: str) -> None:
-    # Held until the end: what another server wrote would not be seen here.
-    connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-    connection.execute("BEGIN EXCLUSIVE")
-    try:
-        version = connection.execute("PRAGMA user_version").fetchone()[0]
-        owner = connection.execute("PRAGMA application_id").fetchone()[0]
-        is_new = not connection.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
-        if is_new and not version and not owner:
-            for statement in _SCHEMA:
-                connection.execute(statement)
-        elif owner != APPLICATION_ID:
-            raise RegistryError(f"{path}: is another program's SQLite file; name one of its own")
-        elif version > SCHEMA_VERSION:
-            raise RegistryError(
-                f"{path}: was written by a newer Lory (schema {version}, this one knows"
-                f" {SCHEMA_VERSION}); upgrade, or name another file"
-            )
-        connection.execute("COMMIT")
-    except RegistryError:
-        connection.execute("ROLLBACK")
-        raise
-    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if found != "ok":
-        raise RegistryError(_damaged(path, found))
-
-
-def _why_not_open(path: str, error: str) -> str:
-    if "locked" in error:
-        return f"{path}: another server uses it; give each a file of its own"
-    return f"{path}: {error}; it must be a file that the server may write, in such a folder"
-
-
-def _damaged(path: str, error: str) -> str:
-    return f"{path}: is damaged or no registry ({error}); restore a copy, or move it away"

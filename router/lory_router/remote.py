@@ -53,6 +53,18 @@ def list_models(client: httpx.Client) -> list[dict[str, Any]]:
     return models
 
 
+def list_arriving(client: httpx.Client) -> list[dict[str, Any]]:
+    """Those of GET /v1/adapters that are being fetched."""
+    with one_line_errors():
+        reply = client.get("/v1/adapters")
+    check(reply)
+    try:
+        return [one for one in reply.json()["data"] if one.get("fetching")]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        text = f"{client.base_url}: GET /v1/adapters is not a list of adapters"
+        raise CommandError(text) from error
+
+
 def check(reply: httpx.Response) -> None:
     """Refuse a reply that tells of a failure, in the server's words."""
     if reply.is_success:

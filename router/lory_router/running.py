@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from lory_router.engine import BufferRoom, EngineClient, EngineStream
 from lory_router.errors import IncompleteGeneration, from_finished
+from lory_router.keys import Caller
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_router.transcript import Piece, Transcript
@@ -86,16 +87,20 @@ class LiveSequence:
 
 @asynccontextmanager
 async def running(
-    engine: EngineClient, asks: Sequence[Ask], text: TextModel, settings: RouterSettings
+    engine: EngineClient,
+    asks: Sequence[Ask],
+    text: TextModel,
+    settings: RouterSettings,
+    caller: Caller,
 ) -> AsyncIterator[list[LiveSequence]]:
-    """Submit all of `asks`; at the deadline, and when left, cancel those still running."""
+    """Submit all of `asks` for `caller`; at the deadline, and when left, cancel what still runs."""
     live: list[LiveSequence] = []
     room = BufferRoom(settings.stream_buffer_tokens)
     loop = asyncio.get_running_loop()
     timer = loop.call_later(settings.request_timeout_s, _cancel_all, live, "timeout")
     try:
         for ask in asks:
-            stream = await engine.submit(replace(ask.request, room=room))
+            stream = await engine.submit(replace(ask.request, caller=caller, room=room))
             transcript = Transcript(text, ask.request.prompt_ids, ask.ending)
             adapter_id = ask.request.adapter_id
             live.append(LiveSequence(stream, transcript, settings.retry_after_s, adapter_id))

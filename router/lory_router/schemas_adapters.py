@@ -9,15 +9,27 @@ from typing import Literal
 
 import msgspec
 
+from lory_router.sources.fetching import Progress
 from lory_server.messages import AdapterEntry, Recipe, RevisionEntry
 
-State = Literal["disk", "host", "device", "refused"]
+State = Literal["fetching", "disk", "host", "device", "refused"]
 
 
 class RegisterBody(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     adapter_id: str | None = None
     revision: str | None = None
+    owner: str | None = None
+    """The tenant that the name is for alone; empty: it is for all."""
+    api_token: str | None = None
+    """The caller's, for the source."""
+
+
+class OrderBody(msgspec.Struct, frozen=True, kw_only=True):
+    """Of the routes that load and let go."""
+
+    api_token: str | None = None
+    """The caller's, for the source."""
 
 
 class LoadLoraBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,10 +59,22 @@ class BytesReply(msgspec.Struct, frozen=True):
     device: int
 
 
+class FetchingReply(msgspec.Struct, frozen=True, kw_only=True):
+    """A download under way."""
+
+    bytes: int
+    """That have come."""
+    total: int | None
+    """That will have; None: the source does not tell."""
+    seconds: float
+
+
 class RevisionReply(msgspec.Struct, frozen=True, kw_only=True):
     revision: str
     state: State
     matched: dict[str, MatchedReply]
+    invocation_tokens: tuple[int, ...]
+    """Of an aLoRA: it acts from these on."""
     bytes: BytesReply
     requests: int
     pinned: bool
@@ -64,6 +88,8 @@ class AdapterReply(msgspec.Struct, frozen=True, kw_only=True):
     """The latest that was read."""
     matched: dict[str, MatchedReply] | None
     """What it changes; None while it is not in memory."""
+    invocation_tokens: tuple[int, ...] | None
+    """As `matched`; empty: it acts everywhere."""
     bytes: BytesReply
     """Of all its revisions."""
     requests: int
@@ -74,6 +100,10 @@ class AdapterReply(msgspec.Struct, frozen=True, kw_only=True):
     """Aliases and further names, each with its revision; None: it follows the adapter."""
     revisions: tuple[RevisionReply, ...]
     refused: str | None
+    owner: str | None
+    """The tenant that it is for alone."""
+    fetching: FetchingReply | None = None
+    """Under way: what is not here yet, or what will take the place of what is."""
 
 
 class AdapterDetail(AdapterReply, frozen=True, kw_only=True):
@@ -98,13 +128,24 @@ class AdapterListReply(msgspec.Struct, frozen=True, kw_only=True):
     """Adapters that lie in the folder and are not served, until registered again."""
 
 
+class UploadReply(msgspec.Struct, frozen=True, kw_only=True):
+    id: str
+    """What requests name."""
+    revision: str | None
+    """None until it has been read."""
+    bytes: int
+    object: Literal["adapter"] = "adapter"
+
+
 class RemovedReply(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     object: Literal["adapter"] = "adapter"
     deleted: bool = True
 
 
-def adapter_reply(entry: AdapterEntry, names: Mapping[str, str], age_s: float) -> AdapterReply:
+def adapter_reply(
+    entry: AdapterEntry, names: Mapping[str, str], age_s: float, owner: str = ""
+) -> AdapterReply:
     """An adapter as it was `age_s` seconds ago."""
     latest = next((one for one in entry.revisions if one.revision == entry.revision), None)
     used = None
@@ -115,6 +156,7 @@ def adapter_reply(entry: AdapterEntry, names: Mapping[str, str], age_s: float) -
         state="refused" if entry.refusal else entry.tier,
         revision=entry.revision or None,
         matched=_matched(latest) if latest else None,
+        invocation_tokens=latest.invocation_tokens if latest else None,
         bytes=BytesReply(
             disk=latest.file_bytes if latest else None,
             host=sum(one.host_bytes for one in entry.revisions),
@@ -126,6 +168,7 @@ def adapter_reply(entry: AdapterEntry, names: Mapping[str, str], age_s: float) -
         names={name: revision or None for name, revision in names.items()},
         revisions=tuple(map(_revision_reply, entry.revisions)),
         refused=entry.refusal or None,
+        owner=owner or None,
     )
 
 
@@ -148,11 +191,27 @@ def adapter_detail(
     )
 
 
+def fetching_reply(progress: Progress) -> FetchingReply:
+    return FetchingReply(
+        bytes=progress.num_bytes,
+        total=progress.total_bytes,
+        seconds=round(progress.seconds, 3),
+    )
+
+
+def arriving_reply(progress: Progress) -> AdapterReply:
+    """An adapter of which nothing is here yet."""
+    nothing = AdapterEntry(adapter_id=progress.reference.name, tier="disk")
+    fields = {"state": "fetching", "fetching": fetching_reply(progress)}
+    return msgspec.structs.replace(adapter_reply(nothing, {}, 0.0), **fields)
+
+
 def _revision_reply(one: RevisionEntry) -> RevisionReply:
     return RevisionReply(
         revision=one.revision,
         state=one.tier,
         matched=_matched(one),
+        invocation_tokens=one.invocation_tokens,
         bytes=BytesReply(one.file_bytes, one.host_bytes, one.device_bytes),
         requests=one.num_requests,
         pinned=one.is_pinned,

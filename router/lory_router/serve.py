@@ -26,9 +26,11 @@ from lory_router.engine import Unavailable
 from lory_router.engine_client import ChildEngine
 from lory_router.engine_process import ENGINE_COMMAND
 from lory_router.intake_openai import model_of
+from lory_router.keys import Keyring, KeysError
 from lory_router.listener import listen, room_for_connections, url_of
 from lory_router.metrics import Metrics
-from lory_router.registry import Registry, RegistryError
+from lory_router.registry import Registry
+from lory_router.registry_file import RegistryError
 from lory_router.sourced_engine import SourcedEngine
 from lory_router.sources.disk import CacheFolderError
 from lory_router.sources.metrics import SourceMetrics
@@ -59,10 +61,11 @@ class _Parts:
     engine: ChildEngine
     supervisor: Supervisor
     warm_up: WarmUp
-    sources: Sources | None
+    sourced: SourcedEngine | None
     server: HttpServer
     listener: socket.socket
     url: str
+    keys: Keyring
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class _Launch:
     listener: socket.socket
     text: TextModel
     registry: Registry
+    keys: Keyring
     engine_command: tuple[str, ...]
     policy: RestartPolicy | None
 
@@ -87,15 +91,16 @@ def run(
     """Serve until told to stop; the exit code. Raises `StartError` before anything runs."""
     _configure_logging(config.http.log_level)
     listener = listen(config.http.host, config.http.port)
-    if config.http.host not in LOOPBACK and not config.router_settings().api_keys:
+    if config.http.host not in LOOPBACK and config.keys.is_open:
         log.warning("open to everyone who reaches %s; set --api-key", config.http.host)
+    keys = _read_keys(config)
     with listener:
         text = _load_text(config)
         log.info("loading %s, device %s", config.model.model, config.model.device)
         if not config.metrics.price_per_hour:
             log.info("no --price-per-hour: /metrics tells no costs")
         with contextlib.closing(_open_registry(config)) as registry:
-            launch = _Launch(config, listener, text, registry, engine_command, policy)
+            launch = _Launch(config, listener, text, registry, keys, engine_command, policy)
             return asyncio.run(_serve(launch, after_ready))
 
 
@@ -112,8 +117,8 @@ async def _serve(launch: _Launch, after_ready: AfterReady | None) -> int:
         parts.warm_up.stop()
         code = await _shut_down(config, parts, keeping, serving)
     asked.cancel()
-    if parts.sources is not None:
-        await parts.sources.close()
+    if parts.sourced is not None:
+        await parts.sourced.close()
     visited = (await asyncio.gather(visiting, return_exceptions=True))[0]
     if isinstance(visited, Exception):
         raise visited
@@ -146,20 +151,24 @@ def _build(launch: _Launch) -> _Parts:
         step_timeout_s=config.step.step_timeout,
         command=launch.engine_command,
     )
-    warm_up = WarmUp(engine, launch.registry, comma_list(config.model.warm_up))
+    sourced = SourcedEngine(engine, sources) if sources else None
+    if sourced is not None:
+        sourced.orders.hold_pinned(launch.registry.state.pins)
+    warm_names = comma_list(config.model.warm_up)
+    warm_up = WarmUp(engine, launch.registry, warm_names, sourced.orders if sourced else None)
     app = create_app(
-        SourcedEngine(engine, sources) if sources else engine,
+        sourced or engine,
         settings,
         launch.text,
         metrics,
         launch.registry,
         warm_up.is_done,
-        sources,
+        launch.keys,
         ServedBase(config.model.model, launch.text.chat_template),
     )
     server = http_server(app, room_for_connections(config.http.max_connections))
     supervisor = Supervisor(engine, metrics, launch.policy)
-    return _Parts(engine, supervisor, warm_up, sources, server, launch.listener, url)
+    return _Parts(engine, supervisor, warm_up, sourced, server, launch.listener, url, launch.keys)
 
 
 def _open_sources(config: ServeConfig) -> Sources | None:
@@ -212,7 +221,7 @@ async def _shut_down(
 
 
 class _Signals:
-    """SIGTERM and SIGINT: the first asks, the second insists."""
+    """SIGTERM and SIGINT: the first asks, the second insists. SIGHUP reads the keys again."""
 
     def __init__(self, parts: _Parts) -> None:
         self._parts = parts
@@ -228,10 +237,12 @@ class _Signals:
         signals = (signal.SIGTERM, signal.SIGINT)
         for number in signals:
             loop.add_signal_handler(number, self._on_signal, number)
+        if self._parts.keys.has_file:  # without one it means that the terminal has gone
+            loop.add_signal_handler(signal.SIGHUP, self._on_hang_up)
         try:
             yield
         finally:
-            for number in signals:
+            for number in (*signals, signal.SIGHUP):
                 loop.remove_signal_handler(number)
 
     def _on_signal(self, number: int) -> None:
@@ -245,6 +256,15 @@ class _Signals:
         self._asked_at = now
         log.info("stopping: new requests are refused, running ones may finish")
         self._asked.set()
+
+    def _on_hang_up(self) -> None:
+        """A file that cannot be read leaves the keys as they were: nobody is locked out by it."""
+        try:
+            num_keys = self._parts.keys.reload()
+        except KeysError as error:
+            log.error("--api-keys %s; the keys stay as they were", error)
+        else:
+            log.info("%d keys are known", num_keys)
 
 
 # -- before anything runs -------------------------------------------------------------------
@@ -270,6 +290,13 @@ def _load_text(config: ServeConfig) -> TextModel:
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())
         raise StartError(f"--model {model}: its tokenizer cannot be read: {line}") from error
+
+
+def _read_keys(config: ServeConfig) -> Keyring:
+    try:
+        return Keyring(comma_list(config.keys.api_key), config.keys.api_keys)
+    except KeysError as error:
+        raise StartError(f"--api-keys {error}") from error
 
 
 def _open_registry(config: ServeConfig) -> Registry:

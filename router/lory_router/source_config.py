@@ -12,6 +12,8 @@ from lory_router.sources.hosts import HostList
 from lory_router.sources.settings import HubSettings, S3Settings, SourceSettings
 from lory_router.values import comma_list
 
+TENANTS_SHARE = 4
+"""Of the cache, one tenant's uploads may take one part in so many."""
 WAITING_SHARE = 4
 """Of all requests that may be inside, one in so many may wait for one source."""
 
@@ -33,6 +35,9 @@ class SourceConfig:
         " or http://HOST:PORT.",
     )
     adapter_uploads: bool = flag(False, "Take adapters that callers send.")
+    tenant_uploads_size: int = size_flag(
+        0, "Most bytes of one tenant's uploads; 0: a quarter of the cache."
+    )
     adapter_offline: bool = flag(
         False, "Ask no source; serve what was fetched before and is public."
     )
@@ -82,6 +87,7 @@ class SourceConfig:
             ),
             web_hosts=_hosts("adapter_hosts", self.adapter_hosts),
             allows_upload=self.adapter_uploads,
+            tenant_bytes=self.tenant_uploads_size or self.adapter_cache_size // TENANTS_SHARE,
             is_offline=self.adapter_offline,
             recheck_s=self.adapter_recheck,
             stall_s=self.source_timeout,

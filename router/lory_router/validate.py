@@ -23,6 +23,7 @@ from lory_server.messages import FETCHED, EngineInfo, Sampling
 MAX_SEED = 2**64 - 1
 MAX_ADAPTER_ID_CHARS = 256
 BASE_MODEL = "__base_model__"
+TAKE_TOKENS: tuple[SourceKind, ...] = ("hub", "web")
 TOKEN = re.compile(r"[\x21-\x7e]{1,4096}")
 UNSAFE_CHARS = re.compile(r"[\x00-\x1f\x7f\\]")
 
@@ -140,7 +141,7 @@ class Named:
     adapter_id: str
     """Empty: the base."""
     source: Reference | None = None
-    """None: the local folder."""
+    """None: the local folder, or a name that was registered."""
     token: str = field(default="", repr=False)
     """The caller's, for the source."""
 
@@ -150,17 +151,27 @@ def check_adapter(
 ) -> Named:
     """What `adapter_id`, `adapter_source` and `api_token` name together."""
     reference = _reference(adapter_id or "", source)
-    if reference is None:
-        if token:
-            raise Invalid("`api_token` is for the sources hub and https", param="api_token")
-        return Named(check_adapter_id(adapter_id))
+    if reference is not None:
+        check_source(reference, token, settings)
+        return Named(reference.name, reference, token or "")
+    name = check_adapter_id(adapter_id)
+    if token and not (name and settings.adapter_sources):
+        raise token_without_source()
+    return Named(name, None, token or "")
+
+
+def check_source(reference: Reference, token: str | None, settings: RouterSettings) -> None:
+    """Whether it may be fetched at all, and with a token."""
     if reference.kind not in settings.adapter_sources:
         raise Invalid(f"adapters are not {SOURCES_OFF[reference.kind]}", param="adapter_source")
+    if token and reference.kind not in TAKE_TOKENS:
+        raise token_without_source()
     if token and not TOKEN.fullmatch(token):
         raise Invalid("`api_token` holds what no token holds", param="api_token")
-    if token and reference.kind not in ("hub", "web"):
-        raise Invalid("`api_token` is for the sources hub and https", param="api_token")
-    return Named(reference.name, reference, token or "")
+
+
+def token_without_source() -> Invalid:
+    return Invalid("`api_token` is for the sources hub and https", param="api_token")
 
 
 def _reference(adapter_id: str, source: str | None) -> Reference | None:

@@ -9,8 +9,12 @@ from collections.abc import Sequence
 
 from lory_router.config import StartError
 from lory_router.engine import EngineClient, Unavailable
+from lory_router.errors import ApiError, SourceUnavailable
+from lory_router.names import Target
 from lory_router.registry import Registry
-from lory_server.messages import OrderKind
+from lory_router.sourced_orders import SourcedOrders
+from lory_router.sources.reference import BadReferenceError, is_from_source, reference_of
+from lory_server.messages import OrderDone, OrderKind
 
 AT_ONCE = 8
 
@@ -18,10 +22,17 @@ log = logging.getLogger("lory")
 
 
 class WarmUp:
-    def __init__(self, engine: EngineClient, registry: Registry, names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        engine: EngineClient,
+        registry: Registry,
+        names: Sequence[str],
+        fetched: SourcedOrders | None = None,
+    ) -> None:
         self._engine = engine
         self._registry = registry
         self._names = names
+        self._fetched = fetched
         self._task: asyncio.Task[list[str]] | None = None
         self._room = asyncio.Semaphore(AT_ONCE)
 
@@ -51,9 +62,7 @@ class WarmUp:
     async def _run(self) -> list[str]:
         """Why adapters that were asked for are not there; pins that fail are told in the log."""
         pins = sorted(self._registry.state.pins)
-        failed = await asyncio.gather(
-            *(self._bring("pin", pin.adapter_id, pin.revision) for pin in pins)
-        )
+        failed = await asyncio.gather(*(self._bring("pin", pin) for pin in pins))
         for pin, reason in zip(pins, failed, strict=True):
             if reason:
                 log.warning("pinned adapter %r is not loaded: %s", pin.adapter_id, reason)
@@ -64,16 +73,29 @@ class WarmUp:
         target = self._registry.target(name)
         if target is None:
             return f"no adapter is called {name!r}"
-        return await self._bring("load", target.adapter_id, target.revision)
+        return await self._bring("load", target)
 
-    async def _bring(self, kind: OrderKind, adapter_id: str, revision: str) -> str:
+    async def _bring(self, kind: OrderKind, target: Target) -> str:
         """Empty, or why not. An engine that ends meanwhile is followed by another one."""
+        adapter_id = target.adapter_id
         async with self._room:
             try:
-                done = await self._engine.order(kind, adapter_id, revision)
+                done = await self._order(kind, target)
             except Unavailable as error:
                 return f"adapter {adapter_id!r}: {error}" if error.reason == "loading" else ""
+            except (ApiError, BadReferenceError) as error:
+                return f"adapter {adapter_id!r}: {error.message}"
         if done.failure is None:
             return ""
         named = adapter_id in done.failure.message
         return done.failure.message if named else f"adapter {adapter_id!r}: {done.failure.message}"
+
+    async def _order(self, kind: OrderKind, target: Target) -> OrderDone:
+        adapter_id, revision = target.adapter_id, target.revision
+        if not is_from_source(adapter_id):
+            return await self._engine.order(kind, adapter_id, revision)
+        if self._fetched is None:
+            raise SourceUnavailable("nothing is fetched without --adapter-cache")
+        if kind == "pin":
+            return await self._fetched.restore(target)
+        return await self._fetched.order(kind, reference_of(adapter_id), revision)

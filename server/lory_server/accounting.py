@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lory_server.messages import Charge
+from lory_server.messages import Charge, Submit
+from lory_server.plan import BASE_SLOT, PlanRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +52,20 @@ class Share:
     work: float
     prompt_tokens: int
     generated_tokens: int
+
+
+def row_share(command: Submit, row: PlanRow, adapter_bytes: int, cost_model: CostModel) -> Share:
+    """Rows that the base computes, before an aLoRA acts, cost what the base's do."""
+    start, num_tokens = row.start, len(row.token_ids)
+    acting_bytes = 0 if row.slot == BASE_SLOT else adapter_bytes
+    return Share(
+        request_id=command.request_id,
+        tenant=command.tenant,
+        adapter_id=command.adapter_id,
+        work=cost_model.work(start, num_tokens, acting_bytes),
+        prompt_tokens=max(min(start + num_tokens, len(command.prompt_ids)) - start, 0),
+        generated_tokens=int(row.sample is not None),
+    )
 
 
 def charge(wall_seconds: float, shares: Sequence[Share]) -> tuple[Charge, ...]:

@@ -32,6 +32,17 @@ def chain_hash(parent: BlockHash, token_ids: Sequence[int]) -> BlockHash:
     return hashlib.blake2b(parent + array("q", token_ids).tobytes(), digest_size=16).digest()
 
 
+def branch_hash(parent: BlockHash, weights: str, position: int) -> BlockHash:
+    """Of no block: what a chain goes on from where other weights begin to compute, at `position`.
+
+    Tokens do not tell where: a later prompt may hold the same ones, and begin further on.
+    """
+    digest = hashlib.blake2b(parent, digest_size=16, person=b"branch")
+    digest.update(position.to_bytes(8, "big"))
+    digest.update(weights.encode())
+    return digest.digest()
+
+
 class BlockPool:
     """Blocks 0..num_blocks-1, each either held (reference count > 0) or free."""
 

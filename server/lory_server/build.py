@@ -198,7 +198,9 @@ def assemble(
     adapters = AdapterCache(
         AdapterStore(_folder(options.adapters_dir), fetched=_folder(options.fetched_dir)),
         pool,
-        Base(decoder.sites, base_names(options), options.allow_base_mismatch),
+        Base(
+            decoder.sites, base_names(options), options.allow_base_mismatch, decoder.spec.vocab_size
+        ),
         host_bytes(options, plan),
         BaseFolder(decoder.sites, decoder.linears, device),
         on_ready=wake,
@@ -243,7 +245,7 @@ def blocks_a_sequence(options: EngineOptions, plan: MemoryPlan) -> int:
 def compile_kernels(decoder: Decoder, kv: KVCache, options: EngineOptions) -> None:
     """Before the first request: a kernel compiled within a step stops every stream for seconds."""
     started = time.monotonic()
-    count = warm_up(decoder, kv, options.max_step_tokens, bool(options.adapters_dir))
+    count = warm_up(decoder, kv, options.max_step_tokens, options.serves_adapters)
     seconds = time.monotonic() - started
     log.info(
         "ran %d steps of padding in %.1f s, so that their kernels are compiled", count, seconds

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 
 import msgspec
 
-from lory_server.accounting import CostModel, Share, charge
-from lory_server.adapters.cache import AdapterCache, Listed, Resolved
+from lory_server.accounting import CostModel, charge, row_share
+from lory_server.adapters.cache import AdapterCache
 from lory_server.adapters.orders import Orders
+from lory_server.adapters.outcomes import Listed, Resolved
 from lory_server.messages import (
     AdapterEntry,
     AdapterList,
@@ -40,9 +41,8 @@ from lory_server.messages import (
 )
 from lory_server.plan import SampledToken, StepPlan, StepResult
 from lory_server.scheduler import Committed, Scheduler
-from lory_server.sequence import Sequence
+from lory_server.sequence import BASE_WEIGHTS, Sequence, activation_of
 
-BASE_WEIGHTS = "base"
 Holders = Counter[tuple[str, str]]
 NO_ADAPTERS = "this server serves the base alone; start it with --adapters"
 RECIPE_CHANGED = "the adapter was replaced while the request waited for it; send it again"
@@ -75,8 +75,18 @@ class _Request:
     resolved: float = 0.0
     first_planned: float = 0.0
     seconds: float = 0.0
+    adapter: Resolved | None = None
+    """What it holds from then on."""
     sequence: Sequence | None = None
     scored: list[SampledToken] = field(default_factory=list)
+
+    @property
+    def revision(self) -> str:
+        return self.adapter.revision if self.adapter else ""
+
+    @property
+    def adapter_bytes(self) -> int:
+        return self.adapter.num_bytes if self.adapter else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +156,7 @@ class Engine:
             self._resolving[command.request_id] = request
             self._adapters.resolve(command.request_id, command.adapter_id, command.adapter_revision)
         else:
-            self._enqueue(request, revision="", adapter_bytes=0)
+            self._enqueue(request)
 
     def cancel(self, command: Cancel) -> None:
         request = self._requests.get(command.request_id)
@@ -232,8 +242,7 @@ class Engine:
     def _holders(self) -> Holders:
         """How many requests of each name hold each of its revisions, or none yet."""
         requests = self._requests.values()
-        named = [(r.command.adapter_id, r.sequence) for r in requests if r.command.adapter_id]
-        return Counter((name, sequence.revision if sequence else "") for name, sequence in named)
+        return Counter((r.command.adapter_id, r.revision) for r in requests if r.command.adapter_id)
 
     @property
     def has_events(self) -> bool:
@@ -329,24 +338,14 @@ class Engine:
             elif isinstance(outcome, Resolved):
                 self._orders.follow(outcome)
                 request.resolved = self._clock()
+                request.adapter = outcome
                 self._outbox.resolved.append(Resolution(outcome.ticket, outcome.revision))
-                self._enqueue(request, outcome.revision, outcome.num_bytes)
+                self._enqueue(request)
             else:
                 self._end(request, "error", _failure(outcome.code, outcome.message))
 
-    def _enqueue(self, request: _Request, revision: str, adapter_bytes: int) -> None:
-        command = request.command
-        sequence = Sequence(
-            request_id=command.request_id,
-            sampling=command.sampling,
-            tokens=list(command.prompt_ids),
-            tenant=command.tenant,
-            weights=revision or BASE_WEIGHTS,
-            revision=revision,
-            adapter_id=command.adapter_id,
-            adapter_bytes=adapter_bytes,
-        )
-        request.sequence = sequence
+    def _enqueue(self, request: _Request) -> None:
+        sequence = request.sequence = _sequence(request.command, request.adapter)
         try:
             self._scheduler.add(sequence)
         except ValueError as error:
@@ -356,16 +355,14 @@ class Engine:
         """The one place where a request gets its terminal event and lets go of its adapter."""
         request_id = request.command.request_id
         self._requests.pop(request_id, None)
-        sequence = request.sequence
-        revision = sequence.revision if sequence is not None else ""
-        if revision:
-            self._adapters.release(revision)
+        if request.revision:
+            self._adapters.release(request.revision)
         self._outbox.finished.append(
             Finished(
                 request_id=request_id,
                 reason=reason,
                 usage=self._usage(request),
-                adapter_revision=revision,
+                adapter_revision=request.revision,
                 failure=failure,
             )
         )
@@ -391,7 +388,7 @@ class Engine:
 
     def _charge(self, flight: _InFlight, wall: float) -> None:
         shares = [
-            self._share(request, row.start, len(row.token_ids), row.sample is not None)
+            row_share(request.command, row, request.adapter_bytes, self._cost_model)
             for request, row in zip(flight.requests, flight.plan.rows, strict=True)
         ]
         charges = charge(wall, shares)
@@ -402,20 +399,6 @@ class Engine:
         outbox.wall_seconds += wall
         outbox.num_rows += len(shares)
         outbox.num_prompt_tokens += sum(share.prompt_tokens for share in shares)
-
-    def _share(self, request: _Request, start: int, num_tokens: int, samples: bool) -> Share:
-        command = request.command
-        sequence = request.sequence
-        adapter_bytes = 0 if sequence is None else sequence.adapter_bytes
-        prompt_tokens = max(min(start + num_tokens, len(command.prompt_ids)) - start, 0)
-        return Share(
-            request_id=command.request_id,
-            tenant=command.tenant,
-            adapter_id=command.adapter_id,
-            work=self._cost_model.work(start, num_tokens, adapter_bytes),
-            prompt_tokens=prompt_tokens,
-            generated_tokens=int(samples),
-        )
 
     def _report(self, outbox: _Outbox) -> StepReport:
         scheduler, pool, counts = self._scheduler, self._scheduler.pool, self._adapters.counts()
@@ -444,6 +427,24 @@ class Engine:
             charges=tuple(outbox.charges),
             moves=tuple(self._adapters.drain_moves()),
         )
+
+
+def _sequence(command: Submit, adapter: Resolved | None) -> Sequence:
+    """An adapter that does not act on this prompt is held, and told, but the base computes."""
+    invocation = adapter.invocation_tokens if adapter else ()
+    activation = activation_of(command.prompt_ids, invocation)
+    acting = adapter if activation is not None else None
+    return Sequence(
+        request_id=command.request_id,
+        sampling=command.sampling,
+        tokens=list(command.prompt_ids),
+        tenant=command.tenant,
+        weights=acting.revision if acting else BASE_WEIGHTS,
+        activation=activation or 0,
+        revision=acting.revision if acting else "",
+        adapter_id=command.adapter_id,
+        adapter_bytes=acting.num_bytes if acting else 0,
+    )
 
 
 def _failure(code: FailureCode, message: str) -> Failure:

@@ -344,6 +344,8 @@ class RevisionEntry(msgspec.Struct, frozen=True, kw_only=True):
     host_bytes: int
     device_bytes: int
     is_pinned: bool
+    invocation_tokens: tuple[int, ...] = ()
+    """Of an aLoRA: it acts from these on."""
     num_requests: int = 0
     """Waiting or running, under the adapter's name."""
 

@@ -43,7 +43,9 @@ class PlanRow:
 
     sequence_id: int
     lane: int
-    """The sequence's place in device buffers while it runs, 0 <= lane < max_batch_rows."""
+    """The sequence's place in device buffers while it runs, 0 <= lane < max_batch_rows. Two rows
+    of a step share one where a sequence's adapter begins to act: the second goes on from the
+    first."""
     start: int
     token_ids: Sequence[int]
     blocks: Sequence[int]

@@ -14,7 +14,7 @@ This module must not know torch, time, files, or how adapters are stored.
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import chain, islice
 
 from lory_server.blocks import BlockPool
 from lory_server.messages import CancelReason, FinishReason
@@ -184,11 +184,13 @@ class Scheduler:
         rows: list[PlanRow],
         flights: list[_Flight],
     ) -> None:
-        row = self._row(sequence, num_tokens, residency)
-        rows.append(row)
-        flights.append(_Flight(sequence, sequence.epoch, num_tokens, row.sample is not None))
-        sequence.num_computed += num_tokens
-        sequence.num_pending += row.sample is not None
+        """One row; or two where its adapter begins to act: the base's, and the adapter's."""
+        for run in sequence.runs(num_tokens):
+            row = self._row(sequence, run, residency)
+            rows.append(row)
+            flights.append(_Flight(sequence, sequence.epoch, run, row.sample is not None))
+            sequence.num_computed += run
+            sequence.num_pending += row.sample is not None
 
     def _row(self, sequence: Sequence, num_tokens: int, residency: Residency) -> PlanRow:
         start = sequence.num_computed
@@ -199,7 +201,8 @@ class Scheduler:
         targets: list[int] = []
         if sequence.sampling.prompt_logprobs and end > sequence.num_scored:
             targets = sequence.tokens[start + 1 : min(end + 1, sequence.prompt_len)]
-        adapter = residency.resident[sequence.revision] if sequence.revision else None
+        acts = bool(sequence.revision) and start >= sequence.activation
+        adapter = residency.resident[sequence.revision] if acts else None
         return PlanRow(
             sequence_id=sequence.request_id,
             lane=sequence.lane,
@@ -351,8 +354,10 @@ class Scheduler:
             running[sequence.revision] = running.get(sequence.revision, 0) + 1
         free_bytes, free_slots = residency.free_bytes, residency.free_slots
         chosen: list[str] = []
-        idlest_first = sorted(residency.resident, key=lambda r: (running.get(r, 0), r))
-        for revision in (r for r in idlest_first if r not in ahead):
+        # The idle ones as they come: of thousands, no more are looked at than are needed.
+        idle = (r for r in residency.resident if r not in running)
+        busy = sorted(running.keys() & residency.resident.keys(), key=lambda r: (running[r], r))
+        for revision in (r for r in chain(idle, busy) if r not in ahead):
             if free_bytes >= head.adapter_bytes and free_slots >= 1:
                 break
             chosen.append(revision)

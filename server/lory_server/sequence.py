@@ -2,6 +2,7 @@
 
     tokens        [ prompt ................ | answer, committed ... ] + num_pending not seen yet
     num_computed  positions whose KV is written, or will be by steps already submitted
+    activation    the first position that the adapter computes; the base computes those before it
 
 Owned and changed by the scheduler alone. This module must not know tensors, time or adapters'
 bytes.
@@ -9,10 +10,27 @@ bytes.
 
 from dataclasses import dataclass, field
 
-from lory_server.blocks import BlockHash, chain_hash, root_hash
+from lory_server.blocks import BlockHash, branch_hash, chain_hash, root_hash
 from lory_server.messages import FinishReason, Sampling
 
 NO_LANE = -1
+
+BASE_WEIGHTS = "base"
+"""What stands for a digest where the base alone computes."""
+
+
+def activation_of(prompt: tuple[int, ...], invocation: tuple[int, ...]) -> int | None:
+    """Where an adapter begins to act: where its invocation tokens last begin in the prompt, as in
+    PEFT. Those of an answer do not count. None: it never acts."""
+    if not invocation:
+        return 0
+    at = _as_text(prompt[::-1]).find(_as_text(invocation[::-1]))
+    return None if at < 0 else len(prompt) - at - len(invocation)
+
+
+def _as_text(token_ids: tuple[int, ...]) -> str:
+    """A character a token: text is searched in linear time, whoever chose both."""
+    return "".join(map(chr, token_ids))
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +41,8 @@ class Sequence:
     tenant: str
     weights: str
     """Digest of what computes its KV: the adapter's revision, or the base's own."""
+    activation: int = 0
+    """Position from which they do; the base computes those before it."""
     revision: str = ""
     """Adapter revision it holds; empty: the base."""
     adapter_id: str = ""
@@ -65,6 +85,11 @@ class Sequence:
         last_computed = self.prompt_len + max(self.sampling.max_new_tokens - 1, 0)
         return min(self.num_total, last_computed) - self.num_computed
 
+    def runs(self, num_tokens: int) -> list[int]:
+        """The next tokens to compute as runs that the base computes, or the adapter, not both."""
+        before = min(max(self.activation - self.num_computed, 0), num_tokens)
+        return [run for run in (before, num_tokens - before) if run]
+
     @property
     def samples_after(self) -> bool:
         """Whether a row that reaches `num_total` samples (not when only the prompt is scored)."""
@@ -84,7 +109,14 @@ class Sequence:
         count = min(num_tokens, len(self.tokens)) // block_size
         while len(self._hashes) < count:
             done = len(self._hashes)
-            parent = self._hashes[-1] if done else root_hash(self.tenant, self.weights)
             block = self.tokens[done * block_size : (done + 1) * block_size]
-            self._hashes.append(chain_hash(parent, block))
+            self._hashes.append(chain_hash(self._parent_hash(done, block_size), block))
         return self._hashes[:count]
+
+    def _parent_hash(self, index: int, block_size: int) -> BlockHash:
+        """What block `index` follows. Those before the activation are shared with the base."""
+        first = BASE_WEIGHTS if self.activation else self.weights
+        parent = self._hashes[-1] if index else root_hash(self.tenant, first)
+        if self.activation and index == self.activation // block_size:
+            return branch_hash(parent, self.weights, self.activation)
+        return parent

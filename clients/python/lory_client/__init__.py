@@ -33,6 +33,7 @@ from .types import (
     ChatDelta,
     ChatMessage,
     ChatParameters,
+    Download,
     GenerateParameters,
     Generation,
     MatchedModules,
@@ -43,6 +44,7 @@ from .types import (
     TextToken,
     Token,
     TokenLogprob,
+    UploadedAdapter,
     Usage,
 )
 
@@ -67,6 +69,7 @@ __all__ = [
     "Client",
     "ConflictError",
     "ConnectionFailedError",
+    "Download",
     "GenerateParameters",
     "Generation",
     "GenerationError",
@@ -91,6 +94,7 @@ __all__ = [
     "Token",
     "TokenLogprob",
     "UnavailableError",
+    "UploadedAdapter",
     "Usage",
     "ValidationError",
 ]

@@ -6,18 +6,24 @@ As `wire` and `replies` are for generation. It must not know httpx, sockets, ret
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Union
 from urllib.parse import quote
 
 from .errors import ProtocolError
 from .fields import Fields, parse_json
 from .replies import Head
-from .types import Adapter, AdapterRevision, MatchedModules
+from .types import Adapter, AdapterRevision, Download, MatchedModules, UploadedAdapter
 from .wire import Call
 
 _PATH = "/v1/adapters"
+_CONFIG = "adapter_config.json"
+_WEIGHTS = "adapter_model.safetensors"
+
+Config = Union[Mapping[str, Any], str, bytes]
+"""An adapter's configuration: the values, or the text of adapter_config.json."""
 
 
 def list_adapters() -> Call[tuple[Adapter, ...]]:
@@ -28,19 +34,65 @@ def get(name: str) -> Call[Adapter]:
     return Call("GET", _path(name), None, _adapter)
 
 
-def register(name: str, adapter_id: str | None, revision: str | None) -> Call[Adapter]:
-    given = {"name": name, "adapter_id": adapter_id, "revision": revision}
-    body = {field: value for field, value in given.items() if value is not None}
-    return Call("POST", _PATH, json.dumps(body).encode("ascii"), _adapter)
+def register(name: str, **given: str | None) -> Call[Adapter]:
+    """`given` are `adapter_id`, `revision`, `owner` and `api_token`."""
+    return Call("POST", _PATH, _given({"name": name, **given}), _adapter)
 
 
 def delete(name: str) -> Call[None]:
     return Call("DELETE", _path(name), None, _nothing)
 
 
-def do(deed: str, name: str) -> Call[Adapter]:
+def do(deed: str, name: str, api_token: str | None = None) -> Call[Adapter]:
     """`pin`, `unpin`, `load` or `unload`."""
-    return Call("POST", f"{_path(name)}/{deed}", None, _adapter)
+    body = _given({"api_token": api_token}) if api_token else None
+    return Call("POST", f"{_path(name)}/{deed}", body, _adapter)
+
+
+def upload(name: str, weights: bytes, config: Config, owner: str | None) -> Call[UploadedAdapter]:
+    """Both files, to be read when somebody asks for them."""
+    body, content_type = _multipart({_CONFIG: _as_bytes(config), _WEIGHTS: weights})
+    path = f"{_path(name)}/files{_query(owner)}"
+    return Call("PUT", path, body, _uploaded, content_type)
+
+
+def replace(
+    name: str, weights: bytes, config: Config | None, owner: str | None
+) -> Call[UploadedAdapter]:
+    """Both files, or weights with the configuration in their header, to be loaded at once."""
+    body, content_type = weights, "application/octet-stream"
+    if config is not None:
+        body, content_type = _multipart({_CONFIG: _as_bytes(config), _WEIGHTS: weights})
+    path = f"{_path(name)}/tensors{_query(owner)}"
+    return Call("POST", path, body, _uploaded, content_type)
+
+
+def _given(fields: Mapping[str, str | None]) -> bytes:
+    told = {field: value for field, value in fields.items() if value is not None}
+    return json.dumps(told).encode("ascii")
+
+
+def _as_bytes(config: Config) -> bytes:
+    if isinstance(config, bytes):
+        return config
+    return (config if isinstance(config, str) else json.dumps(dict(config))).encode()
+
+
+def _query(owner: str | None) -> str:
+    return "" if owner is None else f"?owner={quote(owner, safe='')}"
+
+
+def _multipart(files: Mapping[str, bytes]) -> tuple[bytes, str]:
+    """A body that holds the files, and its content type."""
+    boundary = secrets.token_hex(16)
+    parts = [
+        f'--{boundary}\r\ncontent-disposition: form-data; name="{name}"\r\n\r\n'.encode()
+        + data
+        + b"\r\n"
+        for name, data in files.items()
+    ]
+    body = b"".join([*parts, f"--{boundary}--\r\n".encode()])
+    return body, f"multipart/form-data; boundary={boundary}"
 
 
 def _path(name: str) -> str:
@@ -53,6 +105,11 @@ def _path(name: str) -> str:
 
 def _nothing(_head: Head, _body: bytes) -> None:
     """That it was done is all there is to say."""
+
+
+def _uploaded(_head: Head, body: bytes) -> UploadedAdapter:
+    reply = Fields(parse_json(body, "the reply"), "reply")
+    return UploadedAdapter(reply.text("id"), reply.text_or_none("revision"), reply.integer("bytes"))
 
 
 def _adapters(_head: Head, body: bytes) -> tuple[Adapter, ...]:
@@ -80,7 +137,14 @@ def _as_adapter(item: Fields) -> Adapter:
         names=_mapping(item, "names"),
         revisions=tuple(_as_revision(one) for one in item.objects("revisions")),
         refused=item.text_or_none("refused"),
+        invocation_tokens=_invocation(item),
+        owner=item.text_or_none("owner"),
+        download=_download(item.object("fetching")) if item.has("fetching") else None,
     )
+
+
+def _download(item: Fields) -> Download:
+    return Download(item.integer("bytes"), item.integer_or_none("total"), item.number("seconds"))
 
 
 def _as_revision(item: Fields) -> AdapterRevision:
@@ -93,7 +157,15 @@ def _as_revision(item: Fields) -> AdapterRevision:
         device_bytes=sizes.integer("device"),
         requests=item.integer("requests"),
         pinned=item.flag("pinned"),
+        invocation_tokens=_invocation(item),
     )
+
+
+def _invocation(item: Fields) -> tuple[int, ...]:
+    tokens = item.value.get("invocation_tokens") or []
+    if not isinstance(tokens, list):
+        raise ProtocolError(f"{item.name}.invocation_tokens should be a list")
+    return tuple(tokens)
 
 
 def _matched(item: Fields) -> Mapping[str, MatchedModules]:

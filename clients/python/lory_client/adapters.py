@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Protocol, TypeVar
 
 from . import adapter_calls as calls
+from .adapter_calls import Config
 from .transport import Timeout
-from .types import Adapter
+from .types import Adapter, UploadedAdapter
 from .wire import Call
 
 Result = TypeVar("Result")
@@ -37,29 +38,71 @@ class Adapters:
         return self._send(calls.get(name))
 
     def register(
-        self, name: str, adapter_id: str | None = None, revision: str | None = None
+        self,
+        name: str,
+        adapter_id: str | None = None,
+        revision: str | None = None,
+        *,
+        owner: str | None = None,
+        api_token: str | None = None,
     ) -> Adapter:
         """Let `name` stand for an adapter; an alias (`support@prod`) for its present revision.
 
         Without `adapter_id` the name is the adapter's own: one that was deleted is served again.
+        With an `owner` it is for that tenant alone. `api_token` is for the source of `adapter_id`.
         """
-        return self._send(calls.register(name, adapter_id, revision))
+        call = calls.register(
+            name, adapter_id=adapter_id, revision=revision, owner=owner, api_token=api_token
+        )
+        return self._send(call)
+
+    def upload(
+        self,
+        name: str,
+        weights: bytes,
+        config: Config,
+        *,
+        owner: str | None = None,
+        timeout: Timeout | None = None,
+    ) -> UploadedAdapter:
+        """Send both files: it is `upload:NAME` then, and is read when somebody asks for it."""
+        return self._send(calls.upload(name, weights, config, owner), timeout)
+
+    def replace(
+        self,
+        name: str,
+        weights: bytes,
+        config: Config | None = None,
+        *,
+        owner: str | None = None,
+        timeout: Timeout | None = None,
+    ) -> UploadedAdapter:
+        """Send it and have it loaded: new requests get it, running ones finish on what they hold.
+
+        `weights` are a safetensors file's bytes; without `config` their metadata holds it, as text
+        under `adapter_config`. One that cannot be loaded replaces nothing.
+        """
+        return self._send(calls.replace(name, weights, config, owner), timeout)
 
     def delete(self, name: str) -> None:
         """Forget a name, or serve an adapter no more. Its files stay; running streams finish."""
         self._send(calls.delete(name))
 
-    def load(self, name: str, *, timeout: Timeout | None = None) -> Adapter:
+    def load(
+        self, name: str, *, api_token: str | None = None, timeout: Timeout | None = None
+    ) -> Adapter:
         """Bring it to the device; returns when it is there."""
-        return self._send(calls.do("load", name), timeout)
+        return self._send(calls.do("load", name, api_token), timeout)
 
     def unload(self, name: str) -> Adapter:
         """Let it go from memory, when the last request that uses it has ended."""
         return self._send(calls.do("unload", name))
 
-    def pin(self, name: str, *, timeout: Timeout | None = None) -> Adapter:
+    def pin(
+        self, name: str, *, api_token: str | None = None, timeout: Timeout | None = None
+    ) -> Adapter:
         """Load it, and keep it in memory."""
-        return self._send(calls.do("pin", name), timeout)
+        return self._send(calls.do("pin", name, api_token), timeout)
 
     def unpin(self, name: str) -> Adapter:
         return self._send(calls.do("unpin", name))
@@ -78,29 +121,71 @@ class AsyncAdapters:
         return await self._send(calls.get(name))
 
     async def register(
-        self, name: str, adapter_id: str | None = None, revision: str | None = None
+        self,
+        name: str,
+        adapter_id: str | None = None,
+        revision: str | None = None,
+        *,
+        owner: str | None = None,
+        api_token: str | None = None,
     ) -> Adapter:
         """Let `name` stand for an adapter; an alias (`support@prod`) for its present revision.
 
         Without `adapter_id` the name is the adapter's own: one that was deleted is served again.
+        With an `owner` it is for that tenant alone. `api_token` is for the source of `adapter_id`.
         """
-        return await self._send(calls.register(name, adapter_id, revision))
+        call = calls.register(
+            name, adapter_id=adapter_id, revision=revision, owner=owner, api_token=api_token
+        )
+        return await self._send(call)
+
+    async def upload(
+        self,
+        name: str,
+        weights: bytes,
+        config: Config,
+        *,
+        owner: str | None = None,
+        timeout: Timeout | None = None,
+    ) -> UploadedAdapter:
+        """Send both files: it is `upload:NAME` then, and is read when somebody asks for it."""
+        return await self._send(calls.upload(name, weights, config, owner), timeout)
+
+    async def replace(
+        self,
+        name: str,
+        weights: bytes,
+        config: Config | None = None,
+        *,
+        owner: str | None = None,
+        timeout: Timeout | None = None,
+    ) -> UploadedAdapter:
+        """Send it and have it loaded: new requests get it, running ones finish on what they hold.
+
+        `weights` are a safetensors file's bytes; without `config` their metadata holds it, as text
+        under `adapter_config`. One that cannot be loaded replaces nothing.
+        """
+        return await self._send(calls.replace(name, weights, config, owner), timeout)
 
     async def delete(self, name: str) -> None:
         """Forget a name, or serve an adapter no more. Its files stay; running streams finish."""
         await self._send(calls.delete(name))
 
-    async def load(self, name: str, *, timeout: Timeout | None = None) -> Adapter:
+    async def load(
+        self, name: str, *, api_token: str | None = None, timeout: Timeout | None = None
+    ) -> Adapter:
         """Bring it to the device; returns when it is there."""
-        return await self._send(calls.do("load", name), timeout)
+        return await self._send(calls.do("load", name, api_token), timeout)
 
     async def unload(self, name: str) -> Adapter:
         """Let it go from memory, when the last request that uses it has ended."""
         return await self._send(calls.do("unload", name))
 
-    async def pin(self, name: str, *, timeout: Timeout | None = None) -> Adapter:
+    async def pin(
+        self, name: str, *, api_token: str | None = None, timeout: Timeout | None = None
+    ) -> Adapter:
         """Load it, and keep it in memory."""
-        return await self._send(calls.do("pin", name), timeout)
+        return await self._send(calls.do("pin", name, api_token), timeout)
 
     async def unpin(self, name: str) -> Adapter:
         return await self._send(calls.do("unpin", name))

@@ -53,7 +53,7 @@ def build_request(
     http: httpx.Client | httpx.AsyncClient, call: AnyCall, timeout: Timeout | None
 ) -> httpx.Request:
     options: dict[str, Any] = {} if timeout is None else {"timeout": as_httpx_timeout(timeout)}
-    headers = {} if call.body is None else {"content-type": "application/json"}
+    headers = {} if call.body is None else {"content-type": call.content_type}
     return http.build_request(call.method, call.path, content=call.body, headers=headers, **options)
 
 

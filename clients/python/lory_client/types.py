@@ -216,6 +216,30 @@ class AdapterRevision:
     device_bytes: int
     requests: int
     pinned: bool
+    invocation_tokens: tuple[int, ...] = ()
+    """Of an aLoRA: it acts from these on."""
+
+
+@dataclass(frozen=True)
+class Download:
+    """An adapter on its way to the server."""
+
+    num_bytes: int
+    """That have come."""
+    total_bytes: int | None
+    """That will have; None: its source does not tell."""
+    seconds: float
+
+
+@dataclass(frozen=True)
+class UploadedAdapter:
+    """What came of sending one."""
+
+    id: str
+    """What requests name: `upload:NAME`."""
+    revision: str | None
+    """A digest of its bytes; None until it has been read."""
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -224,7 +248,7 @@ class Adapter:
 
     id: str
     state: str
-    """`disk`, `host`, `device`, or `refused`."""
+    """`fetching`, `disk`, `host`, `device`, or `refused`."""
     revision: str | None
     """A digest of its bytes, known once it has been read."""
     matched: Mapping[str, MatchedModules]
@@ -243,6 +267,12 @@ class Adapter:
     """Those in memory, oldest first: one that was replaced stays while requests use it."""
     refused: str | None
     """Why it could not be loaded."""
+    invocation_tokens: tuple[int, ...] = ()
+    """Of an aLoRA, while it is in memory: it acts from these on."""
+    owner: str | None = None
+    """The tenant that it is for alone."""
+    download: Download | None = None
+    """What is on its way."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ class Call(Generic[Result]):
     path: str
     body: bytes | None
     parse: Callable[[Head, bytes], Result]
+    content_type: str = "application/json"
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class StreamCall(Generic[Item, Result]):
     path: str
     body: bytes
     assemble: Callable[[Head], Assembler[Item, Result]]
+    content_type: str = "application/json"
 
 
 AnyCall = Union[Call[Any], StreamCall[Any, Any]]

@@ -4,6 +4,7 @@ The update is made onto zeros: what a base would add could hide an error. It mus
 compute, nor how calls are timed. Legend in contract.py.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -139,7 +140,8 @@ def _inputs(place: Place, shape: LinearShape, rows: int, ranks: Ranks, mix: Mix)
 
 
 def _table(place: Place, shape: LinearShape, dealt: Sequence[int]) -> tuple[SiteTable, int]:
-    """Slots side by side in a pool of so many elements, every slice's A before its B."""
+    """Slots side by side in a pool of so many elements, every slice's A before its B: aligned, and
+    with tables of gains and biases, as those that are served."""
     a_offset: list[list[int]] = []
     b_offset: list[list[int]] = []
     at = 0
@@ -162,6 +164,7 @@ def _table(place: Place, shape: LinearShape, dealt: Sequence[int]) -> tuple[Site
         b_offset_SK=place.integers(b_offset, torch.int64),
         rank_SK=place.integers([[rank] * slices for rank in dealt], torch.int32),
         scale_SK=torch.full((len(dealt), slices), SCALE, device=place.device),
+        alignment=math.gcd(shape.in_features, *shape.slices),
         gain_offset_SK=gain_offset_SK,
         bias_offset_SK=bias_offset_SK,
     )

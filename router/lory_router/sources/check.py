@@ -20,6 +20,7 @@ from lory_server.adapters.header import (
 from lory_server.adapters.strict_json import parse_object
 
 _LENGTH_BYTES = 8
+CONFIG_KEY = "adapter_config"
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +58,19 @@ def _begins_as_config(fd: int, num_bytes: int, total_bytes: int | None) -> bool:
 
 def _is_config(fd: int, num_bytes: int) -> None:
     parse_object(read_exactly(fd, num_bytes, 0, CONFIG_NAME), CONFIG_NAME)
+
+
+def config_within(fd: int) -> bytes:
+    """The configuration that a trainer wrote into the weights' header, beside the tensors."""
+    header = parse_object(read_header_bytes(fd)[_LENGTH_BYTES:], f"{WEIGHTS_NAME} header")
+    metadata = header.get("__metadata__")
+    text = metadata.get(CONFIG_KEY) if isinstance(metadata, dict) else None
+    if not isinstance(text, str):
+        raise AdapterInvalidError(
+            f"{WEIGHTS_NAME}: its header's __metadata__ has no {CONFIG_KEY!r}; save with"
+            f" metadata={{{CONFIG_KEY!r}: json.dumps(config)}}, or send both files as parts"
+        )
+    return text.encode()
 
 
 CHECKS = {

@@ -9,6 +9,7 @@ or what the files mean. All calls are made on the event loop; what waits for the
 threads.
 """
 
+import asyncio
 import fcntl
 import itertools
 import os
@@ -50,9 +51,12 @@ class Origin(msgspec.Struct, frozen=True, kw_only=True):
     """The reference's name."""
     revision: str
     is_removed: bool = False
-    """Taken away while somebody held it; gone with the last of them, or at the next start."""
+    """Taken away while somebody holds it, or not yet served; gone with the last who holds it, or
+    at the next start."""
     is_public: bool
     """Whether who brings no token may read it, when this was last asked."""
+    owner: str = ""
+    """Of an upload: the tenant that it is for alone; empty: it is for all."""
     fetched_at: float
     """Unix time."""
     files: dict[str, tuple[int, str]]
@@ -96,6 +100,7 @@ class DiskCache:
         self._budget_bytes = budget_bytes
         self._holds: Counter[str] = Counter()
         self._numbers = itertools.count()
+        self._noting = asyncio.Lock()
         self.arriving_bytes = 0
         self._lock_fd = _claim(folder)
         for stale in (folder / ARRIVING).iterdir():
@@ -155,8 +160,19 @@ class DiskCache:
 
     def release(self, folder: str) -> None:
         self._holds[folder] -= 1
-        if not self._holds[folder]:
-            del self._holds[folder]
+        if self._holds[folder]:
+            return
+        del self._holds[folder]
+        entry = self._entries.get(folder)
+        if entry is not None and entry.origin.is_removed:
+            self.threads.begin(_delete, self._set_aside(folder))
+
+    async def adopt(self, folder: str) -> None:
+        """What was published unserved, and is held, is what its name stands for from now on."""
+        assert folder in self._holds
+        await self._note(folder, is_removed=False)
+        origin = self._entries[folder].origin
+        self._latest[origin.scope, origin.name] = folder
 
     async def withdraw(self, folder: str) -> None:
         """Nobody new gets it; its bytes go when nobody holds it any more."""
@@ -167,9 +183,8 @@ class DiskCache:
         if folder not in self._holds:
             await self.remove(folder)
             return
-        origin = msgspec.structs.replace(entry.origin, is_removed=True)
-        self._entries[folder] = replace(entry, origin=origin)
-        await self._note(folder, origin)
+        self._change(folder, is_removed=True)
+        await self._note(folder)
 
     def is_held(self, folder: str) -> bool:
         return folder in self._holds
@@ -185,16 +200,28 @@ class DiskCache:
         entry = self.latest(scope, name)
         if entry is None or entry.origin.is_public == is_public:
             return
-        origin = msgspec.structs.replace(entry.origin, is_public=is_public)
-        self._entries[entry.folder] = replace(entry, origin=origin)
-        await self._note(entry.folder, origin)
+        self._change(entry.folder, is_public=is_public)
+        await self._note(entry.folder)
 
-    async def _note(self, folder: str, origin: Origin) -> None:
-        self.hold(folder)
-        try:
-            await self.threads.run(_rewrite, self._root / HELD / folder, origin)
-        finally:
-            self.release(folder)
+    def _change(self, folder: str, **facts: bool) -> None:
+        entry = self._entries[folder]
+        origin = msgspec.structs.replace(entry.origin, **facts)
+        self._entries[folder] = replace(entry, origin=origin)
+
+    async def _note(self, folder: str, **facts: bool) -> None:
+        """Write down what is known of an entry, and `facts`, which are known once they are
+        written. One at a time: two would write to one file."""
+        async with self._noting:
+            entry = self._entries.get(folder)
+            if entry is None:
+                return
+            origin = msgspec.structs.replace(entry.origin, **facts)
+            self.hold(folder)
+            try:
+                await self.threads.run(_rewrite, self._root / HELD / folder, origin)
+                self._change(folder, **facts)
+            finally:
+                self.release(folder)
 
     # -- filling ----------------------------------------------------------------------------
 
@@ -211,7 +238,8 @@ class DiskCache:
             await self.threads.run(shutil.rmtree, path, ignore_errors=True)
 
     async def publish(self, arrival: Arrival, folder: str, origin: Origin) -> None:
-        """Put what arrived in its place; its files must be synced."""
+        """Put what arrived in its place; its files must be synced. With `is_removed` nobody is
+        served it before `adopt`."""
         target = self._root / HELD / folder
         try:
             await self.threads.run(_settle, arrival.path, target, origin)
@@ -219,7 +247,8 @@ class DiskCache:
             if target.is_dir():
                 self._entries[folder] = Entry(folder, origin, time.time())
                 self._held_bytes += self._entries[folder].num_bytes
-                self._latest[origin.scope, origin.name] = folder
+                if not origin.is_removed:
+                    self._latest[origin.scope, origin.name] = folder
 
     async def make_room(self, num_bytes: int) -> None:
         """Remove entries until so many bytes more are within the budget."""
@@ -246,10 +275,14 @@ class DiskCache:
 
     async def remove(self, folder: str) -> None:
         """Take an entry away at once; its bytes go in a thread."""
+        await self.threads.run(_delete, self._set_aside(folder))
+
+    def _set_aside(self, folder: str) -> Path:
+        """Nobody finds it any more; where it is to be deleted."""
         self._drop(self._entries[folder])
         gone = self._root / ARRIVING / f"gone-{next(self._numbers)}"
         os.rename(self._root / HELD / folder, gone)
-        await self.threads.run(shutil.rmtree, gone, ignore_errors=True)
+        return gone
 
     def _drop(self, entry: Entry) -> None:
         del self._entries[entry.folder]
@@ -268,7 +301,7 @@ class DiskCache:
 def _claim(folder: Path) -> int:
     """The marker's file, locked; the folder and its parts are made if need be."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)  # there may be private ones in it
         if any(folder.iterdir()) and not (folder / MARKER).is_file():
             raise CacheFolderError(f"{folder} holds other files; name an empty or a new folder")
         fd = os.open(folder / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -314,6 +347,10 @@ def _settle(arrived: Path, target: Path, origin: Origin) -> None:
     _sync_folder(arrived)
     os.rename(arrived, target)
     _sync_folder(target.parent)
+
+
+def _delete(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _rewrite(folder: Path, origin: Origin) -> None:

@@ -37,6 +37,8 @@ class Progress:
     reference: Reference
     started: float
     """By the monotonic clock."""
+    is_public: bool = True
+    """Whether who began it brought no token."""
     num_bytes: int = 0
     total_bytes: int | None = None
     told: float = 0.0

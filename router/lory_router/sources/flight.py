@@ -26,11 +26,15 @@ class Flights(Generic[K, V]):
 
     async def join(self, key: K, start: Callable[[], Coroutine[Any, Any, V]]) -> V:
         """What the work under `key` comes to; `start` is called if there is none."""
+        return await asyncio.shield(self.begin(key, start))
+
+    def begin(self, key: K, start: Callable[[], Coroutine[Any, Any, V]]) -> "asyncio.Task[V]":
+        """The work under `key`, begun if there is none; nobody need wait for it."""
         task = self._tasks.get(key)
         if task is None:
             task = self._tasks[key] = asyncio.get_running_loop().create_task(start())
             task.add_done_callback(lambda done: self._land(key, done))
-        return await asyncio.shield(task)
+        return task
 
     def _land(self, key: K, task: "asyncio.Task[V]") -> None:
         del self._tasks[key]

@@ -26,6 +26,8 @@ _KINDS: dict[str, SourceKind] = {
 }
 """By what `adapter_source` and a name's prefix call them."""
 _PREFIX = re.compile(r"(?P<scheme>hub|s3|https?|upload):(?P<rest>.*)", re.DOTALL)
+UPLOAD = "upload:"
+"""What names of uploads begin with."""
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _REPO = re.compile(rf"{_PART}(?:/{_PART})?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
@@ -68,6 +70,19 @@ class Reference:
         digest = hashlib.sha256(told.encode()).hexdigest()[:24]
         slug = _NOT_IN_A_FOLDER.sub("-", self.place.partition("://")[2] or self.place)
         return f"{self.kind}-{slug[:64].strip('.-')}-{digest}"
+
+
+def is_from_source(name: str) -> bool:
+    """Whether it is the name of a source's adapter, and not a local one's."""
+    return _PREFIX.fullmatch(name) is not None
+
+
+def reference_of(name: str) -> Reference:
+    """What a name that `is_from_source` stands for; raises BadReferenceError."""
+    reference = read_reference(name)
+    if reference is None:
+        raise BadReferenceError(f"{_shown(name)} is no name of a source")
+    return reference
 
 
 def read_reference(adapter_id: str, source: str | None = None) -> Reference | None:

@@ -12,7 +12,7 @@ import math
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from lory_router.errors import (
     AdapterNotFound,
@@ -23,14 +23,14 @@ from lory_router.errors import (
 )
 from lory_router.sources.access import Access, again
 from lory_router.sources.client import Changed, Refused, SourceClient
-from lory_router.sources.disk import DiskCache
+from lory_router.sources.disk import DiskCache, Entry
 from lory_router.sources.fetching import Fetcher, OpenWriter, Progress
 from lory_router.sources.flight import Flights
 from lory_router.sources.folder import FolderSource
 from lory_router.sources.hub import HubSource
 from lory_router.sources.lanes import Lane, Lanes
 from lory_router.sources.memory import Memory
-from lory_router.sources.reference import Reference, SourceKind
+from lory_router.sources.reference import Reference, SourceKind, reference_of
 from lory_router.sources.s3 import S3Place
 from lory_router.sources.settings import SourceSettings
 from lory_router.sources.source import Source
@@ -130,14 +130,33 @@ class Sources:
     def release(self, engine_name: str) -> None:
         self.disk.release(engine_name.removeprefix(FETCHED))
 
-    async def remove_uploaded(self, reference: Reference) -> None:
-        """The next request does not find it; those that hold it finish."""
-        await self.disk.withdraw(self._uploaded(reference))
+    def hold_kept(self, reference: Reference) -> str:
+        """The engine's name for what was fetched last, nobody's rights asked; good until `release`.
+        Empty if there is none. For what the server itself keeps, and never for a caller."""
+        entry = self.latest(reference)
+        if entry is None:
+            return ""
+        self.disk.hold(entry.folder)
+        return FETCHED + entry.folder
+
+    async def fixed(self, reference: Reference, token: str) -> Reference:
+        """The same at the commit that it stands for now, where the source has such a thing."""
+        if reference.kind != "hub":
+            return reference
+        revision, _ = await self._revision(reference, token)
+        return replace(reference, revision=revision)
+
+    async def remove(self, reference: Reference) -> None:
+        """Nobody new gets what is here of it, at any branch if none is named; those that hold it
+        finish."""
+        for entry in self.entries_of(reference):
+            await self.disk.withdraw(entry.folder)
 
     async def _hold(self, reference: Reference, token: str) -> str:
         if reference.kind == "upload":
             folder = self._uploaded(reference)
             self.disk.hold(folder)
+            self._names.put(folder, reference.name, math.inf)
             return folder
         for _ in range(MAX_CHANGES):
             revision, scope = await self._revision(reference, token)
@@ -231,7 +250,7 @@ class Sources:
         token: str,
     ) -> None:
         """For all who wait; held, so that it is there when they come to take it."""
-        progress = self._progress[folder] = Progress(reference, time.monotonic())
+        progress = self._progress[folder] = Progress(reference, time.monotonic(), not token)
         self.disk.hold(folder)
         try:
             async with lane.downloads, asyncio.timeout(self.settings.download_timeout_s):
@@ -261,7 +280,36 @@ class Sources:
         self.counts.failed += 1
         return told
 
-    # -- what there is ----------------------------------------------------------------------
+    # -- what is here ----------------------------------------------------------------------
+
+    def latest(self, reference: Reference) -> Entry | None:
+        """What was fetched or uploaded last under that name."""
+        return self.disk.latest(self._scope(reference.kind), reference.name)
+
+    def entries_of(self, reference: Reference) -> list[Entry]:
+        """All that is here of it, and at all its branches if none is named; newest first."""
+        scope, name = self._scope(reference.kind), reference.name
+        found = [
+            entry
+            for entry in self.disk.entries()
+            if entry.origin.scope == scope
+            and (entry.origin.name == name or entry.origin.name.startswith(f"{name}@"))
+            and not entry.origin.is_removed
+        ]
+        return sorted(found, key=lambda entry: entry.origin.fetched_at, reverse=True)
+
+    def is_public(self, name: str) -> bool:
+        """Whether everybody may know of it."""
+        entry = self.latest(reference_of(name))
+        return entry is not None and entry.origin.is_public
+
+    def uploads_owner(self, name: str) -> str:
+        """The tenant that an upload is for alone; empty if it is for all, or not there."""
+        entry = self.disk.latest(SCOPE, name)
+        return entry.origin.owner if entry else ""
+
+    def _scope(self, kind: SourceKind) -> str:
+        return SCOPE if kind == "upload" else self._sources[kind].scope
 
     def downloads(self) -> tuple[Progress, ...]:
         """Those under way, or waiting for their turn."""

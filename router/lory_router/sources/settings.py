@@ -44,6 +44,8 @@ class SourceSettings:
     s3: S3Settings = S3Settings()
     web_hosts: HostList = HostList()  # noqa: RUF009 - never changes
     allows_upload: bool = False
+    tenant_bytes: int = 5 * 2**30
+    """Most bytes of one tenant's uploads, which stay until it takes them away."""
     is_offline: bool = False
     recheck_s: float = 30.0
     """How long a caller's right to read, and what a branch stands for, are remembered."""

@@ -30,5 +30,9 @@ class DiskThreads:
             await asyncio.wait((done,))
             raise
 
+    def begin(self, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Work that nobody waits for, and that fails in silence."""
+        self._pool.submit(partial(work, *args, **kwargs))
+
     def close(self) -> None:
         self._pool.shutdown()

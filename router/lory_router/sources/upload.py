@@ -1,5 +1,8 @@
 """An adapter that a caller sends: both files in one body, kept whole or not at all.
 
+    take     what is sent takes the place of what had that name
+    staged   what is sent lies beside it, for somebody to try first, until `adopt`
+
 It must not know HTTP beyond the body's bytes, nor what is done with the adapter.
 """
 
@@ -7,18 +10,26 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
-from lory_router.errors import AdapterFileTooLarge, AdapterInvalid, BodyTimeout, Invalid, shown
-from lory_router.sources.check import CHECKS, most_bytes
+from lory_router.errors import (
+    AdapterFileTooLarge,
+    AdapterInvalid,
+    BodyTimeout,
+    DiskFull,
+    Invalid,
+    shown,
+)
+from lory_router.sources.check import CHECKS, config_within, most_bytes
 from lory_router.sources.disk import Arrival, DiskCache, Origin
 from lory_router.sources.fetching import FULL, OpenWriter, disk_full
-from lory_router.sources.multipart import MultipartError, MultipartReader, Part
+from lory_router.sources.multipart import MultipartError, Part
 from lory_router.sources.reference import Reference
 from lory_router.sources.settings import SourceSettings
-from lory_router.sources.source import FILE_NAMES
+from lory_router.sources.source import CONFIG_NAME, FILE_NAMES, WEIGHTS_NAME
 from lory_router.sources.writer import FileWriter
 from lory_server.adapters.errors import AdapterInvalidError
 
@@ -27,11 +38,53 @@ log = logging.getLogger(__name__)
 SCOPE = ""
 """Uploads come from nowhere else."""
 
+Files = dict[str, tuple[int, str]]
+"""Bytes and sha256 of each."""
+
+
+class BodyReader(Protocol):
+    """Makes parts of a body, however it comes in pieces."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the body has come to its end."""
+        ...
+
+    def feed(self, data: bytes) -> list[Part | bytes]:
+        """What `data` completes, in order. Raises MultipartError."""
+        ...
+
+
+class WeightsReader:
+    """A body that is the weights alone, with the configuration in their header. Where they end
+    stands in the header, too."""
+
+    is_whole = True
+
+    def __init__(self) -> None:
+        self._begun = False
+
+    def feed(self, data: bytes) -> list[Part | bytes]:
+        begun, self._begun = self._begun, True
+        return [data] if begun else [Part(WEIGHTS_NAME), data]
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What is sent, under which name and for whom."""
+
+    reference: Reference
+    reader: BodyReader
+    body: AsyncIterator[bytes]
+    owner: str = ""
+
 
 @dataclass(frozen=True, slots=True)
 class Uploaded:
     name: str
+    folder: str
     revision: str
+    """Of the files' bytes."""
     num_bytes: int
 
 
@@ -42,72 +95,114 @@ class Uploads:
         self._disk = disk
         self._settings = settings
         self._open_writer = open_writer
-        self._room = asyncio.Semaphore(settings.max_downloads)
+        self._rooms: dict[str, asyncio.Semaphore] = {}
+        """Of each owner, so that none keeps another waiting."""
 
-    async def take(
-        self, reference: Reference, boundary: bytes, body: AsyncIterator[bytes]
-    ) -> Uploaded:
-        """Keep what `body` brings in place of what had that name. Raises an ApiError."""
+    async def take(self, upload: Upload) -> Uploaded:
+        """Keep what is sent in place of what had that name. Raises an ApiError."""
+        with _told():
+            done = await self._receive_in_time(upload, is_served=True)
+            await self._withdraw_older(done)
+        log.info("uploaded %s: revision %s, %d bytes", done.name, done.revision, done.num_bytes)
+        return done
+
+    @asynccontextmanager
+    async def staged(self, upload: Upload) -> AsyncIterator[Uploaded]:
+        """What is sent, kept within the block, and after it if it was adopted. Raises an
+        ApiError."""
+        with _told():
+            done = await self._receive_in_time(upload, is_served=False)
         try:
-            async with self._room, asyncio.timeout(self._settings.download_timeout_s):
-                return await self._take(reference, boundary, body)
-        except TimeoutError as error:
-            raise BodyTimeout("The upload took too long, or stopped in the middle") from error
-        except AdapterInvalidError as error:
-            raise AdapterInvalid(str(error), param="file") from error
-        except MultipartError as error:
-            raise Invalid(f"the body is not multipart/form-data: {error}", param="file") from error
-        except OSError as error:
-            if error.errno not in FULL:
-                raise
-            raise disk_full() from error
+            yield done
+        finally:
+            self._disk.release(done.folder)
 
-    async def _take(
-        self, reference: Reference, boundary: bytes, body: AsyncIterator[bytes]
-    ) -> Uploaded:
+    async def adopt(self, done: Uploaded) -> None:
+        """What was staged takes the place of what had that name."""
+        with _told():
+            await self._disk.adopt(done.folder)
+            await self._withdraw_older(done)
+
+    async def _withdraw_older(self, done: Uploaded) -> None:
+        for entry in self._disk.older(SCOPE, done.name):
+            await self._disk.withdraw(entry.folder)
+
+    async def _receive_in_time(self, upload: Upload, is_served: bool) -> Uploaded:
+        """What is not served yet is held."""
+        at_once = asyncio.Semaphore(self._settings.max_downloads)
+        room = self._rooms.setdefault(upload.owner, at_once)
+        async with asyncio.timeout(self._settings.download_timeout_s), room:
+            return await self._receive(upload, is_served)
+
+    async def _receive(self, upload: Upload, is_served: bool) -> Uploaded:
         async with self._disk.arriving() as arrival:
-            files = await self._receive(arrival, MultipartReader(boundary), body)
+            files = await self._receive_files(arrival, upload)
             revision = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:40]
             now = time.time()
             origin = Origin(
                 kind="upload",
                 scope=SCOPE,
-                name=reference.name,
+                name=upload.reference.name,
                 revision=revision,
+                is_removed=not is_served,
                 is_public=True,
+                owner=upload.owner,
                 fetched_at=now,
                 files=files,
             )
-            await self._disk.publish(arrival, reference.folder(repr(now), revision), origin)
-        for entry in self._disk.older(SCOPE, reference.name):
-            await self._disk.withdraw(entry.folder)
+            folder = upload.reference.folder(f"{now!r} {arrival.path.name}", revision)
+            if not is_served:
+                self._disk.hold(folder)
+            try:
+                await self._disk.publish(arrival, folder, origin)
+            except BaseException:
+                if not is_served:
+                    self._disk.release(folder)
+                raise
         num_bytes = sum(size for size, _ in files.values())
-        log.info("uploaded %s: revision %s, %d bytes", reference.name, revision[:12], num_bytes)
-        return Uploaded(reference.name, revision, num_bytes)
+        return Uploaded(upload.reference.name, folder, revision, num_bytes)
 
-    async def _receive(
-        self, arrival: Arrival, reader: MultipartReader, body: AsyncIterator[bytes]
-    ) -> dict[str, tuple[int, str]]:
-        """Bytes and sha256 of each file."""
+    async def _receive_files(self, arrival: Arrival, upload: Upload) -> Files:
+        most_in_all = self._room_of(upload)
         with ExitStack() as opened:
             writers: dict[str, FileWriter] = {}
-            async for data in self._lively(body):
-                for event in reader.feed(data):
+
+            def begin(name: str) -> None:
+                writer = self._open_writer(arrival.path / name, CHECKS[name])
+                writers[name] = opened.enter_context(writer)
+
+            async for data in self._lively(upload.body):
+                for event in upload.reader.feed(data):
                     if isinstance(event, Part):
                         _check_part(event.name, writers)
-                        path = arrival.path / event.name
-                        writer = self._open_writer(path, CHECKS[event.name])
-                        writers[event.name] = opened.enter_context(writer)
+                        begin(event.name)
                     else:
-                        await self._write(arrival, writers, event)
-            if not reader.is_whole or set(writers) != set(FILE_NAMES):
+                        await self._write(arrival, writers, event, most_in_all)
+            if isinstance(upload.reader, WeightsReader) and writers:
+                config = await self._disk.threads.run(_config_of, writers[WEIGHTS_NAME])
+                begin(CONFIG_NAME)
+                await self._write(arrival, writers, config, most_in_all)
+            if not upload.reader.is_whole or set(writers) != set(FILE_NAMES):
                 raise Invalid(f"the body must have the parts {_FILES}, whole", param="file")
             return {
                 name: (writer.num_bytes, await self._disk.threads.run(writer.finish))
                 for name, writer in writers.items()
             }
 
-    async def _write(self, arrival: Arrival, writers: dict[str, FileWriter], data: bytes) -> None:
+    def _room_of(self, upload: Upload) -> int:
+        """What is left to the tenant, for whom what this replaces does not count."""
+        if not upload.owner:
+            return self._settings.budget_bytes
+        others = (
+            entry.num_bytes
+            for entry in self._disk.entries()
+            if entry.origin.owner == upload.owner and entry.origin.name != upload.reference.name
+        )
+        return self._settings.tenant_bytes - sum(others)
+
+    async def _write(
+        self, arrival: Arrival, writers: dict[str, FileWriter], data: bytes, most_in_all: int
+    ) -> None:
         name, writer = next(reversed(writers.items()))
         most = most_bytes(name, self._settings.max_adapter_bytes)
         if writer.num_bytes + len(data) > most:
@@ -115,17 +210,55 @@ class Uploads:
                 f"{name} is larger than {most} bytes; --max-adapter-size is the most that is taken",
                 param="file",
             )
-        await arrival.cover(sum(w.num_bytes for w in writers.values()) + len(data))
+        in_all = sum(w.num_bytes for w in writers.values()) + len(data)
+        if in_all > most_in_all:
+            raise DiskFull(
+                f"the tenant's uploads may take {self._settings.tenant_bytes} bytes together; take"
+                " one away, or ask for more by --tenant-uploads-size",
+                param="file",
+            )
+        await arrival.cover(in_all)
         await self._disk.threads.run(writer.append, data, None)
 
     async def _lively(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """The body, as long as something comes."""
+        """The body, as long as it comes, and not too slowly: who sends takes the room of others."""
+        stall_s, began, num_bytes = self._settings.stall_s, time.monotonic(), 0
         while True:
-            async with asyncio.timeout(self._settings.stall_s):
+            async with asyncio.timeout(stall_s):
                 data = await anext(body, None)
             if data is None:
                 return
             yield data
+            num_bytes += len(data)
+            seconds = time.monotonic() - began
+            if seconds >= stall_s:
+                if num_bytes < self._settings.min_bytes_per_s * seconds:
+                    raise TimeoutError
+                began, num_bytes = time.monotonic(), 0
+
+
+def _config_of(writer: FileWriter) -> bytes:
+    """What stands in the header of weights that have been written."""
+    if writer.num_bytes:
+        return config_within(writer.fd)
+    raise Invalid("the body is empty; send the weights in safetensors", param="file")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """What goes wrong, in callers' words."""
+    try:
+        yield
+    except TimeoutError as error:
+        raise BodyTimeout("The upload took too long, or stopped in the middle") from error
+    except AdapterInvalidError as error:
+        raise AdapterInvalid(str(error), param="file") from error
+    except MultipartError as error:
+        raise Invalid(f"the body is not multipart/form-data: {error}", param="file") from error
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise disk_full() from error
 
 
 _FILES = " and ".join(f"`{name}`" for name in FILE_NAMES)

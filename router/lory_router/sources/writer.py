@@ -31,6 +31,11 @@ class FileWriter:
     def __exit__(self, *_: object) -> None:
         os.close(self._fd)
 
+    @property
+    def fd(self) -> int:
+        """To read what was written."""
+        return self._fd
+
     def append(self, data: bytes, total_bytes: int | None) -> None:
         """Raises AdapterInvalidError as soon as the file cannot be what it should."""
         left = memoryview(data)

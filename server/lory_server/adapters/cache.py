@@ -43,68 +43,26 @@ from lory_server.adapters.jobs import (
 )
 from lory_server.adapters.journal import Journal
 from lory_server.adapters.known import KnownNames
+from lory_server.adapters.lookups import Lookups
+from lory_server.adapters.outcomes import AdapterCounts, Listed, Outcome, Resolved, ResolveFailed
 from lory_server.adapters.pins import Pins
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import Reader, ThreadReader
+from lory_server.adapters.refusals import Refusals
 from lory_server.adapters.store import AdapterStore
+from lory_server.adapters.walks import Walks
 from lory_server.adapters.workers import JobFailed, Workers
-from lory_server.messages import NO_RECIPE, AdapterEntry, AdapterMove, FailureCode, Recipe
+from lory_server.messages import AdapterMove
 from lory_server.plan import AdapterDemand, Residency
 
 NUM_LOADERS = 2
-REFUSAL_MEMORY_S = 2.0
-MAX_REFUSALS = 1024
+MAX_SPARES = 8
+"""Threads of each kind beside these, while files on a disk that stalls hold them up."""
+
 NAMED_HERE = ("adapter_capacity", "revision_not_found")
 """Failures whose message begins with the adapter's name here, and not where it is passed on."""
 
-COUNT_INTERVAL_S = 10.0
 JOIN_TIMEOUT_S = 5.0
-
-
-@dataclass(frozen=True, slots=True)
-class Resolved:
-    """A ticket's adapter is on the host and held, until `release(revision)`."""
-
-    ticket: int
-    adapter_id: str
-    revision: str
-    is_latest: bool
-    """Whether it is what the name stands for on disk; else it was asked for by its digest."""
-    num_bytes: int
-    """What it takes in the device's pool."""
-    max_rank: int
-    load_seconds: float
-    """From `resolve` to now."""
-    recipe: Recipe = NO_RECIPE
-
-
-@dataclass(frozen=True, slots=True)
-class ResolveFailed:
-    ticket: int
-    adapter_id: str
-    code: FailureCode
-    message: str
-
-
-@dataclass(frozen=True, slots=True)
-class Listed:
-    call_id: int
-    adapters: tuple[AdapterEntry, ...]
-
-
-Outcome = Resolved | ResolveFailed | Listed
-
-
-@dataclass(frozen=True, slots=True)
-class AdapterCounts:
-    disk: int
-    """As of the last look, at most COUNT_INTERVAL_S and a walk ago."""
-    host: int
-    device: int
-    host_bytes: int
-    device_bytes: int
-    pins_host: int
-    pins_device: int
 
 
 @dataclass(slots=True, eq=False)
@@ -130,12 +88,6 @@ class _Load:
     tickets: list[int] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class _Refusal:
-    error: AdapterError
-    until_s: float
-
-
 class AdapterCache:
     def __init__(
         self,
@@ -158,6 +110,7 @@ class AdapterCache:
         self._readers: SimpleQueue[Reader] = SimpleQueue()
         for reader in self._all_readers:
             self._readers.put(reader)
+        self._spare_reader = ThreadReader(base, pool.dtype)
         self._limits = Limits(pool.dtype, pool.total_bytes, pool.needed_bytes)
         self._outcomes: SimpleQueue[object] = SimpleQueue()
         self.budget = HostBudget(host_bytes)
@@ -166,19 +119,25 @@ class AdapterCache:
         self.device = DeviceTier(pool, self.host, self._journal, on_ready)
         self.pins = Pins(self.host, self.device)
         self.known = KnownNames(self.host, self.device, self.pins, self._journal)
-        self._locators = Workers("lory-adapter-locate", 1, self._outcomes, on_ready)
-        self._loaders = Workers("lory-adapter-load", num_loaders, self._outcomes, on_ready)
+        self._on_ready = on_ready
+        self._locators = Workers(
+            "lory-adapter-locate", 1, self._outcomes, on_ready, max_spares=MAX_SPARES
+        )
+        self._loaders = Workers(
+            "lory-adapter-load", num_loaders, self._outcomes, on_ready, max_spares=MAX_SPARES
+        )
         self._folder = folder
         self._folders = Workers("lory-adapter-fold", 1, self._outcomes, on_ready)
         self._tickets: dict[int, _Ticket] = {}
+        self._lookups = Lookups(
+            lambda tickets, name: self._locators.submit(LocateJob(store, tickets, name))
+        )
         self._loads: dict[LoadKey, _Load] = {}
         self._waiting_for_room: list[NeedsRoom] = []
         self._num_loads = 0
-        self._refusals: dict[LoadKey, _Refusal] = {}
-        self._calls: list[int] = []
-        self._is_walking = False
-        self._num_on_disk = 0
-        self._counted_s = float("-inf")
+        self._refusals = Refusals()
+        self._walks = Walks(lambda calls: self._loaders.submit(ListJob(store, calls)))
+        self._listing: tuple[OnDisk, Iterator[None]] | None = None
         self._loaders.submit(SurveyJob(store))
 
     # -- requests ---------------------------------------------------------------------------
@@ -192,7 +151,7 @@ class AdapterCache:
         if found is not None:
             self._outcomes.put(_InMemory(ticket, found))
         else:
-            self._locators.submit(LocateJob(self._store, ticket, adapter_id))
+            self._lookups.ask(ticket, adapter_id)
 
     def cancel(self, ticket: int) -> None:
         """Forget a ticket that `poll` has not answered; without effect on others."""
@@ -207,7 +166,11 @@ class AdapterCache:
             except Empty:
                 break
             answers.extend(self._handle(outcome))
+        if self._listing is not None:
+            answers.extend(self._list_more(*self._listing))
         self._grant_room()
+        self._locators.relieve()
+        self._loaders.relieve()
         return answers
 
     def release(self, revision: str) -> None:
@@ -245,10 +208,8 @@ class AdapterCache:
     # -- reports ----------------------------------------------------------------------------
 
     def counts(self) -> AdapterCounts:
-        if time.monotonic() - self._counted_s > COUNT_INTERVAL_S:
-            self._walk()
         return AdapterCounts(
-            disk=self._num_on_disk,
+            disk=self._walks.count(),
             host=len(self.host),
             device=len(self.device),
             host_bytes=self.budget.used_bytes,
@@ -262,8 +223,7 @@ class AdapterCache:
 
     def request_list(self, call_id: int) -> None:
         """Ask for all adapters and their tiers; `poll` answers with `Listed`."""
-        self._calls.append(call_id)
-        self._walk()
+        self._walks.ask(call_id)
 
     def wait_until_ready(self) -> None:
         """Return when the first load need not wait for a reader to start; call it before any."""
@@ -294,7 +254,7 @@ class AdapterCache:
         elif isinstance(outcome, NeedsRoom):
             yield from self._on_full(outcome)
         elif isinstance(outcome, OnDisk):
-            yield from self._on_walked(outcome)
+            self._on_walked(outcome)
         elif isinstance(outcome, Nameless):
             self._journal.skipped(outcome.folders)
         else:
@@ -308,25 +268,27 @@ class AdapterCache:
         if found.revision in self.host:
             yield self._resolved(found.ticket, found.revision)
         else:
-            self._locators.submit(LocateJob(self._store, found.ticket, ticket.adapter_id))
+            self._lookups.ask(found.ticket, ticket.adapter_id)
 
     def _on_located(self, located: Located) -> Iterator[Outcome]:
-        if located.ticket not in self._tickets:
+        self._lookups.ended(located.adapter_id)
+        tickets = [ticket for ticket in located.tickets if ticket in self._tickets]
+        if not tickets:
             return
         revision = self._store.revision_of(located.signature)
         if revision is not None and revision in self.host:
-            yield self._on_disk(located.ticket, revision)
+            yield from [self._on_disk(ticket, revision) for ticket in tickets]
             return
         key = LoadKey(located.adapter_id, located.signature)
-        refusal = self._refusals.get(key)
-        if refusal is not None and time.monotonic() < refusal.until_s:
-            yield self._failed(located.ticket, refusal.error)
+        refusal = self._refusals.find(key)
+        if refusal is not None:
+            yield from [self._failed(ticket, refusal) for ticket in tickets]
             return
         if key not in self._loads:
             self._num_loads += 1
             self._loads[key] = _Load(self._num_loads)
             self._submit_load(key)
-        self._loads[key].tickets.append(located.ticket)
+        self._loads[key].tickets.extend(tickets)
 
     def _on_loaded(self, loaded: Loaded) -> Iterator[Outcome]:
         """Others load meanwhile: folding has a thread of its own."""
@@ -337,14 +299,15 @@ class AdapterCache:
             yield from self._on_ready_for_the_device(loaded)
 
     def _on_ready_for_the_device(self, loaded: Loaded) -> Iterator[Outcome]:
-        revision = loaded.blob.revision
-        self.host.put(loaded.key.adapter_id, loaded.blob)
+        revision, blob = loaded.blob.revision, loaded.blob
+        device_bytes = self._limits.needed_bytes(blob.manifest)
+        self.host.put(loaded.key.adapter_id, blob, loaded.seconds, device_bytes)
         # Whether or not anybody still waits: unload and drop find it by its name.
         self.host.name(revision, loaded.key.adapter_id)
         if loaded.is_settled:
             self._store.remember(loaded.signature, revision)
         self._journal.loaded(
-            "host", loaded.key.adapter_id, revision, loaded.blob.num_bytes, loaded.seconds
+            "host", loaded.key.adapter_id, revision, blob.num_bytes, loaded.seconds
         )
         for ticket in self._end_load(loaded.key):
             yield self._on_disk(ticket, revision)
@@ -361,33 +324,30 @@ class AdapterCache:
         self._waiting_for_room.sort(key=lambda waiting: self._loads[waiting.key].order)
         self.budget.hold_back(True)
 
-    def _on_walked(self, found: OnDisk) -> Iterator[Outcome]:
-        self._num_on_disk = len(found.entries)
+    def _on_walked(self, found: OnDisk) -> None:
+        self._walks.found(len(found.entries))
         if found.call_ids:
-            known = {i: self.known.entry(i) for i in self.known.names() if i in found.entries}
-            entries = tuple((found.entries | known).values())
-            yield from (Listed(call_id, entries) for call_id in found.call_ids)
-        self._end_walk()
+            self._listing = (found, self.known.told_in(found.entries))
+        else:
+            self._walks.ended()
 
-    def _walk(self) -> None:
-        """One walk at a time, so that no number of calls keeps loaders from loading: those that
-        come during one share the next."""
-        if not self._is_walking:
-            self._is_walking = True
-            self._loaders.submit(ListJob(self._store, tuple(self._calls)))
-            self._calls.clear()
-
-    def _end_walk(self) -> None:
-        self._is_walking = False
-        self._counted_s = time.monotonic()
-        if self._calls:
-            self._walk()
+    def _list_more(self, found: OnDisk, parts: Iterator[None]) -> Iterator[Listed]:
+        """A list of thousands is made in parts, a turn each, and a step passes between them."""
+        for _ in parts:
+            self._on_ready()
+            return
+        self._listing = None
+        entries = tuple(found.entries.values())
+        yield from (Listed(call_id, entries) for call_id in found.call_ids)
+        self._walks.ended()
 
     def _on_failed(self, failed: JobFailed) -> Iterator[Outcome]:
         job, error = failed.job, failed.error
         self._tell(failed)
-        if isinstance(job, LocateJob) and job.ticket in self._tickets:
-            yield self._failed(job.ticket, error)
+        if isinstance(job, LocateJob):
+            self._lookups.ended(job.adapter_id)
+            tickets = [ticket for ticket in job.tickets if ticket in self._tickets]
+            yield from [self._failed(ticket, error) for ticket in tickets]
         elif isinstance(job, LoadJob):
             yield from self._end_in_failure(job.key, error)
         elif isinstance(job, FoldJob):
@@ -395,10 +355,10 @@ class AdapterCache:
             yield from self._end_in_failure(job.loaded.key, error)
         elif isinstance(job, ListJob):
             yield from (Listed(call_id, ()) for call_id in job.call_ids)
-            self._end_walk()
+            self._walks.ended()
 
     def _end_in_failure(self, key: LoadKey, error: Exception) -> Iterator[ResolveFailed]:
-        self._remember_refusal(key, error)
+        self._refusals.remember(key, error)
         for ticket in self._end_load(key):
             yield self._failed(ticket, error)
 
@@ -422,7 +382,10 @@ class AdapterCache:
         """What a name stands for now is on the host; whether it is what was asked for."""
         asked = self._tickets[ticket]
         self.host.name(revision, asked.adapter_id)
-        self.known.resolved(asked.adapter_id, revision)
+        replaced = self.known.resolved(asked.adapter_id, revision)
+        if replaced is not None:
+            self.host.replaced(replaced, revision)
+            self.device.replaced(replaced)
         if revision.startswith(asked.revision):
             return self._resolved(ticket, revision, is_latest=True)
         earlier = self.host.find(asked.adapter_id, asked.revision)
@@ -432,25 +395,24 @@ class AdapterCache:
         return self._failed(ticket, RevisionNotFoundError(reason))
 
     def _resolved(self, ticket: int, revision: str, is_latest: bool = False) -> Outcome:
-        blob = self.host.entry(revision).blob
-        manifest = blob.manifest
-        needed_bytes = self._limits.needed_bytes(manifest)
+        entry = self.host.entry(revision)
         try:
-            self.pins.check_room_beside(revision, needed_bytes)
+            self.pins.check_room_beside(revision, entry.device_bytes)
         except AdapterCapacityError as error:
             return self._failed(ticket, error)
         asked = self._tickets.pop(ticket)
-        self.host.hold(revision)
+        self.host.use(revision)
         self.known.asked_for(asked.adapter_id)
         return Resolved(
             ticket=ticket,
             adapter_id=asked.adapter_id,
             revision=revision,
             is_latest=is_latest,
-            num_bytes=needed_bytes,
-            max_rank=manifest.max_rank,
+            num_bytes=entry.device_bytes,
+            max_rank=entry.max_rank,
+            invocation_tokens=entry.facts.invocation_tokens,
             load_seconds=time.monotonic() - asked.asked_s,
-            recipe=blob.recipe,
+            recipe=entry.blob.recipe,
         )
 
     def _failed(self, ticket: int, error: Exception) -> ResolveFailed:
@@ -461,21 +423,13 @@ class AdapterCache:
         message = f"adapter {adapter_id!r} could not be loaded; the engine's log says why"
         return ResolveFailed(ticket, adapter_id, "internal", message)
 
-    def _remember_refusal(self, key: LoadKey, error: Exception) -> None:
-        """For a moment, so that a storm of requests does not read a broken file each time."""
-        if not isinstance(error, AdapterError):
-            return
-        now_s = time.monotonic()
-        if len(self._refusals) >= MAX_REFUSALS:
-            self._refusals = {k: r for k, r in self._refusals.items() if r.until_s > now_s}
-        if len(self._refusals) < MAX_REFUSALS:
-            self._refusals[key] = _Refusal(error, now_s + REFUSAL_MEMORY_S)
-
     # -- room on the host -------------------------------------------------------------------
 
     def _submit_load(self, key: LoadKey, reserved_bytes: int = 0) -> None:
-        job = LoadJob(self._store, self._readers, self._limits, self.budget, key, reserved_bytes)
-        self._loaders.submit(job)
+        readers, spare = self._readers, self._spare_reader
+        self._loaders.submit(
+            LoadJob(self._store, readers, spare, self._limits, self.budget, key, reserved_bytes)
+        )
 
     def _grant_room(self) -> None:
         """Loads that found the budget taken, first come, first served, as holds end."""

@@ -6,6 +6,7 @@ key is ignored unless it is known to change nothing at inference. It must not kn
 
 import math
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -18,6 +19,7 @@ CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_RANK = 256
 MAX_PATTERNS = 4096
+MAX_INVOCATION_TOKENS = 1024
 
 _HARMLESS = frozenset(
     {
@@ -39,6 +41,7 @@ _HARMLESS = frozenset(
 )
 _READ = frozenset(
     {
+        "alora_invocation_tokens",
         "alpha_pattern",
         "base_model_name_or_path",
         "bias",
@@ -62,10 +65,17 @@ _UNSUPPORTED = {
     "trainable_token_indices": "trained token embeddings are not served",
     "layer_replication": "replicated layers are not served",
     "target_parameters": "LoRA on bare parameters is not served; use target_modules",
-    "alora_invocation_tokens": "activated LoRA is not served",
     "megatron_config": "Megatron layers are not served",
+    "arrow_config": "routing among adapters is not served",
+    "kasa_config": "KaSA takes a part out of the base's weights, and is not served",
+    "monteclora_config": "MonteCLoRA is not served",
+    "use_bdlora": "block-diagonal LoRA is not served",
+    "use_qalora": "QA-LoRA is of GPTQ bases, and is not served",
+    "velora_config": "VeLoRA is not served",
 }
-_SELF_CONTAINED_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+_SELF_CONTAINED_INITS = ("gaussian", "eva", "orthogonal", "mica")
+_CONVERTIBLE_INITS = ("pissa", "corda", "olora", "lora_ga")
+"""How names begin of those that PEFT converts to LoRA for the base as it was."""
 _ALL_LINEAR = "all-linear"
 _FULL_MODULES = ("lm_head", "model.embed_tokens")
 _FIRST_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
@@ -93,6 +103,8 @@ class AdapterConfig:
     lora_bias: bool
     """B has a bias."""
     bias: Bias
+    invocation_tokens: tuple[int, ...]
+    """Of an aLoRA: it acts from these on; empty: everywhere."""
     rank_patterns: tuple[tuple[Pattern, int], ...]
     alpha_patterns: tuple[tuple[Pattern, float], ...]
     is_selected: Matcher
@@ -120,6 +132,7 @@ def read_config(raw: bytes) -> AdapterConfig:
         use_dora=_flag(fields, "use_dora"),
         lora_bias=_lora_bias(fields),
         bias=_bias(fields),
+        invocation_tokens=_invocation_tokens(fields),
         rank_patterns=_patterns(fields, "rank_pattern", _rank, work),
         alpha_patterns=_patterns(fields, "alpha_pattern", _alpha, work),
         is_selected=_selection(fields, work),
@@ -131,12 +144,26 @@ def _check_kind(fields: dict[str, Any]) -> None:
         raise _invalid(f"peft_type is {_shown(fields.get('peft_type'))}; only LORA is served")
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
         raise _invalid(f"task_type is {_shown(fields['task_type'])}; only CAUSAL_LM is served")
-    init = fields.get("init_lora_weights", True)
-    if init not in _SELF_CONTAINED_INITS:
+    _check_init(fields.get("init_lora_weights", True))
+
+
+def _check_init(init: object) -> None:
+    """Some begin with a part taken out of the base's weights, and go with what is left of them."""
+    name = init.lower() if isinstance(init, str) else ""
+    if init in (True, False, None) or name in _SELF_CONTAINED_INITS:
+        return
+    about = f"init_lora_weights is {_shown(init)}"
+    if name.startswith(_CONVERTIBLE_INITS):
         raise _invalid(
-            f"init_lora_weights is {_shown(init)}, which changes the base's own weights; convert"
-            " it with save_pretrained(..., path_initial_model_for_weight_conversion=...)"
+            f"{about}, which changes the base's own weights; convert it with"
+            " save_pretrained(..., path_initial_model_for_weight_conversion=...)"
         )
+    if name == "loftq":
+        raise _invalid(
+            f"{about}, which changes the base's own weights, and PEFT cannot convert it; train from"
+            " replace_lora_weights_loftq, which does not"
+        )
+    raise _invalid(f"{about}, which is not known to leave the base's weights as they are")
 
 
 def _check_keys(fields: dict[str, Any]) -> None:
@@ -185,6 +212,26 @@ def _lora_bias(fields: dict[str, Any]) -> bool:
     if lora_bias and _flag(fields, "use_dora"):
         raise _invalid("lora_bias and use_dora are both true, which PEFT itself refuses")
     return lora_bias
+
+
+def _invocation_tokens(fields: dict[str, Any]) -> tuple[int, ...]:
+    """Empty ones are plain LoRA to PEFT on dense weights, and none at all on 4-bit ones."""
+    field = "alora_invocation_tokens"
+    value = fields.get(field)
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not 1 <= len(value) <= MAX_INVOCATION_TOKENS:
+        raise _invalid(
+            f"{field} is {_shown(value)}; a list of 1 to {MAX_INVOCATION_TOKENS} token ids is"
+            " expected, or null for LoRA that acts everywhere"
+        )
+    if not all(type(item) is int and 0 <= item <= sys.maxunicode for item in value):
+        raise _invalid(f"{field} is {_shown(value)}; token ids are whole numbers from 0")
+    if fields.get("task_type") != "CAUSAL_LM":
+        raise _invalid(f"{field} needs task_type CAUSAL_LM; without it PEFT applies it nowhere")
+    if _flag(fields, "use_dora") or fields.get("init_lora_weights") == "mica":
+        raise _invalid(f"{field} goes neither with use_dora nor with MiCA, in PEFT itself")
+    return tuple(value)
 
 
 def _text(fields: dict[str, Any], field: str) -> str:
@@ -263,9 +310,9 @@ def _ends_in(names: frozenset[str], module: str) -> bool:
 def _layer_matcher(fields: dict[str, Any]) -> Matcher:
     wanted = _layers(fields.get("layers_to_transform"))
     expressions = _layer_expressions(fields.get("layers_pattern"))
+    if fields.get("layers_to_transform") is None and expressions != (_FIRST_INDEX,):
+        raise _invalid("layers_pattern needs layers_to_transform")
     if not wanted:
-        if expressions != (_FIRST_INDEX,):
-            raise _invalid("layers_pattern needs layers_to_transform")
         return lambda module: True
 
     def in_layers(module: str) -> bool:

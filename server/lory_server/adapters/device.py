@@ -2,11 +2,12 @@
 
 In: the scheduler's demand and blobs of the host tier. Out: a frozen residency. Only the engine's
 thread calls it; bytes are copied by one worker, and a slot is shown when its copy is complete.
-It must not know files, requests or the host tier's budget.
+A step's work here does not grow with the number of adapters. It must not know files, requests or
+the host tier's budget.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from dataclasses import dataclass
 from itertools import pairwise
 from queue import Empty, SimpleQueue
@@ -19,6 +20,7 @@ from lory_server.adapters.host import HostEntry, HostTier
 from lory_server.adapters.journal import Journal
 from lory_server.adapters.matched import Facts
 from lory_server.adapters.pool import AdapterPool, SlotRow
+from lory_server.adapters.ranking import Ranking, worth
 from lory_server.adapters.workers import JobFailed, Workers
 from lory_server.plan import AdapterDemand, Residency, ResidentAdapter
 
@@ -28,10 +30,8 @@ class _Tenure:
     """A revision's slot and place, from the start of its load to its eviction."""
 
     adapter_id: str
-    slot: int
     allocation: Allocation
-    max_rank: int
-    has_gain_or_bias: bool
+    shown: ResidentAdapter
     facts: Facts
 
 
@@ -66,10 +66,14 @@ class DeviceTier:
         self._outcomes: SimpleQueue[object] = SimpleQueue()
         self._workers = Workers("lory-adapter-copy", 1, self._outcomes, on_outcome)
         self._resident: dict[str, _Tenure] = {}
+        self._resident_bytes = 0
+        self._shown: dict[str, ResidentAdapter] = {}
+        """Of what is resident, ready to be copied into a picture."""
         self._loading: dict[str, _Tenure] = {}
         self._free_slots = list(reversed(range(pool.max_slots)))
-        self._last_use: dict[str, int] = {}
-        self._clock = 0
+        self._ranking = Ranking()
+        """Of what is resident."""
+        self._in_use: frozenset[str] = frozenset()
         self._largest_chunk = 0
         self._picture: Residency | None = None
 
@@ -90,9 +94,11 @@ class DeviceTier:
     def demand(self, demand: AdapterDemand) -> None:
         """Start the loads that fit, most urgent first; the first that does not ends the search,
         so that no small adapter takes room again and again from a large one."""
-        self._clock += 1
-        for revision in demand.in_use & self._last_use.keys():
-            self._last_use[revision] = self._clock
+        for revision in self._in_use - demand.in_use:
+            self._rank(revision)
+        self._in_use = demand.in_use
+        if not demand.wanted:
+            return
         kept = {*demand.in_use, *self.pinned}
         for urgency, revision in enumerate(demand.wanted):
             placed = revision in self._resident or revision in self._loading
@@ -105,6 +111,10 @@ class DeviceTier:
         """Evict a revision that no request and no pin needs, if it is here."""
         if revision in self._resident:
             self._evict(revision)
+
+    def replaced(self, old_revision: str) -> None:
+        """A name stands for another one now, and nobody may ask for this again."""
+        self._rank(old_revision)
 
     def revisions(self, adapter_id: str) -> tuple[str, ...]:
         """Those that were brought here under a name; the host need not have them any more."""
@@ -129,8 +139,11 @@ class DeviceTier:
         """Free + used = total for slots and bytes; no two tenures share anything."""
         self.pool.extents.check()
         tenures = [*self._resident.values(), *self._loading.values()]
-        slots = [tenure.slot for tenure in tenures] + self._free_slots
+        slots = [tenure.shown.slot for tenure in tenures] + self._free_slots
         assert sorted(slots) == list(range(self.pool.max_slots))
+        assert self._resident.keys() == self._shown.keys()
+        assert len(self._ranking) == len(self._resident)
+        assert self._resident_bytes == sum(shown.num_bytes for shown in self._shown.values())
         extents = [extent for tenure in tenures for extent in tenure.allocation.extents]
         assert sum(extent.size for extent in extents) == self.pool.used_bytes
         in_order = sorted(extents, key=lambda extent: extent.start)
@@ -141,46 +154,45 @@ class DeviceTier:
 
     def _try_load(self, revision: str, kept: set[str], less_urgent: tuple[str, ...]) -> bool:
         entry = self._host.entry(revision)
-        manifest = entry.blob.manifest
-        needed_bytes = self.pool.needed_bytes(manifest)
-        victims = self._victims(kept, less_urgent)
-        freeable = sum(self._resident[victim].allocation.num_bytes for victim in victims)
-        if self.pool.free_bytes + freeable < needed_bytes or not (self._free_slots or victims):
+        if not self._could_fit(entry.device_bytes, kept):
             return False
-        allocation = self.pool.allocate(manifest) if self._free_slots else None
-        for victim in victims:
-            if allocation is not None:
-                break
+        awaited = [r for r in less_urgent if r in self._resident and r not in kept]
+        spared = {*kept, *awaited}
+        while (allocation := self._allocate(entry)) is None:
+            victim = self._ranking.pop(spared) or (awaited.pop() if awaited else None)
+            if victim is None:
+                return False
             self._evict(victim)
-            allocation = self.pool.allocate(manifest)
-        if allocation is None:
-            return False
         self._start(entry, allocation)
         return True
 
-    def _victims(self, kept: set[str], less_urgent: tuple[str, ...]) -> list[str]:
-        """Who may go, first those nobody waits for, the least recently used first."""
-        urgency = {revision: -index for index, revision in enumerate(less_urgent, start=1)}
-        candidates = (revision for revision in self._resident if revision not in kept)
-        nobody_waits = -len(urgency) - 1
-        return sorted(
-            candidates,
-            key=lambda r: (urgency.get(r, nobody_waits), self._last_use[r]),
-        )
+    def _could_fit(self, needed_bytes: int, kept: Set[str]) -> bool:
+        """Whether there would be room and a slot, were all gone that are not kept."""
+        stay = [self._shown[revision] for revision in kept if revision in self._shown]
+        freeable_bytes = self._resident_bytes - sum(adapter.num_bytes for adapter in stay)
+        has_slot = bool(self._free_slots) or len(self._resident) > len(stay)
+        return has_slot and self.pool.free_bytes + freeable_bytes >= needed_bytes
+
+    def _allocate(self, entry: HostEntry) -> Allocation | None:
+        return self.pool.allocate(entry.blob.manifest) if self._free_slots else None
+
+    def _rank(self, revision: str) -> None:
+        """By how often it was asked for: bringing it back costs a copy of its bytes, so that cost
+        and bytes cancel each other out."""
+        if revision in self._resident:
+            self._ranking.put(revision, worth(self._host.uses(revision), 1.0, 1))
 
     def _start(self, entry: HostEntry, allocation: Allocation) -> None:
         blob = entry.blob
         self._host.hold(blob.revision)
         manifest = blob.manifest
-        self._loading[blob.revision] = _Tenure(
-            entry.adapter_id,
+        shown = ResidentAdapter(
             self._free_slots.pop(),
-            allocation,
-            manifest.max_rank,
+            allocation.num_bytes,
+            entry.max_rank,
             manifest.has_gain_or_bias,
-            entry.facts,
         )
-        self._last_use[blob.revision] = self._clock
+        self._loading[blob.revision] = _Tenure(entry.adapter_id, allocation, shown, entry.facts)
         self._largest_chunk = max(
             self._largest_chunk, *manifest.chunk_bytes(self.pool.dtype.itemsize)
         )
@@ -189,11 +201,14 @@ class DeviceTier:
 
     def _finish(self, copied: _Copied) -> None:
         tenure = self._loading.pop(copied.revision)
-        self.pool.publish(tenure.slot, copied.row)
+        num_bytes = tenure.allocation.num_bytes
+        self.pool.publish(tenure.shown.slot, copied.row)
         self._resident[copied.revision] = tenure
+        self._resident_bytes += num_bytes
+        self._shown[copied.revision] = tenure.shown
+        self._rank(copied.revision)
         self._host.release(copied.revision)
         self._picture = None
-        num_bytes = tenure.allocation.num_bytes
         self._journal.loaded(
             "device", tenure.adapter_id, copied.revision, num_bytes, copied.seconds
         )
@@ -201,11 +216,14 @@ class DeviceTier:
     def _evict(self, revision: str) -> None:
         started_s = time.monotonic()
         tenure = self._resident.pop(revision)
+        num_bytes = tenure.allocation.num_bytes
         self.pool.free(tenure.allocation)
-        self._free_slots.append(tenure.slot)
-        del self._last_use[revision]
+        self._free_slots.append(tenure.shown.slot)
+        self._resident_bytes -= num_bytes
+        del self._shown[revision]
+        self._ranking.discard(revision)
         self._picture = None
-        num_bytes, seconds = tenure.allocation.num_bytes, time.monotonic() - started_s
+        seconds = time.monotonic() - started_s
         self._journal.evicted("device", tenure.adapter_id, revision, num_bytes, seconds)
 
     # -- what others see --------------------------------------------------------------------
@@ -222,17 +240,8 @@ class DeviceTier:
             yield outcome
 
     def _take_picture(self) -> Residency:
-        resident = {
-            revision: ResidentAdapter(
-                tenure.slot,
-                tenure.allocation.num_bytes,
-                tenure.max_rank,
-                tenure.has_gain_or_bias,
-            )
-            for revision, tenure in self._resident.items()
-        }
         return Residency(
-            resident=MappingProxyType(resident),
+            resident=MappingProxyType(self._shown.copy()),
             loading=frozenset(self._loading),
             free_bytes=self.pool.extents.placeable_bytes(self._largest_chunk),
             free_slots=len(self._free_slots),

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
 
+import msgspec
+
 from lory_server.adapters.config import (
     CONFIG_NAME,
     MAX_CONFIG_BYTES,
@@ -28,6 +30,7 @@ from lory_server.adapters.header import (
     read_header,
     read_header_bytes,
 )
+from lory_server.adapters.packed_names import packing_of
 from lory_server.model.sites import Site
 
 __all__ = [
@@ -72,10 +75,11 @@ class Base:
     """Names and paths the base is known by; empty: any name in a configuration is accepted."""
     allow_mismatch: bool = False
     """Accept configurations that name another base, if every tensor fits."""
+    vocab_size: int = 0
+    """0: not known."""
 
 
-@dataclass(frozen=True, slots=True)
-class AdapterSlice:
+class AdapterSlice(msgspec.Struct, frozen=True, gc=False):
     """What an adapter has for one slice of one site: A [rank, in_features] and B [out_features,
     rank], or neither, and tensors of [out_features]."""
 
@@ -129,6 +133,8 @@ class AdapterManifest:
     """Size of the weights file."""
     digest: bytes
     """Of what has been read to know all this: the configuration, and the weights' header."""
+    invocation_tokens: tuple[int, ...] = ()
+    """It acts where these last begin in a prompt, and from there on; empty: everywhere."""
 
     @property
     def max_rank(self) -> int:
@@ -197,8 +203,11 @@ def read_manifest(config_fd: int, weights_fd: int, base: Base) -> AdapterManifes
             f"{CONFIG_NAME}: target_modules selects no module of the base"
             f" (it has {', '.join(sorted({m.rpartition('.')[2] for m in places}))})"
         )
+    invocation = config.invocation_tokens
+    if invocation:
+        _check_invocation(invocation, slices, base)
     digest = hashlib.sha256(hashlib.sha256(raw_config).digest() + raw_header).digest()
-    return AdapterManifest(tuple(slices), config.base_model_name, file_bytes, digest)
+    return AdapterManifest(tuple(slices), config.base_model_name, file_bytes, digest, invocation)
 
 
 def read_config_bytes(fd: int) -> bytes:
@@ -216,13 +225,20 @@ def _by_module(specs: Sequence[TensorSpec], places: dict[str, _Place]) -> dict[s
         if match is None:
             raise _invalid(spec.name, "is not of LoRA on a linear layer, and is not served")
         if match["module"] not in places:
-            what = "a linear" if match["bias"] else "a module"
-            raise _invalid(spec.name, f"is for {what} that the base does not have")
+            raise _invalid(spec.name, _why_no_place(match, places))
         tensors, role = found.setdefault(match["module"], {}), _role(match)
         if role in tensors:
             raise _invalid(spec.name, "stands twice, with and without an adapter's name")
         tensors[role] = spec
     return found
+
+
+def _why_no_place(match: re.Match[str], places: dict[str, _Place]) -> str:
+    packing = packing_of(match["module"], places)
+    if packing:
+        return f"is not for this base, which {packing}; train it on the checkpoint that is served"
+    what = "a linear" if match["bias"] else "a module"
+    return f"is for {what} that the base does not have"
 
 
 def _role(match: re.Match[str]) -> _Role:
@@ -308,6 +324,22 @@ def _check_shape(spec: TensorSpec, expected: tuple[int, ...], meaning: str) -> N
             f"has shape {list(spec.shape)}; the configuration and the base make it"
             f" {list(expected)} {meaning}",
         )
+
+
+def _check_invocation(
+    invocation: tuple[int, ...], slices: Sequence[AdapterSlice], base: Base
+) -> None:
+    """A prompt before the invocation is the base's own: its KV is shared."""
+    unknown = next((token for token in invocation if base.vocab_size <= token), None)
+    if base.vocab_size and unknown is not None:
+        raise AdapterInvalidError(
+            f"{CONFIG_NAME}: alora_invocation_tokens has {unknown}, but the base's vocabulary has"
+            f" {base.vocab_size} tokens"
+        )
+    for part in slices:
+        if part.bias is not None:
+            reason = "acts before the invocation tokens, too; train an aLoRA with bias 'none'"
+            raise _invalid(part.bias.name, reason)
 
 
 # -- the base's name ------------------------------------------------------------------------

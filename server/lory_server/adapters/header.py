@@ -6,8 +6,9 @@ number in the file before that number has been checked. It must not know adapter
 
 import math
 import os
-from dataclasses import dataclass
 from typing import Any
+
+import msgspec
 
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.strict_json import parse_object
@@ -23,8 +24,9 @@ _MAX_DIM = 2**31
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(msgspec.Struct, frozen=True, gc=False):
+    """Thousands of adapters have hundreds each: the collector must not walk them."""
+
     name: str
     dtype: str
     """A key of DTYPE_BYTES."""

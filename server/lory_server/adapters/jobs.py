@@ -5,9 +5,10 @@ It must not know tickets' owners, slots or the device.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 
 import torch
 
@@ -24,7 +25,7 @@ from lory_server.messages import AdapterEntry
 
 @dataclass(frozen=True, slots=True)
 class Located:
-    ticket: int
+    tickets: tuple[int, ...]
     adapter_id: str
     signature: Signature
 
@@ -34,12 +35,13 @@ class LocateJob:
     """Which bytes does a name stand for at this moment?"""
 
     store: AdapterStore
-    ticket: int
+    tickets: tuple[int, ...]
+    """Of all who asked before it began."""
     adapter_id: str
 
     def run(self) -> Located:
         with self.store.locate(self.adapter_id) as files:
-            return Located(self.ticket, self.adapter_id, files.signature)
+            return Located(self.tickets, self.adapter_id, files.signature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +107,8 @@ class LoadJob:
     store: AdapterStore
     readers: "SimpleQueue[Reader]"
     """Those that no load has; as many as loader threads."""
+    spare_reader: Reader
+    """For spare threads, while stuck loads have all of those."""
     limits: Limits
     budget: HostBudget
     key: LoadKey
@@ -116,17 +120,27 @@ class LoadJob:
 
     def run(self) -> Loaded | NeedsRoom:
         reservation = _Reservation(self.budget, self.reserved_bytes)
-        reader = self.readers.get()
         try:
-            outcome = self._load(reservation, reader)
+            with self._reader() as reader:
+                outcome = self._load(reservation, reader)
         except BaseException:
             reservation.give_up()
             raise
-        finally:
-            self.readers.put(reader)
         if isinstance(outcome, NeedsRoom):
             reservation.give_up()
         return outcome
+
+    @contextmanager
+    def _reader(self) -> Iterator[Reader]:
+        try:
+            reader = self.readers.get_nowait()
+        except Empty:
+            yield self.spare_reader
+            return
+        try:
+            yield reader
+        finally:
+            self.readers.put(reader)
 
     def _load(self, reservation: "_Reservation", reader: Reader) -> Loaded | NeedsRoom:
         started_s = time.monotonic()

@@ -19,6 +19,7 @@ class Facts:
     matched: tuple[Matched, ...]
     file_bytes: int
     """Of the weights file."""
+    invocation_tokens: tuple[int, ...] = ()
 
 
 def facts_of(manifest: AdapterManifest, sites: Sequence[Site]) -> Facts:
@@ -30,4 +31,4 @@ def facts_of(manifest: AdapterManifest, sites: Sequence[Site]) -> Facts:
         counts[name] = counts.get(name, 0) + 1
         ranks.setdefault(name, set()).add(part.rank)
     matched = (Matched(name, count, tuple(sorted(ranks[name]))) for name, count in counts.items())
-    return Facts(tuple(matched), manifest.file_bytes)
+    return Facts(tuple(matched), manifest.file_bytes, manifest.invocation_tokens)

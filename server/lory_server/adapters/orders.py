@@ -10,8 +10,9 @@ import logging
 from collections.abc import Set
 from dataclasses import dataclass, replace
 
-from lory_server.adapters.cache import AdapterCache, Resolved, ResolveFailed
+from lory_server.adapters.cache import AdapterCache
 from lory_server.adapters.errors import AdapterCapacityError
+from lory_server.adapters.outcomes import Resolved, ResolveFailed
 from lory_server.messages import AdapterOrder, Failure, FailureCode, OrderDone, Recipe
 from lory_server.plan import AdapterDemand
 

@@ -89,4 +89,4 @@ class Pins:
             )
 
     def _device_need(self, revision: str) -> int:
-        return self._device.pool.needed_bytes(self._host.entry(revision).blob.manifest)
+        return self._host.entry(revision).device_bytes

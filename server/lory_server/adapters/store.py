@@ -6,6 +6,7 @@ root. It must not know what the files mean.
 """
 
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -38,9 +39,12 @@ _OF_THE_FOLDER = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMET
 """What a folder can be blamed for; anything else (no more open files, a broken disk) is ours."""
 
 NAME_RULE = "names are one or two parts of letters, digits, '.', '_' and '-', joined by '/'"
+_NUM_FACTS = 5
+"""Of each file, in a signature."""
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.ckpt")
 
 Signature = tuple[int, ...]
+NO_MARK: Signature = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +57,8 @@ class AdapterFiles:
     manifest_fd: int | None
     """None: it has no manifest."""
     signature: Signature
-    """Device, inode, size, mtime and ctime of each file."""
+    """Device, inode, size, mtime and ctime of each file; and what tells a fetched one's name from
+    others, for that never stands for other bytes."""
     located_ns: int
 
     def __enter__(self) -> "AdapterFiles":
@@ -74,13 +79,16 @@ class AdapterFiles:
 
     def check_unchanged(self) -> None:
         """Raise if a file was written to since it was located, so that no mixture is served."""
-        if _signature(self.config_fd, self.weights_fd, self.manifest_fd) != self.signature:
+        facts = _signature(self.config_fd, self.weights_fd, self.manifest_fd)
+        if facts != self.signature[: len(facts)]:
             raise changed_error()
 
     @property
     def is_settled(self) -> bool:
         """False if the signature may fail to show a change made just after it was taken."""
-        changed_ns = max(self.signature[4::5])
+        if len(self.signature) % _NUM_FACTS:
+            return True
+        changed_ns = max(self.signature[_NUM_FACTS - 1 :: _NUM_FACTS])
         return self.located_ns - changed_ns > SETTLED_NS
 
 
@@ -99,16 +107,17 @@ class AdapterStore:
 
         An OSError is not the adapter's fault, and says nothing about it.
         """
-        folder, name = self.root, adapter_id
+        folder, name, mark = self.root, adapter_id, NO_MARK
         if self.fetched is not None and adapter_id.startswith(FETCHED):
             folder, name = self.fetched, adapter_id.removeprefix(FETCHED)
+            mark = (int.from_bytes(hashlib.sha256(name.encode()).digest()),)
         if folder is None:
             raise AdapterNotFoundError("no adapters are served; start with an adapters folder")
         if not _ADAPTER_ID.fullmatch(name):
             raise AdapterNotFoundError(f"no adapter {adapter_id[:100]!r}: {NAME_RULE}")
         root = os.path.realpath(folder)
         for _ in range(MAX_TRIES):
-            files = self._open(root, name)
+            files = self._open(root, name, mark)
             try:
                 if _is_still_there(root, files):
                     return files
@@ -118,7 +127,7 @@ class AdapterStore:
             files.close()
         raise changed_error()
 
-    def _open(self, root: str, adapter_id: str) -> AdapterFiles:
+    def _open(self, root: str, adapter_id: str, mark: Signature) -> AdapterFiles:
         with ExitStack() as opened:
             config_fd = self._open_config(root, adapter_id)
             opened.callback(os.close, config_fd)
@@ -127,7 +136,7 @@ class AdapterStore:
             manifest_fd = _open_inside(root, adapter_id, MANIFEST_NAME)
             if manifest_fd is not None:
                 opened.callback(os.close, manifest_fd)
-            signature = _signature(config_fd, weights_fd, manifest_fd)
+            signature = (*_signature(config_fd, weights_fd, manifest_fd), *mark)
             opened.pop_all()
         return AdapterFiles(
             adapter_id, config_fd, weights_fd, manifest_fd, signature, time.time_ns()
@@ -288,18 +297,19 @@ def _signature(*fds: int | None) -> Signature:
 
 def _folders(root: str, folder: str) -> Iterator[str]:
     """Names of the folders in `folder`; links are followed only inside `root`."""
-    for name in _folder_names(folder):
-        if not _FOLDER_NAME.fullmatch(name):
+    for entry in _folder_entries(folder):
+        if not _FOLDER_NAME.fullmatch(entry.name):
             continue
-        if _is_inside(root, os.path.realpath(os.path.join(folder, name))):
-            yield name
+        # What is no link lies where it is listed: of thousands, few need a look at the disk.
+        if not entry.is_symlink() or _is_inside(root, os.path.realpath(entry.path)):
+            yield entry.name
 
 
 def _nameless(root: str, above: str = "", depth: int = 1) -> Iterator[str]:
-    for name in _folder_names(os.path.join(root, above)):
-        inner = f"{above}{name}"
+    for entry in _folder_entries(os.path.join(root, above)):
+        inner = f"{above}{entry.name}"
         folder = os.path.join(root, inner)
-        if name.startswith(".") or os.path.islink(folder):
+        if entry.name.startswith(".") or entry.is_symlink():
             continue
         if _has_config(folder):
             if not _ADAPTER_ID.fullmatch(inner):
@@ -308,10 +318,10 @@ def _nameless(root: str, above: str = "", depth: int = 1) -> Iterator[str]:
             yield from _nameless(root, inner + "/", depth + 1)
 
 
-def _folder_names(folder: str) -> list[str]:
+def _folder_entries(folder: str) -> list["os.DirEntry[str]"]:
     try:
         with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if _is_folder(entry)]
+            return [entry for entry in entries if _is_folder(entry)]
     except OSError:
         return []  # it was removed or closed to us since it was seen: nothing to list
 

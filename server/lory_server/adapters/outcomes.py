@@ -1,0 +1,55 @@
+"""What the cache answers: plain values.
+
+It must not know how an answer was found.
+"""
+
+from dataclasses import dataclass
+
+from lory_server.messages import NO_RECIPE, AdapterEntry, FailureCode, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A ticket's adapter is on the host and held, until `release(revision)`."""
+
+    ticket: int
+    adapter_id: str
+    revision: str
+    is_latest: bool
+    """Whether it is what the name stands for on disk; else it was asked for by its digest."""
+    num_bytes: int
+    """What it takes in the device's pool."""
+    max_rank: int
+    invocation_tokens: tuple[int, ...]
+    load_seconds: float
+    """From `resolve` to now."""
+    recipe: Recipe = NO_RECIPE
+
+
+@dataclass(frozen=True, slots=True)
+class ResolveFailed:
+    ticket: int
+    adapter_id: str
+    code: FailureCode
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    call_id: int
+    adapters: tuple[AdapterEntry, ...]
+
+
+Outcome = Resolved | ResolveFailed | Listed
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCounts:
+    disk: int
+    """As of the last look."""
+    host: int
+    device: int
+    host_bytes: int
+    device_bytes: int
+    pins_host: int
+    pins_device: int
