@@ -130,6 +130,8 @@ def test_perplexity_is_of_tokens_not_of_rows():
     (metric,) = make_metrics(["perplexity"], ["x"])
     rows = [metric.measure([math.log(0.5)] * 3, "x"), metric.measure([math.log(0.125)], "x")]
     assert metric.total(rows) == pytest.approx(2 ** (6 / 4))
+    assert metric.total([metric.measure([], "")]) == 1
+    assert math.isfinite(metric.total([metric.measure([-1e6], "x")]))
     assert not metric.is_better_high
     assert metric.row_score(rows[0]) > metric.row_score(rows[1])
 

@@ -3,6 +3,7 @@
 It must not know how a wish is carried out (`lifecycle`).
 """
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TypeVar
@@ -38,6 +39,9 @@ LOAD_LORA = "/v1/load_lora_adapter"
 UNLOAD_LORA = "/v1/unload_lora_adapter"
 COUNTED = (PATH, LOAD_LORA, UNLOAD_LORA)
 """What metrics call them."""
+
+RECIPE_WAIT_S = 5.0
+"""How long a look at an adapter waits for it to be read."""
 
 T = TypeVar("T", bound=msgspec.Struct)
 Deed = Callable[[Caller, str, str], Awaitable[AdapterReply]]
@@ -89,9 +93,10 @@ class AdapterRoutes:
         name, caller = _checked(request.path_params["adapter_id"]), caller_of(request.scope)
         reply = await self._catalogue.get(caller, name)
         try:
-            known = await self._front.recipes.known(caller, name)
-        except ApiError:
-            known = None  # it cannot be served, which `refused` tells
+            async with asyncio.timeout(RECIPE_WAIT_S):
+                known = await self._front.recipes.known(caller, name)
+        except (ApiError, TimeoutError):
+            known = None  # it cannot be served, which `refused` tells, or not yet
         if known is None:
             return _json(adapter_detail(reply, None, None))
         return _json(adapter_detail(reply, known.recipe, known.base_matches))

@@ -73,7 +73,8 @@ def create_app(
     sourced = engine if isinstance(engine, SourcedEngine) else None
     rights = Rights(registry, sourced.sources if sourced else None)
     named = NamedEngine(engine, rights, settings, is_warm)
-    recipes = Recipes(named, rights, settings, base or ServedBase())
+    orders = sourced.orders if sourced else None
+    recipes = Recipes(named, rights, settings, base or ServedBase(), orders)
     front = Front(named, settings, text, metrics, Gate(settings), registry, rights, recipes)
     listing = Listing(named)
     catalogue = Catalogue(listing, registry, rights, sourced.sources if sourced else None)

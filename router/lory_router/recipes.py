@@ -18,9 +18,10 @@ from lory_router.keys import Caller
 from lory_router.names import Target
 from lory_router.rights import Rights
 from lory_router.settings import RouterSettings
+from lory_router.sourced_orders import SourcedOrders
 from lory_router.sources.flight import Flights
 from lory_router.sources.memory import Memory
-from lory_router.sources.reference import is_from_source
+from lory_router.sources.reference import UPLOAD, is_from_source, reference_of
 from lory_router.validate import Named
 from lory_server.messages import NO_RECIPE, OrderDone, Recipe
 
@@ -45,9 +46,16 @@ UNTOLD = Known(NO_RECIPE, None)
 
 class Recipes:
     def __init__(
-        self, engine: EngineClient, rights: Rights, settings: RouterSettings, base: ServedBase
+        self,
+        engine: EngineClient,
+        rights: Rights,
+        settings: RouterSettings,
+        base: ServedBase,
+        sourced: SourcedOrders | None = None,
     ) -> None:
+        """`sourced` takes orders about uploads."""
         self._engine = engine
+        self._sourced = sourced
         self._rights = rights
         self._settings = settings
         self._base = base
@@ -57,7 +65,7 @@ class Recipes:
     async def of(self, named: Named, caller: Caller) -> Recipe:
         """Of the adapter that a request names. Raises an ApiError where there is none, or where it
         is for another base and that is refused."""
-        if not named.adapter_id or named.source is not None:
+        if not named.adapter_id:
             return NO_RECIPE
         known = await self.known(caller, named.adapter_id)
         if self._settings.strict_base and known.other_parts:
@@ -70,9 +78,9 @@ class Recipes:
 
     async def known(self, caller: Caller, name: str) -> Known:
         """Of an adapter that the caller sees, by any of its names; the first time the engine reads
-        it for that. What comes from a source comes without its manifest."""
+        it for that. What is fetched comes without its manifest; an upload may bring it."""
         target = self._rights.find_target(caller, name)
-        if is_from_source(target.adapter_id):
+        if is_from_source(target.adapter_id) and not target.adapter_id.startswith(UPLOAD):
             return UNTOLD
         known = self._known.get(target)
         if known is not None:
@@ -112,13 +120,19 @@ class Recipes:
             async with asyncio.timeout(self._settings.request_timeout_s):
                 while True:
                     try:
-                        return await self._engine.order("find", target.adapter_id, target.revision)
+                        return await self._order_find(target)
                     except Unavailable as error:
                         if error.reason != "loading" or not self._engine.is_ready():
                             raise
         except TimeoutError as error:
             text = f"adapter {shown(target.adapter_id)} could not be read in time; try later"
             raise TimedOut(text) from error
+
+    async def _order_find(self, target: Target) -> OrderDone:
+        if self._sourced is not None and is_from_source(target.adapter_id):
+            reference = reference_of(target.adapter_id)
+            return await self._sourced.order("find", reference, target.revision)
+        return await self._engine.order("find", target.adapter_id, target.revision)
 
 
 def _differs(known: Known) -> str:

@@ -29,7 +29,7 @@ from lory_router.sources.fetching import FULL, OpenWriter, disk_full
 from lory_router.sources.multipart import MultipartError, Part
 from lory_router.sources.reference import Reference
 from lory_router.sources.settings import SourceSettings
-from lory_router.sources.source import CONFIG_NAME, FILE_NAMES, WEIGHTS_NAME
+from lory_router.sources.source import CONFIG_NAME, FILE_NAMES, FURTHER_NAMES, WEIGHTS_NAME
 from lory_router.sources.writer import FileWriter
 from lory_server.adapters.errors import AdapterInvalidError
 
@@ -182,7 +182,7 @@ class Uploads:
                 config = await self._disk.threads.run(_config_of, writers[WEIGHTS_NAME])
                 begin(CONFIG_NAME)
                 await self._write(arrival, writers, config, most_in_all)
-            if not upload.reader.is_whole or set(writers) != set(FILE_NAMES):
+            if not upload.reader.is_whole or not set(FILE_NAMES) <= set(writers):
                 raise Invalid(f"the body must have the parts {_FILES}, whole", param="file")
             return {
                 name: (writer.num_bytes, await self._disk.threads.run(writer.finish))
@@ -262,10 +262,11 @@ def _told() -> Iterator[None]:
 
 
 _FILES = " and ".join(f"`{name}`" for name in FILE_NAMES)
+_MORE = "".join(f", and if you like `{name}`" for name in FURTHER_NAMES)
 
 
 def _check_part(name: str, writers: dict[str, FileWriter]) -> None:
     if name not in CHECKS:
-        raise Invalid(f"{shown(name)} is no part of an upload; send {_FILES}", param="file")
+        raise Invalid(f"{shown(name)} is no part of an upload; send {_FILES}{_MORE}", param="file")
     if name in writers:
         raise Invalid(f"`{name}` comes twice", param="file")

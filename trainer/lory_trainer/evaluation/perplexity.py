@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 from lory_trainer.evaluation.metrics import Metric
 
+MOST_NATS = 700.0
+"""A token; what is beyond has no number."""
+
 Surprise = tuple[float, int]
 """Of one row: the negative log-probability of its answer, and how many tokens that is of."""
 
@@ -19,7 +22,8 @@ def surprise(logprobs: Sequence[float], wanted: str) -> Surprise:
 
 def perplexity(rows: Sequence[Surprise]) -> float:
     num_tokens = sum(num for _, num in rows)
-    return math.exp(sum(nats for nats, _ in rows) / num_tokens) if num_tokens else math.nan
+    nats_a_token = sum(nats for nats, _ in rows) / max(1, num_tokens)
+    return math.exp(min(nats_a_token, MOST_NATS))
 
 
 def _row_score(row: Surprise) -> float:
