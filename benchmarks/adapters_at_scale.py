@@ -93,14 +93,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     add("--counts", type=int, nargs="+", default=[5, 32, 100, 500, 1000, 2000], help="of adapters")
     add("--popularities", nargs="+", default=["uniform", "zipf:1.0"], help="of adapters")
     add("--concurrency", type=int, default=32, help="requests at once")
-    add("--requests", type=int, default=192, help="of each point and pass")
+    add("--requests", type=int, default=160, help="of each point and pass")
     add("--prompt-tokens", type=int, default=64, help="random tokens in")
     add("--output-tokens", type=int, default=48, help="tokens out")
     add("--passes", type=int, default=3, help="over all points, when all adapters are known")
     add("--resident", type=int, default=256, help="most adapters on the device")
-    add("--sim-loads", type=int, default=20_000, help="of the pool's trace")
+    add("--sim-loads", type=int, default=10_000, help="of the pool's trace")
     add("--sim-adapters", type=int, default=5_000, help="of the eviction traces")
-    add("--sim-requests", type=int, default=200_000, help="of each eviction trace")
+    add("--sim-requests", type=int, default=100_000, help="of each eviction trace")
     add("--quiet-limit", type=float, default=10.0, help="most seconds to wait for a quiet machine")
     add("--seed", type=int, default=0, help="of the prompts and draws")
     add("--models", type=Path, default=MODELS, help="folder of the made models")
@@ -110,7 +110,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     arguments = parse(argv)
-    path = arguments.out or record.RESULTS / f"adapters-at-scale-{record.today()}.json"
+    parts = "".join(f"{part}-" for part in arguments.only if len(arguments.only) < len(PARTS))
+    path = arguments.out or record.RESULTS / f"adapters-at-scale-{parts}{record.today()}.json"
     result = record.facts("benchmarks.adapters_at_scale", argv)
     result["model"], result["threads"] = arguments.model, arguments.threads
     for part in arguments.only:

@@ -138,7 +138,7 @@ def run(
     watch = CpuWatch(server.pid)
     figures = _send(server, asks, settings, settings.output_tokens)
     shares = watch.stop()
-    wanted = ("output_tokens_per_s", "wall_s", "adapters_used", "ttft_s", "itl_s")
+    wanted = ("output_tokens_per_s", "wall_s", "adapters_used", "ttft_s")
     return {key: figures[key] for key in wanted} | {
         "pass": number,
         "distinct_in_batch": _distinct(asks, settings.concurrency),
@@ -194,7 +194,6 @@ def summary(point: Point, runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "output_tokens_per_s": statistics.median(run["output_tokens_per_s"] for run in later),
         "ttft_p50_s": statistics.median(run["ttft_s"]["p50"] for run in later),
         "ttft_p99_s": statistics.median(run["ttft_s"]["p99"] for run in later),
-        "gap_p99_s": statistics.median(run["itl_s"]["p99"] for run in later),
         "distinct_in_batch": statistics.median(run["distinct_in_batch"] for run in later),
         "growing_tokens_per_s": runs[0]["output_tokens_per_s"],
         "clean": all(run["clean"] for run in later),

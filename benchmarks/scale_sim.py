@@ -243,6 +243,8 @@ def evictions(shape: Shape, num_adapters: int, num_requests: int) -> list[dict[s
         ("uniform", Trace(shape, num_adapters, num_requests, 0.0)),
         ("Zipf 1.0, other favourites nine times",
          Trace(shape, num_adapters, num_requests, 1.0, num_shuffles=9)),
+        ("the same, none with DoRA",
+         Trace(shape, num_adapters, num_requests, 1.0, dora_share=0.0, num_shuffles=9)),
     )  # fmt: skip
     found: list[dict[str, Any]] = []
     for what, trace in cases:

@@ -15,6 +15,7 @@ from lory_router.registry import Registry
 from lory_router.settings import RouterSettings
 from lory_router.sourced_engine import SourcedEngine
 from lory_router.sources.metrics import SourceMetrics
+from lory_router.sources.reference import SourceKind
 from lory_router.sources.service import Sources
 from lory_router.sources.settings import SourceSettings
 from lory_server.messages import AdapterEntry, OrderDone, OrderKind
@@ -79,7 +80,8 @@ class SourcedFront(Front):
 
     def __init__(self, world: World, chosen: SourceSettings) -> None:
         self.engine = world.engine
-        self.settings = RouterSettings(model_names=(BASE,), adapter_sources=chosen.kinds | {"web"})
+        web: frozenset[SourceKind] = frozenset(("web",))
+        self.settings = RouterSettings(model_names=(BASE,), adapter_sources=chosen.kinds | web)
         self.registry, self.keys = world.registry, world.keys
         self._chosen = chosen
 

@@ -49,7 +49,13 @@ def test_without_splitting_the_pool_would_lose_more_than_that(
 
 @pytest.mark.parametrize(
     ("alpha", "dora_share", "num_shuffles", "most"),
-    [(1.0, 0.1, 1, 0.8), (0.7, 0.1, 1, 0.8), (1.0, 0.0, 1, 0.95), (1.0, 0.1, 9, 0.9)],
+    [
+        (1.0, 0.1, 1, 0.3),
+        (0.7, 0.1, 1, 0.3),
+        (1.0, 0.0, 1, 0.92),
+        (1.0, 0.1, 9, 0.3),
+        (1.0, 0.0, 9, 1.02),
+    ],
 )
 def test_worth_spends_less_on_loading_than_lru(
     alpha: float, dora_share: float, num_shuffles: int, most: float
@@ -120,7 +126,7 @@ def test_all_of_it_on_a_tiny_model(tmp_path: Path) -> None:
 def run(number: int, rate: float, clean: bool = True) -> dict[str, Any]:
     times = {"p50": 0.01 * number + 0.01, "p99": 0.1, "max": 1.0}
     return {
-        "pass": number, "output_tokens_per_s": rate, "ttft_s": times, "itl_s": times,
+        "pass": number, "output_tokens_per_s": rate, "ttft_s": times,
         "distinct_in_batch": 5.0, "clean": clean,
     }  # fmt: skip
 

@@ -213,7 +213,10 @@ class FakeServer(BaseHTTPRequestHandler):
             return
         self.asked_with.append(key)
         names = ("polite", "missing", "long", "plain")
-        adapters = [{"id": name, "parent": "base", "tier": "device"} for name in names]
+        adapters: list[dict[str, Any]] = [
+            {"id": name, "parent": "base", "tier": "device"} for name in names
+        ]
+        adapters[1]["fetching"] = {"bytes": 2**20, "total": 3 * 2**20, "seconds": 2.0}
         models = [{"id": "base"}, *adapters]
         self._reply("application/json", json.dumps({"data": models}))
 
@@ -445,6 +448,7 @@ def test_adapters_are_shown_with_their_tier() -> None:
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "polite" in text
     assert "device" in text
+    assert "missing: fetching, 1.0 of 3.0 MiB in 2 s" in text
 
 
 def test_adapters_are_told_as_json_too() -> None:

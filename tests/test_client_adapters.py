@@ -19,8 +19,10 @@ from lory_client import (
     Client,
     ConflictError,
     MatchedModules,
+    adapter_calls,
 )
 from lory_router.cli import app
+from lory_router.sources.multipart import MultipartReader, Part, boundary_of
 from scripted_engine import REVISION, Front
 
 
@@ -91,6 +93,47 @@ def test_an_answer_tells_its_revision(url: str) -> None:
         assert client.generate("a", max_new_tokens=2).adapter_revision is None
 
 
+def test_what_is_sent_of_an_adapter_is_whole() -> None:
+    weights, config = b"\x00\r\n--weights", {"r": 4}
+    sent = [
+        adapter_calls.upload("team/a", weights, config, None),
+        adapter_calls.upload("a", weights, json.dumps(config), "acme"),
+        adapter_calls.replace("a", weights, json.dumps(config).encode(), "a/b"),
+    ]
+    assert [(call.method, call.path) for call in sent] == [
+        ("PUT", "/v1/adapters/team/a/files"),
+        ("PUT", "/v1/adapters/a/files?owner=acme"),
+        ("POST", "/v1/adapters/a/tensors?owner=a%2Fb"),
+    ]
+    for call in sent:
+        boundary = boundary_of(call.content_type)
+        assert boundary is not None
+        reader, parts = MultipartReader(boundary), dict[str, bytes]()
+        for event in reader.feed(call.body or b""):
+            if isinstance(event, Part):
+                parts[event.name] = b""
+            else:
+                parts[[*parts][-1]] += event
+        assert reader.is_whole
+        assert parts == {
+            "adapter_config.json": b'{"r": 4}',
+            "adapter_model.safetensors": weights,
+        }
+    raw = adapter_calls.replace("a", weights, None, None)
+    assert (raw.body, raw.content_type) == (weights, "application/octet-stream")
+
+
+def test_owners_and_tokens_go_along(url: str) -> None:
+    with Client(url) as client:
+        adapter = client.adapters.register("help", "french", owner="acme")
+        assert "help" in adapter.names
+        with pytest.raises(BadRequestError, match="api_token"):
+            client.adapters.register("other", "french", api_token="x")
+        for deed in (client.adapters.load, client.adapters.pin):
+            with pytest.raises(BadRequestError, match="api_token"):
+                deed("french", api_token="x")
+
+
 def test_async_calls_do_the_same(url: str) -> None:
     async def story() -> list[Adapter | tuple[Adapter, ...] | None]:
         async with AsyncClient(url, max_retries=0) as client:
@@ -132,6 +175,7 @@ def test_the_command_does_and_tells(url: str) -> None:
     assert code == 0
     assert "device, pinned" in output
     assert "2 x q_proj (rank 4/8)" in output
+    assert "acts from tokens 7 8\n" in output
     assert REVISION in output
     code, output = invoke(url, "register", "help@prod", "--adapter", "french", "--json")
     assert json.loads(output)["names"] == {"help@prod": REVISION}

@@ -159,6 +159,29 @@ def test_a_source_that_was_removed_is_so_for_every_branch_if_none_was_named(remo
         assert (registry.target("hub:org/x@v3") is None) == (removed == "hub:org/x")
 
 
+@pytest.mark.parametrize(
+    ("removed", "name", "is_gone"),
+    [
+        ("hub:org/x", "hub:Org/X", True),
+        ("hub:org/x", "hub:ORG/x@v2", True),
+        ("hub:org/x@V2", "hub:org/x@v2", False),
+        ("hub:org/x", "hub:org/xy", False),
+        ("https://h/a", "https://h/a@b", False),
+        ("s3:bucket/a", "s3:bucket/a@b", False),
+        ("upload:a", "upload:A", False),
+        ("a", "A", False),
+    ],
+)
+def test_what_a_removal_covers(removed: str, name: str, is_gone: bool) -> None:
+    """To a hub `Org/X` is `org/x`; in other names case counts, and an @ is a letter like others."""
+    with closing(Registry()) as registry:
+        run(registry.register("n", Target(name)), registry.pin(Target(name)))
+        run(registry.remove(removed))
+        assert (registry.target(name) is None) == is_gone
+        assert ("n" not in registry.state.names) == is_gone
+        assert (not registry.state.pins) == is_gone
+
+
 # -- files of earlier versions --------------------------------------------------------------
 
 

@@ -83,6 +83,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         ("revision", lambda a: a["revision"]),
         ("refused", lambda a: a["refused"]),
         ("changes", _changes),
+        ("acts from", _invocation),
         ("memory", _memory),
         ("requests", lambda a: a["requests"] or None),
         ("names", lambda a: ", ".join(a["names"])),
@@ -104,6 +105,11 @@ def _changes(adapter: dict[str, Any]) -> str:
         f"{kind['modules']} x {name} (rank {'/'.join(map(str, kind['ranks']))})"
         for name, kind in kinds.items()
     )
+
+
+def _invocation(adapter: dict[str, Any]) -> str:
+    tokens = adapter["invocation_tokens"] or []
+    return f"tokens {' '.join(map(str, tokens))}" if tokens else ""
 
 
 def _memory(adapter: dict[str, Any]) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from lory_router.errors import RegistryUnwritable
 from lory_router.names import Target, is_revision, split
 from lory_router.registry_file import open_registry
+from lory_router.sources.reference import covers
 
 Statement = tuple[str, tuple[str, ...]]
 
@@ -46,9 +47,10 @@ class State:
         return sorted(pin for pin in found if pin.revision.startswith(revision))
 
     def is_removed(self, adapter_id: str) -> bool:
-        """A source's adapter is, too, if it was removed without a branch or tag."""
-        plain = adapter_id.partition("@")[0] if ":" in adapter_id else adapter_id
-        return adapter_id in self.removed or plain in self.removed
+        """A hub's adapter is, too, if it was removed without a branch or tag."""
+        if adapter_id in self.removed or ":" not in adapter_id:
+            return adapter_id in self.removed
+        return any(covers(removed, adapter_id) for removed in self.removed)
 
 
 def everything(_name: str) -> bool:
@@ -119,14 +121,14 @@ class Registry:
     async def remove(self, adapter_id: str) -> None:
         """Serve an adapter no more, under whichever name, and forget its names and pins. It keeps
         its owner, so that it is nobody else's when it is served again."""
-        statements = _without(adapter_id)
+        statements = _without(self._state, adapter_id)
         statements.append(("INSERT OR IGNORE INTO removed VALUES (?)", (adapter_id,)))
         await self._write(statements)
 
     async def clear(self, adapter_id: str) -> None:
         """Forget all that is known of an adapter that is no more."""
         forget = ("DELETE FROM owners WHERE name = ?", (adapter_id,))
-        await self._write([*_without(adapter_id), forget])
+        await self._write([*_without(self._state, adapter_id), forget])
 
     async def pin(self, target: Target) -> None:
         put = "INSERT OR IGNORE INTO pins VALUES (?, ?)"
@@ -149,16 +151,19 @@ class Registry:
                 raise RegistryUnwritable(text) from error
 
 
-def _without(adapter_id: str) -> list[Statement]:
-    """Neither further names nor their owners nor pins, of a source's adapter at any branch; the
+def _without(state: State, adapter_id: str) -> list[Statement]:
+    """Neither further names nor their owners nor pins, of a hub's adapter at any branch; the
     adapter's own owner stays."""
-    of_it = "WHERE adapter_id = ?1 OR substr(adapter_id, 1, length(?1) + 1) = ?1 || '@'"
-    further = f"(SELECT name FROM (SELECT * FROM names {of_it}) WHERE name != adapter_id)"
-    return [
-        (f"DELETE FROM owners WHERE name IN {further}", (adapter_id,)),
-        (f"DELETE FROM names {of_it}", (adapter_id,)),
-        (f"DELETE FROM pins {of_it}", (adapter_id,)),
-    ]
+    targets = {target.adapter_id for target in (*state.names.values(), *state.pins)}
+    statements: list[Statement] = []
+    for one in {adapter_id, *(target for target in targets if covers(adapter_id, target))}:
+        further = "(SELECT name FROM names WHERE adapter_id = ? AND name != adapter_id)"
+        statements += [
+            (f"DELETE FROM owners WHERE name IN {further}", (one,)),
+            ("DELETE FROM names WHERE adapter_id = ?", (one,)),
+            ("DELETE FROM pins WHERE adapter_id = ?", (one,)),
+        ]
+    return statements
 
 
 def _read(connection: sqlite3.Connection) -> State:

@@ -13,7 +13,7 @@ import msgspec
 from lory_router.engine import EngineClient, Unavailable
 from lory_router.names import Target
 from lory_router.sources.flight import Flights
-from lory_router.sources.reference import Reference, is_from_source, reference_of
+from lory_router.sources.reference import Reference, covers, is_from_source, reference_of
 from lory_router.sources.service import Sources
 from lory_router.sources.upload import Upload
 from lory_server.messages import FETCHED, AdapterEntry, Failure, OrderDone, OrderKind
@@ -144,9 +144,8 @@ class SourcedOrders:
     async def _let_go(self, kind: OrderKind, reference: Reference, revision: str) -> OrderDone:
         """Of all that is here under its name; the answer is about the newest."""
         if kind == "drop":
-            branches = f"{reference.name}@"
             for pin in list(self._pinned):
-                if pin.adapter_id == reference.name or pin.adapter_id.startswith(branches):
+                if covers(reference.name, pin.adapter_id):
                     self._sources.release(self._pinned.pop(pin))
         answers = [
             await self._tell(kind, reference, FETCHED + entry.folder, revision)

@@ -44,7 +44,7 @@ class Sequence:
     activation: int = 0
     """Position from which they do; the base computes those before it."""
     revision: str = ""
-    """Adapter revision it holds; empty: the base."""
+    """Adapter revision that acts on it; empty: none does."""
     adapter_id: str = ""
     adapter_bytes: int = 0
     prompt_len: int = field(init=False)

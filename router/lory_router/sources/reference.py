@@ -26,8 +26,9 @@ _KINDS: dict[str, SourceKind] = {
 }
 """By what `adapter_source` and a name's prefix call them."""
 _PREFIX = re.compile(r"(?P<scheme>hub|s3|https?|upload):(?P<rest>.*)", re.DOTALL)
+HUB = "hub:"
 UPLOAD = "upload:"
-"""What names of uploads begin with."""
+"""What names of a hub's adapters, and of uploads, begin with."""
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _REPO = re.compile(rf"{_PART}(?:/{_PART})?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
@@ -75,6 +76,17 @@ class Reference:
 def is_from_source(name: str) -> bool:
     """Whether it is the name of a source's adapter, and not a local one's."""
     return _PREFIX.fullmatch(name) is not None
+
+
+def covers(name: str, other: str) -> bool:
+    """Whether what is done to the one is done to the other: without a branch a hub's adapter is
+    all of its branches. To a hub, upper and lower case of a repo's name are the same."""
+    if name == other:
+        return True
+    if not (name.startswith(HUB) and other.startswith(HUB)):
+        return False
+    (repo, _, branch), (others, _, at) = name.partition("@"), other.partition("@")
+    return repo.lower() == others.lower() and branch in ("", at)
 
 
 def reference_of(name: str) -> Reference:

@@ -30,7 +30,7 @@ from lory_router.sources.folder import FolderSource
 from lory_router.sources.hub import HubSource
 from lory_router.sources.lanes import Lane, Lanes
 from lory_router.sources.memory import Memory
-from lory_router.sources.reference import Reference, SourceKind, reference_of
+from lory_router.sources.reference import Reference, SourceKind, covers, reference_of
 from lory_router.sources.s3 import S3Place
 from lory_router.sources.settings import SourceSettings
 from lory_router.sources.source import Source
@@ -293,7 +293,7 @@ class Sources:
             entry
             for entry in self.disk.entries()
             if entry.origin.scope == scope
-            and (entry.origin.name == name or entry.origin.name.startswith(f"{name}@"))
+            and covers(name, entry.origin.name)
             and not entry.origin.is_removed
         ]
         return sorted(found, key=lambda entry: entry.origin.fetched_at, reverse=True)

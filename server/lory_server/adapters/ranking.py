@@ -11,9 +11,9 @@ a few steps down a heap, however many there are. It must not know tiers or adapt
 from collections.abc import Collection
 from heapq import heapify, heappop, heappush
 
-MAX_USES = 64
-"""More of them count no more: they would keep an adapter that nobody asks for any longer through
-as many turnovers of its tier."""
+MAX_USES = 8
+"""More of them count no more: they keep an adapter that nobody asks for any longer through as many
+turnovers of its tier. Of 4 to 64, 8 loads least on the traces of benchmarks/scale_sim."""
 
 SLACK = 64
 """Outdated places that the heap may hold beside as many as there are valid ones."""
