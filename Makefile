@@ -39,6 +39,7 @@ demo-model: setup ## Train the demo's base and adapters again from scratch (unde
 	$(BIN)/python demo/make_adapters.py
 	$(BIN)/python demo/make_prompts.py
 	$(BIN)/python demo/evaluate.py --output demo/accuracy.json
+	$(BIN)/python demo/mismatches.py
 
 check: setup ## Format, lint and types; warnings are errors
 	$(BIN)/ruff format --check $(CODE)

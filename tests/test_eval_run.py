@@ -67,6 +67,15 @@ def test_an_adapter_without_a_template_takes_the_one_given(tmp_path):
     assert result.variants[0].scores["exact_match"].value == 1
 
 
+def test_an_adapter_of_a_source_may_be_unknown_until_it_is_asked(tmp_path):
+    """The front has no sources, so it says so when the first row is asked."""
+    data = write_rows(tmp_path, ("one",))
+    with pytest.raises(EvaluationError, match="--template"):
+        run(make_front(), data=data, adapters=["hub:org/name"])
+    with pytest.raises(EvaluationError, match="--adapter-cache"):
+        run(make_front(), data=data, adapters=["hub:org/name"], template="{text} ->")
+
+
 def test_prompt_only_shows_examples_that_are_not_asked(tmp_path):
     front = make_front()
     data = write_rows(tmp_path, ("one", "two", "three", "four"))

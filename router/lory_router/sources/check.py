@@ -23,6 +23,7 @@ from lory_server.adapters.strict_json import parse_object
 
 _LENGTH_BYTES = 8
 CONFIG_KEY = "adapter_config"
+MANIFEST_KEY = "adapter_manifest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +69,25 @@ def _is_manifest(fd: int, num_bytes: int) -> None:
 
 def config_within(fd: int) -> bytes:
     """The configuration that a trainer wrote into the weights' header, beside the tensors."""
-    header = parse_object(read_header_bytes(fd)[_LENGTH_BYTES:], f"{WEIGHTS_NAME} header")
-    metadata = header.get("__metadata__")
-    text = metadata.get(CONFIG_KEY) if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
+    text = _written_within(fd, CONFIG_KEY)
+    if text is None:
         raise AdapterInvalidError(
             f"{WEIGHTS_NAME}: its header's __metadata__ has no {CONFIG_KEY!r}; save with"
             f" metadata={{{CONFIG_KEY!r}: json.dumps(config)}}, or send both files as parts"
         )
-    return text.encode()
+    return text
+
+
+def manifest_within(fd: int) -> bytes | None:
+    """The manifest, if it stands there too."""
+    return _written_within(fd, MANIFEST_KEY)
+
+
+def _written_within(fd: int, key: str) -> bytes | None:
+    header = parse_object(read_header_bytes(fd)[_LENGTH_BYTES:], f"{WEIGHTS_NAME} header")
+    metadata = header.get("__metadata__")
+    text = metadata.get(key) if isinstance(metadata, dict) else None
+    return text.encode() if isinstance(text, str) else None
 
 
 CHECKS = {

@@ -23,7 +23,7 @@ from lory_router.errors import (
     Invalid,
     shown,
 )
-from lory_router.sources.check import CHECKS, config_within, most_bytes
+from lory_router.sources.check import CHECKS, config_within, manifest_within, most_bytes
 from lory_router.sources.disk import Arrival, DiskCache, Origin
 from lory_router.sources.fetching import FULL, OpenWriter, disk_full
 from lory_router.sources.multipart import MultipartError, Part
@@ -32,6 +32,7 @@ from lory_router.sources.settings import SourceSettings
 from lory_router.sources.source import CONFIG_NAME, FILE_NAMES, FURTHER_NAMES, WEIGHTS_NAME
 from lory_router.sources.writer import FileWriter
 from lory_server.adapters.errors import AdapterInvalidError
+from lory_server.adapters.recipe import MANIFEST_NAME
 
 log = logging.getLogger(__name__)
 
@@ -179,9 +180,10 @@ class Uploads:
                     else:
                         await self._write(arrival, writers, event, most_in_all)
             if isinstance(upload.reader, WeightsReader) and writers:
-                config = await self._disk.threads.run(_config_of, writers[WEIGHTS_NAME])
-                begin(CONFIG_NAME)
-                await self._write(arrival, writers, config, most_in_all)
+                within = await self._disk.threads.run(_within, writers[WEIGHTS_NAME])
+                for name, data in within.items():
+                    begin(name)
+                    await self._write(arrival, writers, data, most_in_all)
             if not upload.reader.is_whole or not set(FILE_NAMES) <= set(writers):
                 raise Invalid(f"the body must have the parts {_FILES}, whole", param="file")
             return {
@@ -237,11 +239,13 @@ class Uploads:
                 began, num_bytes = time.monotonic(), 0
 
 
-def _config_of(writer: FileWriter) -> bytes:
-    """What stands in the header of weights that have been written."""
-    if writer.num_bytes:
-        return config_within(writer.fd)
-    raise Invalid("the body is empty; send the weights in safetensors", param="file")
+def _within(writer: FileWriter) -> dict[str, bytes]:
+    """The files that stand in the header of weights that have been written."""
+    if not writer.num_bytes:
+        raise Invalid("the body is empty; send the weights in safetensors", param="file")
+    manifest = manifest_within(writer.fd)
+    more = {} if manifest is None else {MANIFEST_NAME: manifest}
+    return {CONFIG_NAME: config_within(writer.fd), **more}
 
 
 @contextmanager

@@ -4,6 +4,7 @@ It must not know what is asked afterwards.
 """
 
 from dataclasses import dataclass
+from urllib.parse import quote
 
 from lory_trainer.evaluation.errors import EvaluationError, ServerError
 from lory_trainer.evaluation.server import Json, Server
@@ -41,14 +42,14 @@ async def server_facts(server: Server) -> ServerFacts:
 
 
 async def adapter_facts(server: Server, adapter_id: str) -> AdapterFacts:
-    """Adapters from a source (`hub:org/name`) bring no template along."""
-    if ":" in adapter_id:
-        return AdapterFacts(adapter_id)
+    """One from a source (`hub:org/name`) may be unknown until it is asked something."""
     try:
-        told: Json = (await server.get(f"/v1/adapters/{adapter_id}")).body
+        told: Json = (await server.get(f"/v1/adapters/{quote(adapter_id, safe='/:@')}")).body
     except ServerError as error:
         if error.status != 404:
             raise
+        if ":" in adapter_id:
+            return AdapterFacts(adapter_id)
         raise EvaluationError(
             f"{server.url} serves no adapter {adapter_id!r}; `lory adapters` lists what it does"
         ) from error
