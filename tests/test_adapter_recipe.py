@@ -99,7 +99,7 @@ def test_an_adapter_that_was_not_to_sample_is_greedy():
         ({"fields": ["b"]}, "fields"),
         ({"fields": "ab"}, "fields"),
         ({"generation": {"num_beams": 4}}, "num_beams"),
-        ({"generation": {"temperature": 3}}, "temperature"),
+        ({"generation": {"temperature": 101}}, "temperature"),
         ({"generation": {"temperature": "hot"}}, "temperature"),
         ({"generation": {"top_p": 0}}, "top_p"),
         ({"generation": {"max_new_tokens": 0}}, "max_new_tokens"),

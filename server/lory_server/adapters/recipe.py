@@ -26,7 +26,7 @@ DIGEST_CHARS = 32
 
 _HEX = re.compile(r"[0-9a-f]{64}")
 _RANGES: dict[str, tuple[float, float]] = {
-    "temperature": (0, 2),
+    "temperature": (0, 100),
     "top_k": (0, 2**31 - 1),
     "top_p": (1e-6, 1),
     "typical_p": (1e-6, 1),
