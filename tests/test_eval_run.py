@@ -123,8 +123,14 @@ def test_an_adapter_of_chats_is_compared_with_the_base_in_a_chat(tmp_path):
     run(front, data=data)
     assert prompts(front, "loud") == prompts(front, "")
     assert prompts(front, "") != {"one ->"}
+    front.engine.prompts.clear()
+    front.engine.recipes["loud"] = msgspec.structs.replace(
+        ARROW, digest="whole", template="", fields=(), is_chat=True
+    )
+    run(front, data=data, template="{text} ->")
+    assert prompts(front, "loud") == prompts(front, "") != {"one ->"}
     with pytest.raises(EvaluationError, match="perplexity: is not to be had"):
-        run(front, data=data, metrics=["exact_match", "perplexity"])
+        run(front, data=data, template="{text}", metrics=["exact_match", "perplexity"])
 
 
 def test_two_adapters_are_compared_without_a_base(tmp_path):

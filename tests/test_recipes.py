@@ -283,6 +283,13 @@ def test_an_adapters_page_tells_how_to_ask_it():
     assert server.get("/v1/adapters/french").json()["template"] is None
 
 
+def test_an_adapters_page_tells_of_the_adapter_as_it_is_now():
+    server = front()
+    assert server.get("/v1/adapters/french").json()["template"] == ONE.template
+    server.engine.recipes["french"] = TWO
+    assert server.get("/v1/adapters/french").json()["template"] == TWO.template
+
+
 # -- which base -----------------------------------------------------------------------------
 
 

@@ -89,10 +89,11 @@ class AdapterRoutes:
         return _json(await self._catalogue.list(caller_of(request.scope)))
 
     async def get(self, request: Request) -> Response:
-        """It is read for that, unless it has been: its folder tells how it wants to be asked."""
+        """It is read for that: its folder tells how it wants to be asked."""
         name, caller = _checked(request.path_params["adapter_id"]), caller_of(request.scope)
         reply = await self._catalogue.get(caller, name)
         try:
+            self._front.recipes.forget(caller, name)
             async with asyncio.timeout(RECIPE_WAIT_S):
                 known = await self._front.recipes.known(caller, name)
         except (ApiError, TimeoutError):

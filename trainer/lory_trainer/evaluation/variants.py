@@ -88,23 +88,21 @@ def prompt_only_variant(model: str, template: str, prompting: Prompting) -> Vari
 
 def adapter_variant(facts: AdapterFacts, template: str) -> Variant:
     """`template` is for an adapter that has none on the server."""
-    if facts.template:
-        return Variant(
-            facts.adapter_id,
-            "adapter",
-            facts.adapter_id,
-            facts.template,
-            sends_fields=True,
-            stop=facts.stop,
-            is_chat=facts.is_chat,
-            prefix=facts.completion_prefix,
-        )
-    if not template:
+    if not (facts.template or template):
         raise EvaluationError(
             f"adapter {facts.adapter_id!r} has no template on the server; give the one it was"
             " trained with by --template"
         )
-    return Variant(facts.adapter_id, "adapter", facts.adapter_id, template, stop=facts.stop)
+    return Variant(
+        facts.adapter_id,
+        "adapter",
+        facts.adapter_id,
+        facts.template or template,
+        sends_fields=bool(facts.template),
+        stop=facts.stop,
+        is_chat=facts.is_chat,
+        prefix=facts.completion_prefix,
+    )
 
 
 def request(variant: Variant, row: Row, sampling: Sampling) -> tuple[str, Json]:
@@ -122,7 +120,7 @@ def request(variant: Variant, row: Row, sampling: Sampling) -> tuple[str, Json]:
         parameters["adapter_id"] = variant.model
     if variant.kind == "prompt_only":
         parameters["stop"] = list(variant.stop)
-    if variant.kind == "base" and variant.is_chat:
+    if variant.is_chat and not variant.sends_fields:
         parameters["apply_chat_template"] = True
     return "/generate", {"inputs": _inputs(variant, row), "parameters": parameters}
 
