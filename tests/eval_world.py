@@ -10,14 +10,14 @@ from typing import Any
 import httpx
 
 from lory_router.engine import SequenceRequest
-from lory_server.messages import Recipe
+from lory_server.messages import Manner
 from lory_trainer.evaluation.options import EvaluationOptions
 from lory_trainer.evaluation.results import Evaluation
 from lory_trainer.evaluation.run import evaluate
 from lory_trainer.evaluation.server import Server
 from scripted_engine import TEXT, Answer, Front, ScriptedEngine, ScriptedStream
 
-ARROW = Recipe(digest="arrow", template="{text} ->", fields=("text",))
+ARROW = Manner(digest="arrow", template="{text} ->", fields=("text",))
 
 
 def shout(adapter_id: str, prompt: str) -> str:
@@ -42,7 +42,7 @@ class Oracle(ScriptedEngine):
 
 
 def make_front(**changes: Any) -> Front:
-    engine = Oracle(recipes={"loud": ARROW, "meek": ARROW}, **changes)
+    engine = Oracle(manners={"loud": ARROW, "meek": ARROW}, **changes)
     return Front(engine=engine)
 
 

@@ -163,7 +163,7 @@ class Session:
         *,
         revision: str = "",
         tenant: str = "default",
-        recipe: str = "",
+        manner: str = "",
         **fields: Any,
     ) -> None:
         sampling = Sampling(**{"max_new_tokens": 12, "seed": request_id, **fields})
@@ -173,7 +173,7 @@ class Session:
             sampling=sampling,
             adapter_id=adapter_id,
             adapter_revision=revision,
-            recipe=recipe,
+            manner=manner,
             tenant=tenant,
         )
         self.prompts[request_id] = command

@@ -27,7 +27,7 @@ from lory_router.registry import Registry
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_server.messages import (
-    NO_RECIPE,
+    NO_MANNER,
     AdapterEntry,
     CancelReason,
     EngineInfo,
@@ -35,11 +35,11 @@ from lory_server.messages import (
     FailureCode,
     Finished,
     FinishReason,
+    Manner,
     Matched,
     OrderDone,
     OrderKind,
     PromptLogprobs,
-    Recipe,
     RevisionEntry,
     Token,
     Usage,
@@ -189,7 +189,7 @@ class ScriptedEngine:
     pinned: set[str] = field(default_factory=set)
     refuses: Failure | None = None
     """Every order that would load."""
-    recipes: dict[str, Recipe] = field(default_factory=dict)
+    manners: dict[str, Manner] = field(default_factory=dict)
     """Of adapters that have one."""
 
     def is_ready(self) -> bool:
@@ -204,8 +204,8 @@ class ScriptedEngine:
         answer = self.answers[min(len(self.streams), len(self.answers) - 1)]
         if request.adapter_id and request.adapter_id not in self.adapters:
             answer = Answer(text=b"", ends=False, fails="adapter_not_found")
-        elif request.recipe != self.recipes.get(request.adapter_id, NO_RECIPE).digest:
-            answer = replace(answer, text=b"", ends=False, fails="recipe_changed")
+        elif request.manner != self.manners.get(request.adapter_id, NO_MANNER).digest:
+            answer = replace(answer, text=b"", ends=False, fails="manner_changed")
         stream = ScriptedStream(request, answer)
         self.streams.append(stream)
         return stream
@@ -231,8 +231,8 @@ class ScriptedEngine:
         if kind in ("unload", "drop"):
             self.loaded.discard(adapter_id)
         told = REVISION if kind in ("find", "load", "pin") else ""
-        recipe = self.recipes.get(adapter_id, NO_RECIPE) if kind == "find" else None
-        return OrderDone(call_id=0, entry=self.entry(adapter_id), revision=told, recipe=recipe)
+        manner = self.manners.get(adapter_id, NO_MANNER) if kind == "find" else None
+        return OrderDone(call_id=0, entry=self.entry(adapter_id), revision=told, manner=manner)
 
     def _refusal(self, kind: OrderKind, adapter_id: str, revision: str) -> Failure | None:
         if kind == "unload" and adapter_id in self.pinned:

@@ -15,7 +15,7 @@ from lory_router.sources.hosts import HostList
 from lory_router.sources.service import Sources
 from lory_router.sources.settings import HubSettings, S3Settings, SourceSettings
 from lory_router.sources.writer import FileWriter
-from lory_server.adapters.recipe import MANIFEST_NAME
+from lory_server.adapters.manner import MANIFEST_NAME
 from source_servers import CONFIG, WEIGHTS
 
 T = TypeVar("T")

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from lory_router.keys import Keyring
-from lory_server.adapters.recipe import MANIFEST_NAME
+from lory_server.adapters.manner import MANIFEST_NAME
 from lory_server.messages import Failure
 from scripted_engine import REVISION, Answer
 from source_files import adapter_bytes, is_clean, kept

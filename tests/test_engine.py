@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import tiny_models
-from lory_server.adapters.recipe import read_recipe
+from lory_server.adapters.manner import read_manner
 from lory_server.build import EngineError, build
 from lory_server.messages import EngineOptions, ListAdapters
 from parity_world import ParityWorld, Session
@@ -254,13 +254,13 @@ def test_replacing_an_adapter_changes_new_requests_and_no_running_one(
 
 
 def write_manifest(folder: Path, template: str) -> str:
-    """The recipe's digest."""
+    """The manner's digest."""
     raw = json.dumps({"manifest_version": 1, "template": template}).encode()
     (folder / "adapter_manifest.json").write_bytes(raw)
-    return read_recipe(raw).digest
+    return read_manner(raw).digest
 
 
-def test_a_request_made_by_the_recipe_of_another_revision_fails_and_holds_nothing(
+def test_a_request_made_by_the_manner_of_another_revision_fails_and_holds_nothing(
     world: ParityWorld, tmp_path: Path
 ) -> None:
     """The very bytes under another template are another revision, too."""
@@ -271,16 +271,16 @@ def test_a_request_made_by_the_recipe_of_another_revision_fails_and_holds_nothin
     session.run()
     digest = write_manifest(folder / "a", "{text} ->")
     session.submit(2, [3, 4, 5], "a")
-    session.submit(3, [3, 4, 5], "a", recipe=digest)
+    session.submit(3, [3, 4, 5], "a", manner=digest)
     session.run()
-    assert failure(session, 2).startswith("recipe_changed")
+    assert failure(session, 2).startswith("manner_changed")
     first, third = session.answers[1], session.answers[3]
     assert third.tokens == first.tokens
     assert third.finished.adapter_revision != first.finished.adapter_revision
     write_manifest(folder / "a", "{text}->")
-    session.submit(4, [3, 4, 5], "a", recipe=digest)
+    session.submit(4, [3, 4, 5], "a", manner=digest)
     session.run()
-    assert failure(session, 4).startswith("recipe_changed")
+    assert failure(session, 4).startswith("manner_changed")
     assert not any(entry.holds for entry in session.engine._adapters.host._entries.values())
     session.close()
 

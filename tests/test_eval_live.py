@@ -1,4 +1,4 @@
-"""The shipped demo through a real server: recipes, `lory eval`, and what each mismatch costs."""
+"""The shipped demo through a real server: manners, `lory eval`, and what each mismatch costs."""
 
 import asyncio
 import json

@@ -59,7 +59,7 @@ def test_the_server_fills_in_the_template_of_an_adapter(tmp_path):
 
 def test_an_adapter_without_a_template_takes_the_one_given(tmp_path):
     front = make_front()
-    front.engine.recipes.clear()
+    front.engine.manners.clear()
     data = write_rows(tmp_path, ("one",))
     with pytest.raises(EvaluationError, match="--template"):
         run(front, data=data)
@@ -111,20 +111,20 @@ def test_prompt_only_may_be_a_chat(tmp_path):
 
 def test_what_answers_begin_with_by_training_is_no_mistake(tmp_path):
     front = make_front(says=lambda name, prompt: " ONE" if name else "ONE")
-    front.engine.recipes["loud"] = msgspec.structs.replace(ARROW, completion_prefix=" ")
+    front.engine.manners["loud"] = msgspec.structs.replace(ARROW, completion_prefix=" ")
     result = run(front, data=write_rows(tmp_path, ("one",)))
     assert [v.scores["exact_match"].value for v in result.variants] == [1, 1]
 
 
 def test_an_adapter_of_chats_is_compared_with_the_base_in_a_chat(tmp_path):
     front = make_front()
-    front.engine.recipes["loud"] = msgspec.structs.replace(ARROW, is_chat=True)
+    front.engine.manners["loud"] = msgspec.structs.replace(ARROW, is_chat=True)
     data = write_rows(tmp_path, ("one",))
     run(front, data=data)
     assert prompts(front, "loud") == prompts(front, "")
     assert prompts(front, "") != {"one ->"}
     front.engine.prompts.clear()
-    front.engine.recipes["loud"] = msgspec.structs.replace(
+    front.engine.manners["loud"] = msgspec.structs.replace(
         ARROW, digest="whole", template="", fields=(), is_chat=True
     )
     run(front, data=data, template="{text} ->")

@@ -24,7 +24,7 @@ from lory_router.sources.multipart import (
 from lory_router.sources.reference import Reference
 from lory_router.sources.service import Sources
 from lory_router.sources.upload import Upload
-from lory_server.adapters.recipe import MANIFEST_NAME, read_recipe
+from lory_server.adapters.manner import MANIFEST_NAME, read_manner
 from scripted_engine import TEXT, Front
 from source_files import is_clean, kept, settings, with_sources
 from source_servers import CONFIG, WEIGHTS
@@ -385,7 +385,7 @@ def manifest(template: str) -> dict[str, bytes]:
 def newest(world: World, files: dict[str, bytes]) -> None:
     """Let the engine find in the folder what was sent, as it does."""
     folder = next(name for name, found in kept(world.folder).items() if found == files)
-    world.engine.recipes[f"@{folder}"] = read_recipe(files[MANIFEST_NAME])
+    world.engine.manners[f"@{folder}"] = read_manner(files[MANIFEST_NAME])
 
 
 def test_an_upload_brings_its_manifest_along_and_is_asked_by_it(world: World):

@@ -40,7 +40,7 @@ UNLOAD_LORA = "/v1/unload_lora_adapter"
 COUNTED = (PATH, LOAD_LORA, UNLOAD_LORA)
 """What metrics call them."""
 
-RECIPE_WAIT_S = 5.0
+MANNER_WAIT_S = 5.0
 """How long a look at an adapter waits for it to be read."""
 
 T = TypeVar("T", bound=msgspec.Struct)
@@ -93,14 +93,14 @@ class AdapterRoutes:
         name, caller = _checked(request.path_params["adapter_id"]), caller_of(request.scope)
         reply = await self._catalogue.get(caller, name)
         try:
-            self._front.recipes.forget(caller, name)
-            async with asyncio.timeout(RECIPE_WAIT_S):
-                known = await self._front.recipes.known(caller, name)
+            self._front.manners.forget(caller, name)
+            async with asyncio.timeout(MANNER_WAIT_S):
+                known = await self._front.manners.known(caller, name)
         except (ApiError, TimeoutError):
             known = None  # it cannot be served, which `refused` tells, or not yet
         if known is None:
             return _json(adapter_detail(reply, None, None))
-        return _json(adapter_detail(reply, known.recipe, known.base_matches))
+        return _json(adapter_detail(reply, known.manner, known.base_matches))
 
     async def register(self, exchange: Exchange, body: bytes) -> None:
         wish = _read(body, RegisterBody)

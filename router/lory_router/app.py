@@ -35,10 +35,10 @@ from lory_router.gate import CALLER, Gate, authorise
 from lory_router.keys import Keyring
 from lory_router.lifecycle import Lifecycle
 from lory_router.listing import Listing
+from lory_router.manners import Manners
 from lory_router.named_engine import NamedEngine
 from lory_router.observe import MetricsSink
 from lory_router.pages import Pages
-from lory_router.recipes import Recipes
 from lory_router.registry import Registry
 from lory_router.rights import Rights
 from lory_router.settings import RouterSettings
@@ -74,8 +74,8 @@ def create_app(
     rights = Rights(registry, sourced.sources if sourced else None)
     named = NamedEngine(engine, rights, settings, is_warm)
     orders = sourced.orders if sourced else None
-    recipes = Recipes(named, rights, settings, base or ServedBase(), orders)
-    front = Front(named, settings, text, metrics, Gate(settings), registry, rights, recipes)
+    manners = Manners(named, rights, settings, base or ServedBase(), orders)
+    front = Front(named, settings, text, metrics, Gate(settings), registry, rights, manners)
     listing = Listing(named)
     catalogue = Catalogue(listing, registry, rights, sourced.sources if sourced else None)
     lifecycle = Lifecycle(named, registry, rights, listing, settings, sourced)

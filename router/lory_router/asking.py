@@ -1,8 +1,8 @@
-"""A request filled in by its adapter's recipe: what it says itself comes first.
+"""A request filled in by its adapter's manner: what it says itself comes first.
 
     the request > the adapter's defaults > the server's > the route's own
 
-Stop texts add up. It must not know HTTP, or where recipes come from.
+Stop texts add up. It must not know HTTP, or where manners come from.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,13 +13,13 @@ import msgspec
 
 from lory_router.errors import Invalid, shown
 from lory_router.keys import Caller
-from lory_router.recipes import Recipes
+from lory_router.manners import Manners
 from lory_router.schemas_lorax import Parameters
 from lory_router.schemas_openai import CommonBody
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
-from lory_server.adapters.recipe import render
-from lory_server.messages import NO_RECIPE, EngineInfo, Recipe
+from lory_server.adapters.manner import render
+from lory_server.messages import NO_MANNER, EngineInfo, Manner
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +29,9 @@ class Context:
     info: EngineInfo
     settings: RouterSettings
     text: TextModel
-    recipes: Recipes
+    manners: Manners
     caller: Caller
-    recipe: Recipe = NO_RECIPE
+    manner: Manner = NO_MANNER
     """Of the adapter that it names, once that is known."""
 
 
@@ -44,11 +44,11 @@ WHEN_GREEDY = ("repetition_penalty",)
 W = TypeVar("W", bound=Parameters | CommonBody)
 
 
-def filled_in(wish: W, recipe: Recipe) -> W:
+def filled_in(wish: W, manner: Manner) -> W:
     """With the defaults of the adapter where it names nothing, but for the answer's length: that
     depends on the prompt."""
     names = WHEN_GREEDY if _is_greedy(wish) else SHARED
-    found = {name: getattr(recipe.defaults, name) for name in names if getattr(wish, name) is None}
+    found = {name: getattr(manner.defaults, name) for name in names if getattr(wish, name) is None}
     given = {name: value for name, value in found.items() if value is not None}
     if isinstance(wish, Parameters) and wish.do_sample and given.get("temperature") == 0:
         del given["temperature"]
@@ -60,41 +60,41 @@ def _is_greedy(wish: Parameters | CommonBody) -> bool:
     return wish.temperature == 0 or (isinstance(wish, Parameters) and wish.do_sample is False)
 
 
-def all_stops(own: Sequence[str], recipe: Recipe) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*own, *recipe.stop)))
+def all_stops(own: Sequence[str], manner: Manner) -> tuple[str, ...]:
+    return tuple(dict.fromkeys((*own, *manner.stop)))
 
 
-def end_ids(recipe: Recipe, text: TextModel, info: EngineInfo) -> tuple[int, ...]:
+def end_ids(manner: Manner, text: TextModel, info: EngineInfo) -> tuple[int, ...]:
     """The token that the adapter learned to end with, where the base ends with another."""
-    token_id = text.tokenizer.token_to_id(recipe.eos_token) if recipe.eos_token else None
+    token_id = text.tokenizer.token_to_id(manner.eos_token) if manner.eos_token else None
     return () if token_id is None or token_id in info.eos_token_ids else (token_id,)
 
 
-def made_of_fields(values: Mapping[str, str], recipe: Recipe, adapter_id: str) -> str:
+def made_of_fields(values: Mapping[str, str], manner: Manner, adapter_id: str) -> str:
     """The prompt that the adapter was trained on, of the fields of its template."""
     who = f"adapter {shown(adapter_id)}" if adapter_id else "the base"
-    if not recipe.template:
+    if not manner.template:
         raise Invalid(f"`inputs`: {who} has no template; send the prompt as text", param="inputs")
-    listed = ", ".join(recipe.fields)
-    for name in recipe.fields:
+    listed = ", ".join(manner.fields)
+    for name in manner.fields:
         if name not in values:
             raise Invalid(f"`inputs.{name}` is required by {who}", param=f"inputs.{name}")
     for name in values:
-        if name not in recipe.fields:
+        if name not in manner.fields:
             raise Invalid(
                 f"`inputs`: {who} has no field {shown(name)}; its template has {listed}",
                 param=f"inputs.{name[:80]}",
             )
-    return render(recipe.template, values)
+    return render(manner.template, values)
 
 
-def made_of_chat(messages: Sequence[Mapping[str, object]], recipe: Recipe, adapter_id: str) -> str:
+def made_of_chat(messages: Sequence[Mapping[str, object]], manner: Manner, adapter_id: str) -> str:
     """The prompt of the last message, which must be the user's. Earlier turns are passed over: the
     adapter was trained on single questions."""
     who = f"adapter {shown(adapter_id)}"
-    if len(recipe.fields) != 1:
+    if len(manner.fields) != 1:
         raise Invalid(
-            f"{who} takes the fields {', '.join(recipe.fields)}, and a chat fills one alone; send"
+            f"{who} takes the fields {', '.join(manner.fields)}, and a chat fills one alone; send"
             ' {"inputs": {...}} with all of them to /generate',
             param="messages",
         )
@@ -107,4 +107,4 @@ def made_of_chat(messages: Sequence[Mapping[str, object]], recipe: Recipe, adapt
             f"`messages`: the template of {who} has no place for a system message; leave it out",
             param="messages",
         )
-    return render(recipe.template, {recipe.fields[0]: str(messages[-1]["content"])})
+    return render(manner.template, {manner.fields[0]: str(messages[-1]["content"])})

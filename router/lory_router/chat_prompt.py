@@ -11,7 +11,7 @@ from lory_router.bodies import read_struct, refuse_unknown_inside
 from lory_router.chat_template import RESERVED_NAMES, ChatTemplate, TemplateError
 from lory_router.errors import Invalid, shown
 from lory_router.schemas_openai import ChatBody, ChatMessage, ChatMessages, Json, TextPart
-from lory_server.messages import Recipe
+from lory_server.messages import Manner
 
 ROLES = ("system", "developer", "user", "assistant")
 
@@ -26,21 +26,21 @@ class ChatPrompt:
 
 
 def chat_prompt(
-    body: ChatBody, chat_template: ChatTemplate | None, recipe: Recipe, adapter_id: str
+    body: ChatBody, chat_template: ChatTemplate | None, manner: Manner, adapter_id: str
 ) -> ChatPrompt:
     """To be called off the event loop, for there may be many messages."""
     messages = chat_messages(body.messages)
-    if recipe.template:
+    if manner.template:
         if body.chat_template_kwargs:
             raise Invalid(
                 "`chat_template_kwargs` is for the base's chat template, and the adapter has a"
                 " template of its own; leave it out",
                 param="chat_template_kwargs",
             )
-        text = made_of_chat(messages, recipe, adapter_id)
-        if recipe.is_chat:
+        text = made_of_chat(messages, manner, adapter_id)
+        if manner.is_chat:
             text = _rendered([{"role": "user", "content": text}], body, chat_template)
-        return ChatPrompt(text, "adapter", recipe.is_chat)
+        return ChatPrompt(text, "adapter", manner.is_chat)
     return ChatPrompt(_rendered(messages, body, chat_template), "base", True)
 
 

@@ -21,8 +21,8 @@ from lory_router.errors import (
 )
 from lory_router.exchange import Exchange
 from lory_router.gate import Gate
+from lory_router.manners import Manners
 from lory_router.observe import MetricsSink, Outcome
-from lory_router.recipes import Recipes
 from lory_router.registry import Registry
 from lory_router.rights import Rights
 from lory_router.settings import RouterSettings
@@ -47,7 +47,7 @@ class Front:
     gate: Gate
     registry: Registry
     rights: Rights
-    recipes: Recipes
+    manners: Manners
 
     def require_ready(self) -> EngineInfo:
         """What the engine is, if a request may come in now."""
@@ -110,7 +110,7 @@ class Endpoint:
             try:
                 return await self._handle(self._front, exchange, body)
             except AdapterReplaced as error:
-                self._front.recipes.forget(exchange.caller, error.adapter_id)
+                self._front.manners.forget(exchange.caller, error.adapter_id)
                 if exchange.status or num_tries == MAX_TRIES:
                     raise
 

@@ -57,8 +57,8 @@ class SequenceRequest:
     """Where the adapter comes from; None: the engine's own folder."""
     token: str = field(default="", repr=False)
     """The caller's, for that source."""
-    recipe: str = ""
-    """Digest of the recipe that the prompt was made by; see `recipes`."""
+    manner: str = ""
+    """Digest of the manner that the prompt was made by; see `manners`."""
     caller: Caller = Caller()  # noqa: RUF009 - never changes
     """Whose request it is; its tenant pays."""
     room: BufferRoom = field(default_factory=BufferRoom, compare=False, repr=False)

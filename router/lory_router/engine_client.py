@@ -153,7 +153,7 @@ class ChildEngine:
             sampling=request.sampling,
             adapter_id=request.adapter_id,
             adapter_revision=request.adapter_revision,
-            recipe=request.recipe,
+            manner=request.manner,
             tenant=request.caller.tenant,
         )
         life.send(command)

@@ -290,7 +290,7 @@ FAILURES: dict[str, type[ApiError]] = {
     "adapter_capacity": AdapterTooLarge,
     "adapter_pinned": Conflict,
     "revision_not_found": RevisionNotFound,
-    "recipe_changed": AdapterReplaced,
+    "manner_changed": AdapterReplaced,
     "context_too_long": ContextTooLong,
     "bad_request": Invalid,
     "overloaded": Overloaded,

@@ -20,7 +20,7 @@ from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_router.transcript import Ending
 from lory_router.validate import Ask, Named
-from lory_server.messages import EngineInfo, Recipe, Sampling
+from lory_server.messages import EngineInfo, Manner, Sampling
 
 PARAMETER_PLACES = {name: f"parameters.{name}" for name in Parameters.__struct_fields__}
 NOT_SUPPORTED = ("merged_adapters", "return_k_alternatives")
@@ -63,10 +63,10 @@ async def accept(body: GenerateBody, stream: bool, context: Context) -> LoraxJob
     named = validate.check_adapter(wish.adapter_id, wish.adapter_source, wish.api_token, settings)
     if not body.inputs:
         raise Invalid("`inputs` cannot be empty", param="inputs")
-    recipe = await context.recipes.of(named, context.caller)
-    wish = asking.filled_in(wish, recipe)
-    prompt, template = _prompt(body, recipe, named)
-    if template == "adapter" and recipe.is_chat:
+    manner = await context.manners.of(named, context.caller)
+    wish = asking.filled_in(wish, manner)
+    prompt, template = _prompt(body, manner, named)
+    if template == "adapter" and manner.is_chat:
         wish = msgspec.structs.replace(wish, apply_chat_template=True)
     if wish.truncate is None:
         most = validate.max_input_length(info, settings)
@@ -74,15 +74,15 @@ async def accept(body: GenerateBody, stream: bool, context: Context) -> LoraxJob
     prompt_ids, is_cut = await _prompt_ids(prompt, wish, settings, text)
     shown = text.decode(prompt_ids) if is_cut else prompt
     validate.check_prompt("inputs", len(prompt_ids), info, settings)
-    sampling = _sampling(wish, recipe, len(prompt_ids), context)
-    stops = asking.all_stops(validate.check_stops(wish.stop or (), settings), recipe)
+    sampling = _sampling(wish, manner, len(prompt_ids), context)
+    stops = asking.all_stops(validate.check_stops(wish.stop or (), settings), manner)
     first = SequenceRequest(
         prompt_ids=prompt_ids,
         sampling=sampling,
         adapter_id=named.adapter_id,
         source=named.source,
         token=named.token,
-        recipe=recipe.digest,
+        manner=manner.digest,
     )
     return LoraxJob(
         asks=_asks(first, wish, validate.ending_of(sampling, info, stops)),
@@ -168,7 +168,7 @@ def _samples(wish: Parameters) -> bool:
     return bool(wish.do_sample) or warped or narrowed
 
 
-def _prompt(body: GenerateBody, recipe: Recipe, named: Named) -> tuple[str, Template]:
+def _prompt(body: GenerateBody, manner: Manner, named: Named) -> tuple[str, Template]:
     """The text to answer, and whose template made it."""
     has_chat_template = bool(body.parameters.apply_chat_template)
     if isinstance(body.inputs, str):
@@ -178,7 +178,7 @@ def _prompt(body: GenerateBody, recipe: Recipe, named: Named) -> tuple[str, Temp
             "`apply_chat_template` is for `inputs` as text; fields go into the adapter's template",
             param="apply_chat_template",
         )
-    return asking.made_of_fields(body.inputs, recipe, named.adapter_id), "adapter"
+    return asking.made_of_fields(body.inputs, manner, named.adapter_id), "adapter"
 
 
 async def _prompt_ids(
@@ -206,10 +206,10 @@ async def _templated(inputs: str, text: TextModel) -> str:
         raise Invalid(f"chat template: {error}", param="apply_chat_template") from error
 
 
-def _sampling(wish: Parameters, recipe: Recipe, num_prompt: int, context: Context) -> Sampling:
+def _sampling(wish: Parameters, manner: Manner, num_prompt: int, context: Context) -> Sampling:
     wanted, info = wish.max_new_tokens, context.info
-    default = recipe.defaults.max_new_tokens or context.settings.default_max_new_tokens
-    end_ids = () if wish.ignore_eos_token else asking.end_ids(recipe, context.text, info)
+    default = manner.defaults.max_new_tokens or context.settings.default_max_new_tokens
+    end_ids = () if wish.ignore_eos_token else asking.end_ids(manner, context.text, info)
     return Sampling(
         max_new_tokens=validate.answer_length("max_new_tokens", wanted, num_prompt, info, default),
         seed=validate.pick_seeds(wish.seed, 1)[0],

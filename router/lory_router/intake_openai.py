@@ -146,10 +146,10 @@ async def accept_completion(body: CompletionBody, context: Context) -> OpenaiJob
     check_common(body, context)
     _check_completion(body, context)
     prompts = _prompts(body.prompt, context.settings)
-    body, context = await _with_recipe(body, context)
+    body, context = await _with_manner(body, context)
     ids = [await _completion_ids(prompt, context) for prompt in prompts]
     wanted = body.max_tokens
-    if wanted is None and context.recipe.defaults.max_new_tokens is None:
+    if wanted is None and context.manner.defaults.max_new_tokens is None:
         wanted = DEFAULT_COMPLETION_TOKENS
     num = body.best_of or body.n or 1
     least = 1 if wanted == 0 else wanted
@@ -171,7 +171,7 @@ async def accept_chat(body: ChatBody, context: Context) -> OpenaiJob:
         wanted = body.max_tokens
     validate.check_answer_length(_answer_length_name(body), wanted, 1, context.info)
     num_top = _chat_logprobs(body, context.settings)
-    body, context = await _with_recipe(body, context)
+    body, context = await _with_manner(body, context)
     ids, template = await _chat_ids(body, context)
     return _job(
         body,
@@ -184,10 +184,10 @@ async def accept_chat(body: ChatBody, context: Context) -> OpenaiJob:
     )
 
 
-async def _with_recipe(body: B, context: Context) -> tuple[B, Context]:
-    """The body filled in by the recipe of the adapter that it names."""
-    recipe = await context.recipes.of(_adapter(body, context.settings), context.caller)
-    return asking.filled_in(body, recipe), replace(context, recipe=recipe)
+async def _with_manner(body: B, context: Context) -> tuple[B, Context]:
+    """The body filled in by the manner of the adapter that it names."""
+    manner = await context.manners.of(_adapter(body, context.settings), context.caller)
+    return asking.filled_in(body, manner), replace(context, manner=manner)
 
 
 def _answer_length_name(body: CommonBody) -> str:
@@ -296,7 +296,7 @@ def _echo_text(prompt: Prompt, text: TextModel) -> str:
 async def _chat_ids(body: ChatBody, context: Context) -> tuple[tuple[int, ...], Template]:
     adapter_id = _adapter(body, context.settings).adapter_id
     prompt = await asyncio.to_thread(
-        chat_prompt, body, context.text.chat_template, context.recipe, adapter_id
+        chat_prompt, body, context.text.chat_template, context.manner, adapter_id
     )
     most = validate.max_input_length(context.info, context.settings)
     tokenize.check_length("messages", prompt.text, context.text, most)
@@ -342,7 +342,7 @@ def _all_asks(
     most_name = "n" if getattr(body, "best_of", None) is None else "best_of"
     validate.check_num_sequences(most_name, len(prompts), num, context.settings)
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    checked = asking.all_stops(validate.check_stops(stops, context.settings), context.recipe)
+    checked = asking.all_stops(validate.check_stops(stops, context.settings), context.manner)
     seeds = iter(validate.pick_seeds(body.seed, num * len(prompts)))
     named = _adapter(body, context.settings)
     found = []
@@ -357,7 +357,7 @@ def _all_asks(
                 named.adapter_id,
                 source=named.source,
                 token=named.token,
-                recipe=context.recipe.digest,
+                manner=context.manner.digest,
             )
             for sampling in samplings
         ]
@@ -368,8 +368,8 @@ def _all_asks(
 def _sampling(
     body: CommonBody, context: Context, num_prompt: int, wanted: int | None, num_top: int | None
 ) -> Sampling:
-    info, recipe = context.info, context.recipe
-    default = recipe.defaults.max_new_tokens or context.settings.default_max_new_tokens
+    info, manner = context.info, context.manner
+    default = manner.defaults.max_new_tokens or context.settings.default_max_new_tokens
     stop_ids = body.stop_token_ids or []
     if len(stop_ids) > MAX_STOP_TOKENS:
         raise Invalid(
@@ -377,7 +377,7 @@ def _sampling(
         )
     validate.check_token_ids("stop_token_ids", stop_ids, info)
     ignores_end = bool(body.ignore_eos or body.ignore_eos_token)
-    end_ids = () if ignores_end else asking.end_ids(recipe, context.text, info)
+    end_ids = () if ignores_end else asking.end_ids(manner, context.text, info)
     return Sampling(
         max_new_tokens=validate.answer_length(
             _answer_length_name(body), wanted, num_prompt, info, default

@@ -97,7 +97,7 @@ async def _accept(
     front: Front, exchange: Exchange, wish: GenerateBody, stream: bool
 ) -> tuple[LoraxJob, EngineInfo]:
     info = front.require_ready()
-    context = Context(info, front.settings, front.text, front.recipes, exchange.caller)
+    context = Context(info, front.settings, front.text, front.manners, exchange.caller)
     job = await intake_lorax.accept(wish, stream, context)
     exchange.adapter_id = front.served_as(job.adapter_id)
     exchange.sequences_per_prompt = len(job.asks)

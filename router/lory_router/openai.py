@@ -71,7 +71,7 @@ async def chat_completions(front: Front, exchange: Exchange, body: bytes) -> Non
 
 def _context(front: Front, exchange: Exchange) -> Context:
     info = front.require_ready()
-    return Context(info, front.settings, front.text, front.recipes, exchange.caller)
+    return Context(info, front.settings, front.text, front.manners, exchange.caller)
 
 
 async def _reply(front: Front, exchange: Exchange, job: OpenaiJob, dressing: Dressing) -> None:

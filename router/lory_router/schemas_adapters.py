@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from lory_router.sources.fetching import Progress
-from lory_server.messages import AdapterEntry, Recipe, RevisionEntry
+from lory_server.messages import AdapterEntry, Manner, RevisionEntry
 
 State = Literal["fetching", "disk", "host", "device", "refused"]
 
@@ -173,20 +173,20 @@ def adapter_reply(
 
 
 def adapter_detail(
-    reply: AdapterReply, recipe: Recipe | None, base_matches: bool | None
+    reply: AdapterReply, manner: Manner | None, base_matches: bool | None
 ) -> AdapterDetail:
     known = msgspec.structs.asdict(reply)
-    if recipe is None:
+    if manner is None:
         return AdapterDetail(**known)
-    defaults = msgspec.structs.asdict(recipe.defaults)
+    defaults = msgspec.structs.asdict(manner.defaults)
     return AdapterDetail(
         **known,
-        template=recipe.template or None,
-        fields=recipe.fields,
-        chat=recipe.is_chat,
-        completion_prefix=recipe.completion_prefix or None,
+        template=manner.template or None,
+        fields=manner.fields,
+        chat=manner.is_chat,
+        completion_prefix=manner.completion_prefix or None,
         defaults={name: value for name, value in defaults.items() if value is not None},
-        stop=recipe.stop,
+        stop=manner.stop,
         base_matches=base_matches,
     )
 

@@ -33,7 +33,7 @@ FailureCode = Literal[
     "adapter_capacity",  # larger than the whole adapter pool, or than what pins leave of it
     "adapter_pinned",  # it is pinned, and what was asked would put it out
     "revision_not_found",  # the adapter is there, but not in that revision
-    "recipe_changed",  # the adapter wants to be asked in another way than the router thought
+    "manner_changed",  # the adapter wants to be asked in another way than the router thought
     "context_too_long",  # prompt + max_new_tokens exceed the context or the KV pool
     "bad_request",  # token ids out of range and the like, found by the engine
     "overloaded",  # the engine's queue is full
@@ -138,8 +138,8 @@ class Submit(Message, frozen=True):
     """Empty: the base."""
     adapter_revision: str = ""
     """A revision or its beginning, on disk or still in memory; empty: the one on disk now."""
-    recipe: str = ""
-    """Digest of the recipe that this was made by; a revision with another one fails it."""
+    manner: str = ""
+    """Digest of the manner that this was made by; a revision with another one fails it."""
     tenant: str = "default"
 
 
@@ -390,7 +390,7 @@ class TrainedOn(msgspec.Struct, frozen=True, kw_only=True):
     is_quantized: bool | None = None
 
 
-class Recipe(msgspec.Struct, frozen=True, kw_only=True):
+class Manner(msgspec.Struct, frozen=True, kw_only=True):
     """How a revision of an adapter wants to be asked, as its trainer wrote it down."""
 
     digest: str = ""
@@ -409,7 +409,7 @@ class Recipe(msgspec.Struct, frozen=True, kw_only=True):
     base: TrainedOn | None = None
 
 
-NO_RECIPE = Recipe()
+NO_MANNER = Manner()
 """Of the base, and of adapters whose trainers say nothing."""
 
 
@@ -424,7 +424,7 @@ class OrderDone(Message, frozen=True):
     """The adapter afterwards; None: it could not be done."""
     revision: str = ""
     """Which one it was done to."""
-    recipe: Recipe | None = None
+    manner: Manner | None = None
     """Of that revision; told by `find`."""
     failure: Failure | None = None
 

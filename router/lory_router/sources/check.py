@@ -18,7 +18,7 @@ from lory_server.adapters.header import (
     read_header,
     read_header_bytes,
 )
-from lory_server.adapters.recipe import MANIFEST_NAME, MAX_MANIFEST_BYTES, read_recipe
+from lory_server.adapters.manner import MANIFEST_NAME, MAX_MANIFEST_BYTES, read_manner
 from lory_server.adapters.strict_json import parse_object
 
 _LENGTH_BYTES = 8
@@ -64,7 +64,7 @@ def _is_config(fd: int, num_bytes: int) -> None:
 
 
 def _is_manifest(fd: int, num_bytes: int) -> None:
-    read_recipe(read_exactly(fd, num_bytes, 0, MANIFEST_NAME))
+    read_manner(read_exactly(fd, num_bytes, 0, MANIFEST_NAME))
 
 
 def config_within(fd: int) -> bytes:

@@ -11,7 +11,7 @@ from lory_router.sources.client import Ask, SourceClient
 from lory_router.sources.reference import Reference
 from lory_server.adapters.config import CONFIG_NAME
 from lory_server.adapters.header import WEIGHTS_NAME
-from lory_server.adapters.recipe import MANIFEST_NAME
+from lory_server.adapters.manner import MANIFEST_NAME
 
 _MAX_DIGITS = 18
 

@@ -32,7 +32,7 @@ from lory_router.sources.settings import SourceSettings
 from lory_router.sources.source import CONFIG_NAME, FILE_NAMES, FURTHER_NAMES, WEIGHTS_NAME
 from lory_router.sources.writer import FileWriter
 from lory_server.adapters.errors import AdapterInvalidError
-from lory_server.adapters.recipe import MANIFEST_NAME
+from lory_server.adapters.manner import MANIFEST_NAME
 
 log = logging.getLogger(__name__)
 

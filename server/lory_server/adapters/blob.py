@@ -31,7 +31,7 @@ from lory_server.adapters.format import (
     TensorSpec,
 )
 from lory_server.adapters.header import WEIGHTS_NAME
-from lory_server.messages import NO_RECIPE, Recipe
+from lory_server.messages import NO_MANNER, Manner
 
 REVISION_CHARS = 32
 BATCH_BYTES = 256 * 1024
@@ -53,7 +53,7 @@ class AdapterBlob:
     chunk_starts: tuple[int, ...]
     """Elements from the start of `data` to each chunk."""
     num_bytes: int
-    recipe: Recipe = NO_RECIPE
+    manner: Manner = NO_MANNER
 
 
 def read_blob(weights_fd: int, manifest: AdapterManifest, dtype: torch.dtype) -> AdapterBlob:
@@ -67,12 +67,12 @@ def new_blob(revision: str, manifest: AdapterManifest, data: Tensor) -> AdapterB
     return AdapterBlob(revision, manifest, data, starts, data.nbytes)
 
 
-def with_recipe(blob: AdapterBlob, recipe: Recipe) -> AdapterBlob:
+def with_manner(blob: AdapterBlob, manner: Manner) -> AdapterBlob:
     """The same numbers, asked in that way, which makes another revision of them."""
-    if not recipe.digest:
+    if not manner.digest:
         return blob
-    digest = hashlib.sha256(f"{blob.revision} {recipe.digest}".encode()).hexdigest()
-    return replace(blob, revision=digest[:REVISION_CHARS], recipe=recipe)
+    digest = hashlib.sha256(f"{blob.revision} {manner.digest}".encode()).hexdigest()
+    return replace(blob, revision=digest[:REVISION_CHARS], manner=manner)
 
 
 def read_numbers(weights_fd: int, manifest: AdapterManifest, data: Tensor) -> str:

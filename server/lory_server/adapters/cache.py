@@ -412,7 +412,7 @@ class AdapterCache:
             max_rank=entry.max_rank,
             invocation_tokens=entry.facts.invocation_tokens,
             load_seconds=time.monotonic() - asked.asked_s,
-            recipe=entry.blob.recipe,
+            manner=entry.blob.manner,
         )
 
     def _failed(self, ticket: int, error: Exception) -> ResolveFailed:

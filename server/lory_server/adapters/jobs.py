@@ -12,13 +12,13 @@ from queue import Empty, SimpleQueue
 
 import torch
 
-from lory_server.adapters.blob import AdapterBlob, with_recipe
+from lory_server.adapters.blob import AdapterBlob, with_manner
 from lory_server.adapters.errors import AdapterCapacityError
 from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.format import AdapterManifest
 from lory_server.adapters.host import HostBudget
+from lory_server.adapters.manner import read_manner_file
 from lory_server.adapters.reader import Reader
-from lory_server.adapters.recipe import read_recipe_file
 from lory_server.adapters.store import AdapterStore, Signature
 from lory_server.messages import AdapterEntry
 
@@ -146,12 +146,12 @@ class LoadJob:
         started_s = time.monotonic()
         with self.store.locate(self.key.adapter_id) as files:
             manifest = reader.manifest(files)
-            recipe = read_recipe_file(files.manifest_fd)
+            manner = read_manner_file(files.manifest_fd)
             self.limits.check(manifest, self.budget)
             num_bytes = manifest.num_bytes(self.limits.dtype.itemsize)
             if not reservation.cover(num_bytes):
                 return NeedsRoom(self.key, num_bytes)
-            blob = with_recipe(reader.blob(files, manifest), recipe)
+            blob = with_manner(reader.blob(files, manifest), manner)
             files.check_unchanged()
             seconds = time.monotonic() - started_s
             return Loaded(self.key, blob, files.signature, files.is_settled, seconds)

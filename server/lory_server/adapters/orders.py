@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from lory_server.adapters.cache import AdapterCache
 from lory_server.adapters.errors import AdapterCapacityError
 from lory_server.adapters.outcomes import Resolved, ResolveFailed
-from lory_server.messages import AdapterOrder, Failure, FailureCode, OrderDone, Recipe
+from lory_server.messages import AdapterOrder, Failure, FailureCode, Manner, OrderDone
 from lory_server.plan import AdapterDemand
 
 _log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class Orders:
         self.follow(outcome)
         if order.kind == "find":
             self._cache.release(outcome.revision)
-            self._finish(order, outcome.revision, outcome.recipe)
+            self._finish(order, outcome.revision, outcome.manner)
         elif order.kind == "pin" and not self._pin(order, outcome.revision):
             self._cache.release(outcome.revision)
         else:
@@ -165,10 +165,10 @@ class Orders:
         return [k for k in of_name if bool(k[1]) == is_named and k[1].startswith(order.revision)]
 
     def _finish(
-        self, order: AdapterOrder, revision: str = "", recipe: Recipe | None = None
+        self, order: AdapterOrder, revision: str = "", manner: Manner | None = None
     ) -> None:
         entry = self._cache.known.entry(order.adapter_id)
-        done = OrderDone(call_id=order.call_id, entry=entry, revision=revision, recipe=recipe)
+        done = OrderDone(call_id=order.call_id, entry=entry, revision=revision, manner=manner)
         self._done.append(done)
 
     def _refuse(self, order: AdapterOrder, code: FailureCode, message: str) -> None:

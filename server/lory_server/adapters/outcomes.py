@@ -5,7 +5,7 @@ It must not know how an answer was found.
 
 from dataclasses import dataclass
 
-from lory_server.messages import NO_RECIPE, AdapterEntry, FailureCode, Recipe
+from lory_server.messages import NO_MANNER, AdapterEntry, FailureCode, Manner
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Resolved:
     invocation_tokens: tuple[int, ...]
     load_seconds: float
     """From `resolve` to now."""
-    recipe: Recipe = NO_RECIPE
+    manner: Manner = NO_MANNER
 
 
 @dataclass(frozen=True, slots=True)

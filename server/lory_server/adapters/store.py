@@ -22,7 +22,7 @@ from types import TracebackType
 from lory_server.adapters.config import CONFIG_NAME
 from lory_server.adapters.errors import AdapterInvalidError, AdapterNotFoundError
 from lory_server.adapters.header import WEIGHTS_NAME
-from lory_server.adapters.recipe import MANIFEST_NAME
+from lory_server.adapters.manner import MANIFEST_NAME
 from lory_server.messages import FETCHED
 
 MAX_LISTED = 100_000

@@ -11,16 +11,16 @@ from hypothesis import strategies as st
 
 from adapter_files import write_adapter
 from lory_server.adapters.errors import AdapterInvalidError
-from lory_server.adapters.recipe import (
+from lory_server.adapters.manner import (
     MANIFEST_NAME,
     MAX_MANIFEST_BYTES,
-    read_recipe,
-    read_recipe_file,
+    read_manner,
+    read_manner_file,
     render,
     template_fields,
 )
 from lory_server.adapters.store import AdapterStore
-from lory_server.messages import NO_RECIPE, Defaults, TrainedOn
+from lory_server.messages import NO_MANNER, Defaults, TrainedOn
 from lory_trainer import template as trainers
 from lory_trainer.errors import ConfigError
 
@@ -29,17 +29,17 @@ HEX = "0" * 64
 
 
 def read(**fields: Any):
-    return read_recipe(json.dumps({"manifest_version": 1} | fields).encode())
+    return read_manner(json.dumps({"manifest_version": 1} | fields).encode())
 
 
-def test_a_manifest_without_anything_to_act_on_is_no_recipe():
-    assert read() == NO_RECIPE
-    assert read(base="org/base", training={"loss": [0.5]}, template=None) == NO_RECIPE
-    assert read_recipe_file(None) == NO_RECIPE
+def test_a_manifest_without_anything_to_act_on_is_no_manner():
+    assert read() == NO_MANNER
+    assert read(base="org/base", training={"loss": [0.5]}, template=None) == NO_MANNER
+    assert read_manner_file(None) == NO_MANNER
 
 
 def test_all_that_is_acted_on_is_read():
-    recipe = read(
+    manner = read(
         template="{q} of {who}? {q}",
         fields=["who", "q"],
         generation={"temperature": 0.1, "top_k": 50, "max_new_tokens": 512, "stop": ["\n"]},
@@ -51,11 +51,11 @@ def test_all_that_is_acted_on_is_read():
         completion_prefix=" ",
         probe=[{"unknown": 1}],
     )
-    assert recipe.fields == ("q", "who")
-    assert recipe.defaults == Defaults(temperature=0.1, top_k=50, max_new_tokens=512)
-    assert recipe.stop == ("###", "\n")
-    assert (recipe.eos_token, recipe.is_chat, recipe.completion_prefix) == ("<end>", True, " ")
-    assert recipe.base == TrainedOn(
+    assert manner.fields == ("q", "who")
+    assert manner.defaults == Defaults(temperature=0.1, top_k=50, max_new_tokens=512)
+    assert manner.stop == ("###", "\n")
+    assert (manner.eos_token, manner.is_chat, manner.completion_prefix) == ("<end>", True, " ")
+    assert manner.base == TrainedOn(
         config=HEX, tokenizer=HEX, weights=HEX, chat_template=HEX, is_quantized=True
     )
 
@@ -75,8 +75,8 @@ def test_a_digest_is_of_what_is_acted_on_alone():
 
 
 def test_an_adapter_that_was_not_to_sample_is_greedy():
-    recipe = read(generation={"do_sample": False, "temperature": 0.7})
-    assert recipe.defaults.temperature == 0
+    manner = read(generation={"do_sample": False, "temperature": 0.7})
+    assert manner.defaults.temperature == 0
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_hostile_or_mistaken_manifest_is_refused_by_the_name_of_its_field(fiel
 )
 def test_what_is_no_manifest_is_refused(raw):
     with pytest.raises(AdapterInvalidError, match=MANIFEST_NAME):
-        read_recipe(raw)
+        read_manner(raw)
 
 
 def test_a_manifest_beyond_the_limit_is_not_read(tmp_path):
@@ -147,7 +147,7 @@ def test_a_manifest_beyond_the_limit_is_not_read(tmp_path):
     fd = os.open(path, os.O_RDONLY)
     try:
         with pytest.raises(AdapterInvalidError, match="larger"):
-            read_recipe_file(fd)
+            read_manner_file(fd)
     finally:
         os.close(fd)
 
@@ -155,8 +155,8 @@ def test_a_manifest_beyond_the_limit_is_not_read(tmp_path):
 def test_manifests_of_the_trainer_are_read():
     """The demo's adapters are written by `lory train`."""
     for folder in (DEMO / "adapters").iterdir():
-        recipe = read_recipe((folder / MANIFEST_NAME).read_bytes())
-        assert (recipe.template, recipe.fields) == ("{text} ->", ("text",))
+        manner = read_manner((folder / MANIFEST_NAME).read_bytes())
+        assert (manner.template, manner.fields) == ("{text} ->", ("text",))
 
 
 TEMPLATES = st.lists(
@@ -200,7 +200,7 @@ def test_the_store_finds_manifests_and_sees_them_change(tmp_path):
     (tmp_path / "a" / MANIFEST_NAME).write_text('{"manifest_version": 1, "template": "{x}"}')
     with store.locate("a") as files:
         assert files.signature != before
-        assert read_recipe_file(files.manifest_fd).template == "{x}"
+        assert read_manner_file(files.manifest_fd).template == "{x}"
         (tmp_path / "a" / MANIFEST_NAME).write_text('{"manifest_version": 1}')
         with pytest.raises(AdapterInvalidError, match="changed"):
             files.check_unchanged()

@@ -1,4 +1,4 @@
-"""Requests made by the recipes of adapters: templates, defaults, stop texts, and other bases."""
+"""Requests made by the manners of adapters: templates, defaults, stop texts, and other bases."""
 
 import logging
 from pathlib import Path
@@ -9,20 +9,20 @@ import pytest
 
 import tiny_tokenizers
 from lory_router.base_check import ServedBase
-from lory_server.messages import Defaults, Failure, Recipe, TrainedOn
+from lory_server.messages import Defaults, Failure, Manner, TrainedOn
 from lory_trainer.digests import base_digests
 from scripted_engine import EOS, TEXT, Answer, Front, ScriptedEngine, events
 from test_trainer_digests import make_base
 
-ONE = Recipe(digest="1", template="{text} ->", fields=("text",))
-TWO = Recipe(digest="2", template="{q}|{{{who}}}", fields=("q", "who"))
+ONE = Manner(digest="1", template="{text} ->", fields=("text",))
+TWO = Manner(digest="2", template="{q}|{{{who}}}", fields=("q", "who"))
 DEFAULTS = Defaults(temperature=0.5, top_k=7, top_p=0.25, repetition_penalty=1.5, max_new_tokens=9)
-TUNED = Recipe(digest="3", defaults=DEFAULTS, stop=("END",))
+TUNED = Manner(digest="3", defaults=DEFAULTS, stop=("END",))
 
 
-def front(**recipes: Recipe) -> Front:
-    names = {"french": ONE, "org/german": TWO, "tuned": TUNED} | recipes
-    engine = ScriptedEngine(adapters=("french", "org/german", "tuned", "plain"), recipes=names)
+def front(**manners: Manner) -> Front:
+    names = {"french": ONE, "org/german": TWO, "tuned": TUNED} | manners
+    engine = ScriptedEngine(adapters=("french", "org/german", "tuned", "plain"), manners=names)
     return Front(engine=engine)
 
 
@@ -56,7 +56,7 @@ def test_text_stays_as_it_is():
     response = server.post("/generate", body("{text} raw"))
     assert response.headers["x-template"] == "none"
     assert asked(server) == "{text} raw"
-    assert server.engine.last.recipe == ONE.digest
+    assert server.engine.last.manner == ONE.digest
 
 
 @pytest.mark.parametrize(
@@ -100,14 +100,14 @@ def test_a_chat_fills_a_single_field_with_the_last_message():
 def test_a_chats_prompt_is_tokenised_as_training_did():
     """With the special tokens that the tokenizer puts before any text."""
     text = tiny_tokenizers.with_bos(tiny_tokenizers.byte_level())
-    engine = ScriptedEngine(adapters=("french",), recipes={"french": ONE})
+    engine = ScriptedEngine(adapters=("french",), manners={"french": ONE})
     server = Front(engine=engine, text=text)
     server.post("/v1/chat/completions", chat(("user", "now")))
     assert server.engine.last.prompt_ids == text.encode("now ->")
 
 
 def test_an_adapter_trained_through_a_chat_template_is_asked_through_it():
-    spoken = Recipe(digest="s", template="<{text}>", fields=("text",), is_chat=True)
+    spoken = Manner(digest="s", template="<{text}>", fields=("text",), is_chat=True)
     server = front(plain=spoken)
     assert TEXT.chat_template is not None
     wanted = TEXT.chat_template.render([{"role": "user", "content": "<x>"}])
@@ -118,7 +118,7 @@ def test_an_adapter_trained_through_a_chat_template_is_asked_through_it():
         response = server.post(path, sent)
         assert response.headers["x-template"] == "adapter"
         assert server.engine.last.prompt_ids == TEXT.encode(wanted, add_special_tokens=False)
-    whole = Recipe(digest="w", is_chat=True)
+    whole = Manner(digest="w", is_chat=True)
     server = front(plain=whole)
     response = server.post("/v1/chat/completions", chat(("user", "x"), model="plain"))
     assert response.headers["x-template"] == "base"
@@ -167,7 +167,7 @@ def test_a_request_to_be_greedy_is_not_made_to_sample(wish):
 
 
 def test_an_adapter_that_is_greedy_by_default_samples_when_told_to():
-    greedy = Recipe(digest="g", defaults=Defaults(temperature=0))
+    greedy = Manner(digest="g", defaults=Defaults(temperature=0))
     server = front(plain=greedy)
     server.post("/generate", body("a", "plain", do_sample=True))
     assert server.engine.last.sampling.temperature == 1
@@ -196,7 +196,7 @@ def test_openais_routes_have_the_defaults_too(path, sent):
 
 def test_a_default_length_gives_way_to_the_context():
     """The caller named none, so there is nothing to refuse."""
-    long = Recipe(digest="l", defaults=Defaults(max_new_tokens=10_000))
+    long = Manner(digest="l", defaults=Defaults(max_new_tokens=10_000))
     server = front(plain=long)
     assert server.post("/generate", body("a" * 30, "plain")).status_code == 200
     assert server.engine.last.sampling.max_new_tokens == 64 - 30
@@ -214,13 +214,13 @@ def test_stop_texts_add_up():
 
 
 def test_the_token_that_it_learned_to_end_with_ends_an_answer():
-    ends = Recipe(digest="e", eos_token="!")
+    ends = Manner(digest="e", eos_token="!")
     server = front(plain=ends)
     server.post("/generate", body("a", "plain"))
     assert server.engine.last.sampling.stop_token_ids == (ord("!"),)
     server.post("/generate", body("a", "plain", ignore_eos_token=True))
     assert server.engine.last.sampling.stop_token_ids == ()
-    own = Recipe(digest="o", eos_token=TEXT.token_text(EOS))
+    own = Manner(digest="o", eos_token=TEXT.token_text(EOS))
     server = front(plain=own)
     server.post("/v1/completions", {"model": "plain", "prompt": "a", "stop_token_ids": [5]})
     assert server.engine.last.sampling.stop_token_ids == (5,)
@@ -229,7 +229,7 @@ def test_the_token_that_it_learned_to_end_with_ends_an_answer():
 # -- learning them --------------------------------------------------------------------------
 
 
-def test_a_recipe_is_asked_for_once():
+def test_a_manner_is_asked_for_once():
     server = front()
     for _ in range(3):
         server.post("/generate", body({"text": "a"}))
@@ -239,11 +239,11 @@ def test_a_recipe_is_asked_for_once():
 def test_a_replaced_adapter_is_asked_by_its_new_template():
     server = front()
     server.post("/generate", body({"text": "a"}))
-    server.engine.recipes["french"] = msgspec.structs.replace(ONE, digest="9", template="<{text}>")
+    server.engine.manners["french"] = msgspec.structs.replace(ONE, digest="9", template="<{text}>")
     response = server.post("/generate", body({"text": "a"}))
     assert response.status_code == 200
     assert asked(server) == "<a>"
-    server.engine.recipes["french"] = ONE
+    server.engine.manners["french"] = ONE
     streamed = server.post("/generate_stream", body({"text": "a"}))
     assert events(streamed)
     assert asked(server) == "a ->"
@@ -254,7 +254,7 @@ def test_a_request_is_told_if_its_adapter_never_stops_changing(monkeypatch):
 
     async def find(*args: Any) -> Any:
         done = await ScriptedEngine.order(server.engine, "find", "french")
-        return msgspec.structs.replace(done, recipe=TWO)
+        return msgspec.structs.replace(done, manner=TWO)
 
     monkeypatch.setattr(server.engine, "order", find)
     response = server.post("/generate", body("a"))
@@ -286,23 +286,23 @@ def test_an_adapters_page_tells_how_to_ask_it():
 def test_an_adapters_page_tells_of_the_adapter_as_it_is_now():
     server = front()
     assert server.get("/v1/adapters/french").json()["template"] == ONE.template
-    server.engine.recipes["french"] = TWO
+    server.engine.manners["french"] = TWO
     assert server.get("/v1/adapters/french").json()["template"] == TWO.template
 
 
 # -- which base -----------------------------------------------------------------------------
 
 
-def trained_on(folder: Path) -> Recipe:
+def trained_on(folder: Path) -> Manner:
     return msgspec.structs.replace(ONE, base=TrainedOn(**base_digests(folder)))
 
 
 def test_an_adapter_of_another_base_is_told_and_with_strict_base_refused(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     served = make_base(tmp_path / "served")
-    engine = ScriptedEngine(adapters=("own", "foreign", "untold"), recipes={"untold": ONE})
-    engine.recipes["own"] = trained_on(served)
-    engine.recipes["foreign"] = trained_on(make_base(tmp_path / "other", change=0.5))
+    engine = ScriptedEngine(adapters=("own", "foreign", "untold"), manners={"untold": ONE})
+    engine.manners["own"] = trained_on(served)
+    engine.manners["foreign"] = trained_on(make_base(tmp_path / "other", change=0.5))
     loose = Front(engine=engine, base=ServedBase(str(served)))
     assert loose.get("/v1/adapters/own").json()["base_matches"] is True
     assert loose.get("/v1/adapters/foreign").json()["base_matches"] is False
@@ -320,9 +320,9 @@ def test_an_adapter_of_another_base_is_told_and_with_strict_base_refused(tmp_pat
 def test_another_chat_template_or_precision_is_told(tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     other = TrainedOn(chat_template="0" * 64, is_quantized=True)
-    recipe = msgspec.structs.replace(ONE, base=other)
+    manner = msgspec.structs.replace(ONE, base=other)
     server = Front(
-        engine=ScriptedEngine(adapters=("own",), recipes={"own": recipe}),
+        engine=ScriptedEngine(adapters=("own",), manners={"own": manner}),
         base=ServedBase(str(make_base(tmp_path / "served")), TEXT.chat_template),
     )
     assert server.get("/v1/adapters/own").json()["base_matches"] is False
@@ -334,7 +334,7 @@ def test_a_base_whose_files_cannot_be_read_tells_nothing(tmp_path):
     (tmp_path / "config.json").write_text("[")
     server = Front(
         engine=ScriptedEngine(
-            adapters=("own",), recipes={"own": trained_on(make_base(tmp_path / "a"))}
+            adapters=("own",), manners={"own": trained_on(make_base(tmp_path / "a"))}
         ),
         base=ServedBase(str(tmp_path)),
     )

@@ -1,6 +1,6 @@
 """How does an adapter want to be asked? adapter_manifest.json, which the trainer writes beside it.
 
-In: an open file, or none. Out: a recipe, or why the adapter is refused. Whatever else the file
+In: an open file, or none. Out: a manner, or why the adapter is refused. Whatever else the file
 tells is for people. It must not know torch, tokenizers or requests.
 """
 
@@ -14,7 +14,7 @@ import msgspec
 
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.header import read_exactly
-from lory_server.messages import NO_RECIPE, Defaults, Recipe, TrainedOn
+from lory_server.messages import NO_MANNER, Defaults, Manner, TrainedOn
 
 MANIFEST_NAME = "adapter_manifest.json"
 MANIFEST_VERSIONS = (1, 2)
@@ -69,17 +69,17 @@ class _Manifest(msgspec.Struct, frozen=True, kw_only=True):
     base_files: _BaseFiles | None = None
 
 
-def read_recipe_file(fd: int | None) -> Recipe:
+def read_manner_file(fd: int | None) -> Manner:
     """An adapter without a manifest asks for nothing; raises AdapterInvalidError."""
     if fd is None:
-        return NO_RECIPE
+        return NO_MANNER
     num_bytes = os.fstat(fd).st_size
     if num_bytes > MAX_MANIFEST_BYTES:
         raise _invalid(f"larger than {MAX_MANIFEST_BYTES} bytes")
-    return read_recipe(read_exactly(fd, num_bytes, 0, MANIFEST_NAME))
+    return read_manner(read_exactly(fd, num_bytes, 0, MANIFEST_NAME))
 
 
-def read_recipe(raw: bytes) -> Recipe:
+def read_manner(raw: bytes) -> Manner:
     try:
         manifest = msgspec.json.decode(raw, type=_Manifest)
     except (ValueError, RecursionError) as error:
@@ -87,7 +87,7 @@ def read_recipe(raw: bytes) -> Recipe:
     if manifest.manifest_version not in MANIFEST_VERSIONS:
         known = " and ".join(map(str, MANIFEST_VERSIONS))
         raise _invalid(f"manifest_version is {manifest.manifest_version}; {known} are known here")
-    recipe = Recipe(
+    manner = Manner(
         template=_template(manifest),
         fields=_fields(manifest),
         is_chat=bool(manifest.chat),
@@ -97,10 +97,10 @@ def read_recipe(raw: bytes) -> Recipe:
         eos_token=_optional_text("eos_token", manifest.eos_token),
         base=_base(manifest),
     )
-    if recipe == NO_RECIPE:
-        return recipe
-    digest = hashlib.sha256(msgspec.json.encode(recipe)).hexdigest()
-    return msgspec.structs.replace(recipe, digest=digest[:DIGEST_CHARS])
+    if manner == NO_MANNER:
+        return manner
+    digest = hashlib.sha256(msgspec.json.encode(manner)).hexdigest()
+    return msgspec.structs.replace(manner, digest=digest[:DIGEST_CHARS])
 
 
 def template_fields(template: str) -> tuple[str, ...]:

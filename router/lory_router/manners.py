@@ -1,6 +1,6 @@
-"""How adapters want to be asked: their recipes, learnt once from the engine and kept by name.
+"""How adapters want to be asked: their manners, learnt once from the engine and kept by name.
 
-A request is made by what is known here and says so: a revision with another recipe fails it in
+A request is made by what is known here and says so: a revision with another manner fails it in
 the engine, `forget` drops what is known, and the request is made again (`endpoint`). So no request
 waits for a look at a file, and none is made by the template of a revision it does not get. It must
 not know HTTP or dialects.
@@ -23,7 +23,7 @@ from lory_router.sources.flight import Flights
 from lory_router.sources.memory import Memory
 from lory_router.sources.reference import UPLOAD, is_from_source, reference_of
 from lory_router.validate import Named
-from lory_server.messages import NO_RECIPE, OrderDone, Recipe
+from lory_server.messages import NO_MANNER, Manner, OrderDone
 
 MAX_KNOWN = 65_536
 
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    recipe: Recipe
+    manner: Manner
     other_parts: tuple[str, ...] | None
     """Of the base that differ from the one it was trained on; None: that cannot be told."""
 
@@ -41,10 +41,10 @@ class Known:
         return None if self.other_parts is None else not self.other_parts
 
 
-UNTOLD = Known(NO_RECIPE, None)
+UNTOLD = Known(NO_MANNER, None)
 
 
-class Recipes:
+class Manners:
     def __init__(
         self,
         engine: EngineClient,
@@ -62,11 +62,11 @@ class Recipes:
         self._known: Memory[Target, Known] = Memory(MAX_KNOWN)
         self._flights: Flights[Target, OrderDone | Known] = Flights()
 
-    async def of(self, named: Named, caller: Caller) -> Recipe:
+    async def of(self, named: Named, caller: Caller) -> Manner:
         """Of the adapter that a request names. Raises an ApiError where there is none, or where it
         is for another base and that is refused."""
         if not named.adapter_id:
-            return NO_RECIPE
+            return NO_MANNER
         known = await self.known(caller, named.adapter_id)
         if self._settings.strict_base and known.other_parts:
             raise AdapterInvalid(
@@ -74,7 +74,7 @@ class Recipes:
                 " serve it on that one, or start without --strict-base",
                 param="model",
             )
-        return known.recipe
+        return known.manner
 
     async def known(self, caller: Caller, name: str) -> Known:
         """Of an adapter that the caller sees, by any of its names; the first time the engine reads
@@ -99,17 +99,17 @@ class Recipes:
         done = await self._find(target)
         if done.failure is not None:
             return done
-        recipe = done.recipe or NO_RECIPE
-        known = Known(recipe, await self._base.other_parts(recipe.base))
+        manner = done.manner or NO_MANNER
+        known = Known(manner, await self._base.other_parts(manner.base))
         if known.other_parts:
             log.warning("adapter %r: %s", target.adapter_id, _differs(known))
-        self._compare_quantization(target, recipe)
+        self._compare_quantization(target, manner)
         self._known.put(target, known, math.inf)
         return known
 
-    def _compare_quantization(self, target: Target, recipe: Recipe) -> None:
+    def _compare_quantization(self, target: Target, manner: Manner) -> None:
         """Other numbers of the same base cost a little; that is told, and no reason to refuse."""
-        info, trained = self._engine.info, recipe.base and recipe.base.is_quantized
+        info, trained = self._engine.info, manner.base and manner.base.is_quantized
         if info is not None and trained is not None and trained != (info.quantize != "none"):
             how = "quantized" if trained else "full-precision"
             log.warning("adapter %r was trained on a %s base", target.adapter_id, how)
