@@ -12,7 +12,7 @@ CODE := router server kernels clients/python trainer tests benchmarks demo
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-check demo-model check format test test-full bench gpu-check clean
+.PHONY: help setup demo demo-check demo-train demo-model check format test test-full bench gpu-check clean
 
 help: ## List the commands
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' $(MAKEFILE_LIST) | column -t -s "$$(printf '\t')"
@@ -32,6 +32,9 @@ demo: setup ## Serve the shipped base and adapters on 127.0.0.1:8080, print thre
 # On any free port, unless one is asked for.
 demo-check: setup ## Start the demo, ask every adapter, check the answers, stop
 	$(BIN)/lory demo --check $(if $(filter-out file,$(origin PORT)),--port $(PORT))
+
+demo-train: setup ## Train a new adapter, publish it to the demo server, score it, ask it (minutes)
+	$(BIN)/python demo/train_demo.py --url http://127.0.0.1:$(PORT)
 
 demo-model: setup ## Train the demo's base and adapters again from scratch (under 15 minutes)
 	$(BIN)/python demo/make_data.py

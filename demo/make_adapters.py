@@ -4,14 +4,16 @@ This script must not know what the tasks are; the YAML files and the rows say it
 """
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import torch
 import typer
 from rich.console import Console
 
-from lory_trainer.cli import run, summary
+from lory_trainer.cli import run_training, summary
 from lory_trainer.config import load_options
+from lory_trainer.train import Places
 
 DEMO_DIR = Path(__file__).parent
 
@@ -29,13 +31,9 @@ def main(
     for config in sorted((DEMO_DIR / "adapters_src").glob("*.yaml")):
         if only and config.stem not in only:
             continue
-        result = run(
-            load_options(config),
-            folder=config.parent,
-            output=output / config.stem,
-            replace=True,
-            console=console,
-        )
+        with TemporaryDirectory() as run:
+            places = Places(config.parent, output / config.stem, Path(run), replace=True)
+            result = run_training(load_options(config), places, console=console)
         console.print(summary(result), highlight=False, markup=False, soft_wrap=True)
 
 

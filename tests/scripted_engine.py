@@ -44,6 +44,7 @@ from lory_server.messages import (
     Token,
     Usage,
 )
+from lory_server.recipes import MERGED, merged_id, read_recipe
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258
@@ -86,6 +87,8 @@ class Answer:
     logprob: float = -0.5
     fails: FailureCode | None = None
     """Fail so after the text instead of ending."""
+    blames: str = ""
+    """The source of a merge that fails."""
     hangs: bool = False
     """After the text, say nothing until cancelled."""
     repeats: bool = False
@@ -99,7 +102,7 @@ class ScriptedStream:
         self.cancels: list[CancelReason] = []
         self.num_told = 0
         self.num_gathered = 1
-        self.adapter_revision = REVISION if request.adapter_id else ""
+        self.adapter_revision = REVISION if request.adapter_id or request.recipe else ""
         self._cancelled = asyncio.Event()
         self._events = self._script()
 
@@ -135,7 +138,8 @@ class ScriptedStream:
                 yield self._finished("eos")
                 return
         if answer.fails and not self._cancelled.is_set():
-            yield self._finished("error", Failure(code=answer.fails, message="it broke"))
+            failure = Failure(code=answer.fails, message="it broke", source=answer.blames)
+            yield self._finished("error", failure)
             return
         if answer.hangs:
             await self._cancelled.wait()
@@ -202,9 +206,11 @@ class ScriptedEngine:
         if self.down is not None:
             raise self.down
         answer = self.answers[min(len(self.streams), len(self.answers) - 1)]
-        if request.adapter_id and request.adapter_id not in self.adapters:
-            answer = Answer(text=b"", ends=False, fails="adapter_not_found")
-        elif request.manner != self.manners.get(request.adapter_id, NO_MANNER).digest:
+        named = merged_id(request.recipe) if request.recipe else request.adapter_id
+        if named and self._missing(named):
+            missing = self._missing(named)[0]
+            answer = Answer(text=b"", ends=False, fails="adapter_not_found", blames=missing)
+        elif request.manner != self.manners.get(named, NO_MANNER).digest:
             answer = replace(answer, text=b"", ends=False, fails="manner_changed")
         stream = ScriptedStream(request, answer)
         self.streams.append(stream)
@@ -239,11 +245,19 @@ class ScriptedEngine:
             return Failure(code="adapter_pinned", message=f"adapter {adapter_id!r} is pinned")
         if kind not in ("find", "load", "pin"):
             return None
-        if adapter_id not in self.adapters:
-            return Failure(code="adapter_not_found", message="there is none")
+        missing = self._missing(adapter_id)
+        if missing:
+            return Failure(code="adapter_not_found", message="there is none", source=missing[0])
         if not REVISION.startswith(revision):
             return Failure(code="revision_not_found", message="not in memory any more")
         return self.refuses
+
+    def _missing(self, adapter_id: str) -> list[str]:
+        """Itself, or the sources of a merge."""
+        if not adapter_id.startswith(MERGED):
+            return [] if adapter_id in self.adapters else [""]
+        sources = read_recipe(adapter_id).sources
+        return [one.adapter_id for one in sources if one.adapter_id not in self.adapters]
 
     def entry(self, adapter_id: str) -> AdapterEntry:
         """As the engine tells it: nothing is known of what was never loaded."""

@@ -24,12 +24,12 @@ from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.host import HostBudget, HostTier
 from lory_server.adapters.jobs import LoadKey
 from lory_server.adapters.journal import MAX_LINES, MAX_SKIPPED_LINES, Journal
+from lory_server.adapters.loaders import Loaders
 from lory_server.adapters.outcomes import Listed, Outcome, Resolved, ResolveFailed
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import ThreadReader
 from lory_server.adapters.refusals import Refusals
 from lory_server.adapters.store import AdapterFiles, AdapterStore
-from lory_server.adapters.workers import Workers
 from lory_server.plan import AdapterDemand, Residency
 
 RANK_4_BYTES = 9_728
@@ -1152,7 +1152,7 @@ def test_news_wakes_the_engine(make: MakeCache) -> None:
 def test_loaders_have_the_priority_of_the_step_and_end_with_the_cache(make: MakeCache) -> None:
     world = make()
     world.hold("a0")
-    loaders: Workers = world.cache._loaders
+    loaders: Loaders = world.cache._loaders
     for thread in loaders.threads:
         assert thread.native_id is not None
         ours = os.getpriority(os.PRIO_PROCESS, threading.get_native_id())

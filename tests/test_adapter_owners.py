@@ -175,7 +175,8 @@ def test_a_removed_adapter_stays_its_owners(tmp_path: Path, keys: Keyring) -> No
     for who in ("beta", "acme"):
         reply = front.post("/generate", lorax(adapter_id="secret"), **as_(who))
         assert reply.status_code == 404
-    assert front.post(ADAPTERS, {"name": "secret"}, **as_("admin")).status_code == 201
+    for who, status in (("beta", 403), ("acme", 201)):
+        assert front.post(ADAPTERS, {"name": "secret"}, **as_(who)).status_code == status
     assert front.post("/generate", lorax(adapter_id="secret"), **as_("beta")).status_code == 404
     assert front.post("/generate", lorax(adapter_id="secret"), **as_("acme")).status_code == 200
 
@@ -352,6 +353,7 @@ def test_a_tenant_uploads_under_its_own_name(world: World) -> None:
 
 def test_an_admin_uploads_for_a_tenant_and_the_owner_stays(world: World) -> None:
     assert send(world, "admin", "x", params={"owner": "acme"}) == 201
+    assert [send(world, who, "x") for who in TENANTS] == [201, 403]
     assert send(world, "admin", "x") == 201
     assert [ask(world, who, "upload:x") for who in TENANTS] == [200, 404]
     assert send(world, "admin", "x", params={"owner": ""}) == 201

@@ -19,6 +19,7 @@ from adapter_files import BASE, Tensors, write_adapter
 from lory_server.adapters import reader_process
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.errors import AdapterInvalidError
+from lory_server.adapters.merge_sources import locate
 from lory_server.adapters.reader import Reader, ThreadReader
 from lory_server.adapters.reader_process import (
     ANSWER_TIMEOUT_S,
@@ -29,6 +30,7 @@ from lory_server.adapters.reader_process import (
     serve,
 )
 from lory_server.adapters.store import AdapterStore
+from lory_server.recipes import MAX_SOURCES, MergeSource, Recipe, merged_id
 
 pytestmark = pytest.mark.skipif(not can_read_apart(), reason="needs Linux: no shared memory here")
 
@@ -125,6 +127,36 @@ def test_both_readers_give_the_same_bytes_and_refusals(dtype: torch.dtype, tmp_p
         assert refusal(apart, tmp_path, name) == refusal(thread, tmp_path, name)
         assert word in refusal(apart, tmp_path, name)
     apart.close()
+
+
+def test_both_readers_merge_alike(apart: ProcessReader, tmp_path: Path) -> None:
+    """As many sources as there may be: a socket carries two open files of each."""
+
+    def load_merge(reader: Reader, recipe: Recipe) -> tuple[str, object, torch.Tensor]:
+        with locate(AdapterStore(tmp_path), merged_id(recipe)) as files:
+            blob = reader.blob(files, reader.manifest(files))
+        return blob.revision, blob.manifest, blob.data.clone()
+
+    many = tuple(MergeSource(f"a{index}", 0.5) for index in range(MAX_SOURCES))
+    for index, source in enumerate(many):
+        write_adapter(tmp_path / source.adapter_id, rank=4, seed=index)
+    write_adapter(tmp_path / "dora", use_dora=True)
+    thread = ThreadReader(BASE, torch.float32)
+    num_open = num_open_files(process_of(apart).pid)
+    for recipe in (Recipe(sources=many), Recipe(sources=many[:2], method="ties", density=0.5)):
+        *facts, data = load_merge(apart, recipe)
+        *expected_facts, expected = load_merge(thread, recipe)
+        assert facts == expected_facts
+        assert torch.equal(data, expected)
+        assert torch.equal(load(apart, tmp_path, "a3")[2], load(thread, tmp_path, "a3")[2])
+    told: list[tuple[str, str]] = []
+    for reader in (apart, thread):
+        with pytest.raises(AdapterInvalidError) as caught:
+            load_merge(reader, Recipe(sources=(*many[:2], MergeSource("dora", 1.0))))
+        told.append((str(caught.value), caught.value.source))
+    assert told[0] == told[1]
+    assert told[0][1] == "dora"
+    assert num_open_files(process_of(apart).pid) == num_open
 
 
 def test_a_reader_that_was_killed_is_replaced(apart: ProcessReader, tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_a_list_tells_what_is_known_of_each_adapter():
         "refused": None,
         "owner": None,
         "fetching": None,
+        "merged": None,
     }
     assert (german["id"], german["state"], german["matched"]) == ("org/german", "disk", None)
     assert (german["pinned"], german["revisions"], german["last_used"]) == (False, [], None)

@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "lory_server": {"lory_kernels"},
     "lory_router": {
         "lory_server.messages",
+        "lory_server.recipes",
         "lory_server.adapters.config",
         "lory_server.adapters.errors",
         "lory_server.adapters.header",
@@ -42,6 +43,7 @@ fetches it judges by the engine's own rules for an adapter's files."""
 LAYERS = [
     {
         "messages",
+        "recipes",
         "giving_way",
         "lifeline",
         "low_priority",
@@ -55,13 +57,14 @@ LAYERS = [
     {"sequence", "accounting", "adapters", "channel", "model.spec"},
     {"scheduler", "model"},
     {"engine"},
-    {"build"},
+    {"build", "merge_folder"},
     {"process"},
     {"__main__"},
 ]
 
 TORCH_FREE = [
     "lory_server.messages",
+    "lory_server.recipes",
     "lory_server.giving_way",
     "lory_server.lifeline",
     "lory_server.low_priority",
@@ -78,6 +81,8 @@ TORCH_FREE = [
     "lory_server.adapters.format",
     "lory_server.adapters.header",
     "lory_server.adapters.manner",
+    "lory_server.adapters.merge_plan",
+    "lory_server.adapters.merge_sources",
     "lory_server.adapters.store",
     "lory_router.app",
     "lory_router.cli",

@@ -539,6 +539,15 @@ def test_the_demo_takes_its_settings_from_flags_and_variables(served: list[Serve
     assert (second.http.host, second.http.port) == ("127.0.0.1", 0)
 
 
+def test_the_demo_takes_uploads_from_this_machine_alone(served: list[ServeConfig]) -> None:
+    assert invoke("demo")[0] == 0
+    assert invoke("demo", "--host", "0.0.0.0")[0] == 0
+    here, everywhere = (config.sources for config in served)
+    assert (here.adapter_uploads, here.adapter_offline) == (True, True)
+    assert not everywhere.adapter_uploads
+    assert not everywhere.adapter_cache
+
+
 def test_the_demo_refuses_variables_it_does_not_take(served: list[ServeConfig]) -> None:
     code, output = invoke("demo", LORY_QUANTIZE="nf4")
     assert (code, "LORY_QUANTIZE: lory demo does not take it" in output) == (2, True)

@@ -137,6 +137,14 @@ def test_lorax_parameters_not_served_are_refused_by_name(lorax: dict[str, Any]):
     assert "watermark" in watermark[1]
 
 
+def test_lorax_merges_adapters_by_their_sum(lorax: dict[str, Any]):
+    merged, plain = lorax["merged"], lorax["plain"]
+    assert merged["halves"]["text"] == merged["ties"]["text"] == plain["adapter"]["text"]
+    assert merged["nothing"]["text"] == plain["base"]["text"]
+    assert merged["pruned"][0] == "ValidationError"
+    assert "merged_adapters.density" in merged["pruned"][1]
+
+
 def test_lorax_errors_come_as_its_own_classes(lorax: dict[str, Any]):
     seen = lorax["errors"]
     assert seen["unknown_adapter"][0] == seen["unknown_adapter_stream"][0] == "NotFoundError"
@@ -332,6 +340,22 @@ def test_ours_chats_and_streams_the_same(ours: lory_client.Client, live_server: 
     streamed = stream.completion.choices[0].logprobs
     assert [t.text for t in streamed] == [t.text for t in whole.choices[0].logprobs]
     assert ours.chat(messages, max_tokens=4).model == live_server.base
+
+
+def test_ours_saves_a_merge_and_asks_for_it(ours: lory_client.Client, live_server: LiveServer):
+    adapter = live_server.adapter
+    saved = ours.adapters.merge("live-blend", {adapter: 1.0})
+    assert saved.state == "host"
+    answer = ours.generate(PROMPT, "live-blend", max_new_tokens=8)
+    assert answer.text == ours.generate(PROMPT, adapter, max_new_tokens=8).text
+    assert answer.adapter_revision == saved.revision
+    wish = lory_client.MergedAdapters([adapter, "live-blend"], [1, 1])
+    with pytest.raises(lory_client.ValidationError, match="itself a merge"):
+        ours.generate(PROMPT, merged_adapters=wish)
+    wish = lory_client.MergedAdapters([adapter], [1])
+    same = ours.generate(PROMPT, merged_adapters=wish, max_new_tokens=8)
+    assert same.adapter_revision == saved.revision
+    ours.adapters.delete("live-blend")
 
 
 def test_ours_reads_the_descriptions(ours: lory_client.Client, live_server: LiveServer):

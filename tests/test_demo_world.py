@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,7 @@ sys.path.insert(0, str(DEMO))
 import corpus  # noqa: E402
 import evaluate  # noqa: E402
 import make_data  # noqa: E402
+import pig_latin  # noqa: E402
 from tasks import TASKS  # noqa: E402
 
 PROMPTS = json.loads((DEMO / "prompts.json").read_text())
@@ -208,3 +210,34 @@ def test_the_check_takes_a_free_port_unless_one_is_asked_for(given: tuple[str, .
         check=True,
     )
     assert done.stdout.splitlines()[-1].strip() == f".venv/bin/lory demo --check{port}"
+
+
+def test_the_rows_to_train_on_are_what_their_script_writes():
+    lines = (DEMO / "train" / "pig-latin.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == pig_latin.rows()
+    words = ("apple", "string", "shy", "hello")
+    assert [pig_latin.pig_latin(word) for word in words] == [
+        "appleway",
+        "ingstray",
+        "shyway",
+        "ellohay",
+    ]
+
+
+@pytest.mark.full
+def test_from_rows_to_an_adapter_that_answers(tmp_path):
+    """`make demo-train`, with fewer steps: its server takes the adapter, and asks it."""
+    config = tmp_path / "few.yaml"
+    text = (DEMO / "train" / "pig-latin.yaml").read_text()
+    text = text.replace("../base", str(DEMO / "base"))
+    text = text.replace("pig-latin.jsonl", str(DEMO / "train" / "pig-latin.jsonl"))
+    config.write_text(text.replace("epochs: 4", "train_steps: 60"))
+    command = [sys.executable, str(DEMO / "train_demo.py"), "--config", str(config)]
+    command += ["--folder", str(tmp_path / "out"), "--url", "http://127.0.0.1:9352"]
+    done = subprocess.run(
+        [*command, "--", "--threads", "1"], capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr
+    score = re.search(r"base 0%, upload:pig-latin (\d+)%", done.stdout)
+    assert score is not None, done.stdout
+    assert int(score[1]) > 0

@@ -314,6 +314,20 @@ def test_a_tenants_uploads_leave_room_for_others(tmp_path: Path):
     with_sources(chosen, work)
 
 
+def test_a_tenants_uploads_are_bounded_in_number_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("lory_router.sources.upload.MAX_UPLOADS", 2)
+
+    async def work(sources: Sources) -> None:
+        for name in ("acme/a", "acme/b", "acme/b"):
+            await put_for(sources, name, "acme")
+        with pytest.raises(DiskFull, match="2 uploads"):
+            await put_for(sources, "acme/c", "acme")
+
+    with_sources(settings(tmp_path / "c", allows_upload=True), work)
+
+
 def test_an_upload_that_dribbles_is_given_up(tmp_path: Path):
     """A byte now and then kept one of the few places for uploads for an hour."""
     chosen = settings(tmp_path / "c", allows_upload=True, stall_s=0.1, min_bytes_per_s=5000.0)

@@ -11,7 +11,7 @@ MINIMAL = "base: ../base\ndata: rows.jsonl\n"
 
 def test_minimal_config_has_every_default():
     options = parse_options(MINIMAL)
-    assert options.template == "{text}"
+    assert options.template is None
     assert options.lora.r == 8
     assert options.lora.resolved_alpha == 16
     assert options.lora.target_modules == "all-linear"
@@ -29,7 +29,7 @@ def test_learning_rate_in_scientific_notation_is_a_number():
     ("line", "message"),
     [
         ("learnin_rate: 0.1", "learnin_rate: no such key; did you mean `learning_rate`?"),
-        ("lora: {rank: 8}", "lora.rank: no such key; known: r, alpha"),
+        ("lora: {rank: 8}", "lora.rank: no such key; did you mean `lora.r`?"),
         ("lora: {target_module: x}", "did you mean `target_modules`?"),
         ("epochs: 2.5", "epochs: "),
         ("epochs: true", "epochs: "),
@@ -51,7 +51,7 @@ def test_learning_rate_in_scientific_notation_is_a_number():
         ("template: '{}'", "only {name} is allowed"),
         ("template: '{text!r}'", "takes no `:` or `!`"),
         ("template: '{text:>20}'", "takes no `:` or `!`"),
-        ("template: '{text} {completion}'", "shows the answer"),
+        ("completion: completion\ntemplate: '{text} {completion}'", "shows the answer"),
         ("[", "not valid YAML"),
         ("? [a, b]\n: 1", "a key must be text, not a list or mapping"),
         ("lora: {? {a: b} : 1}", "a key must be text, not a list or mapping"),

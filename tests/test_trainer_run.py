@@ -13,74 +13,32 @@ import torch
 import typer
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from lory_trainer import cli, export
+from lory_trainer import cli, export, folders
+from lory_trainer.base import attach, find_base, load_base
 from lory_trainer.config import TrainOptions, parse_options
 from lory_trainer.data import Example, collate
 from lory_trainer.errors import ConfigError, OutputError, TrainingError
 from lory_trainer.export import write_adapter
-from lory_trainer.train import (
-    StepReport,
-    TrainResult,
-    accumulate,
-    attach,
-    learning_rate_at,
-    load_base,
-    train_adapter,
-)
-from test_trainer_data import char_tokenizer
+from lory_trainer.objective import Answers, accumulate
+from lory_trainer.optimizer import learning_rate_at
+from lory_trainer.train import TrainResult
+from trainer_world import CONFIG, events, make_world, train
 
 # peft still reads a name that transformers is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
 TRAINER = Path(__file__).parents[1] / "trainer" / "lory_trainer"
-CONFIG = """
-base: tiny
-data: rows.jsonl
-template: "{text}>"
-lora: {r: 4, dtype: float32}
-epochs: 4
-batch_size: 4
-learning_rate: 2e-2
-"""
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
 def world(tmp_path) -> Path:
-    """A folder with a random base and eight rows."""
-    torch.manual_seed(0)
-    shape = LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        bos_token_id=0,
-        eos_token_id=1,
-    )
-    LlamaForCausalLM(shape).save_pretrained(tmp_path / "tiny")
-    char_tokenizer().save_pretrained(tmp_path / "tiny")
-    rows = [{"text": a + b, "completion": b} for a in "abcd" for b in "yz"]
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    return tmp_path
+    return make_world(tmp_path)
 
 
 def run(world: Path, extra: str = "", **changes: Any) -> TrainResult:
     return train(world, CONFIG + extra, **changes)
-
-
-def train(world: Path, text: str, **changes: Any) -> TrainResult:
-    values = {"output": world / "adapters" / "mine", "replace": False, "watch": lambda _: None}
-    return train_adapter(parse_options(text), folder=world, **(values | changes))
 
 
 def served_logits(world: Path, adapter: Path | None) -> torch.Tensor:
@@ -91,11 +49,16 @@ def served_logits(world: Path, adapter: Path | None) -> torch.Tensor:
 
 
 def test_loss_falls_and_every_step_is_reported(world):
-    reports: list[StepReport] = []
-    result = run(world, "schedule: constant\n", watch=reports.append)
-    assert [report.step for report in reports] == list(range(1, 9))
-    assert tuple(report.loss for report in reports) == result.losses
-    assert reports[-1].num_tokens == 4 * 8 * 6
+    result = run(world, "schedule: constant\n")
+    steps = events(world, "step")
+    assert [step["step"] for step in steps] == list(range(1, 9))
+    assert tuple(step["loss"] for step in steps) == result.losses
+    assert steps[-1]["tokens"] == 4 * 8 * 6
+    assert steps[-1]["learned_tokens"] == 4 * 8 * 2
+    assert [event["type"] for event in events(world)[:1] + events(world)[-1:]] == [
+        "started",
+        "finished",
+    ]
     assert result.losses[-1] < 0.5 * result.losses[0]
 
 
@@ -139,6 +102,9 @@ def test_the_manifest_says_how_to_prompt_and_what_was_trained(world):
     assert manifest["config"]["lora"]["alpha"] == 8
     assert manifest["config"]["learning_rate"] == 0.02
     assert set(manifest["config"]) == set(TrainOptions.model_fields)
+    assert {len(manifest["base_files"][name]) for name in ("config", "tokenizer", "weights")} == {
+        64
+    }
     assert len(manifest["data"]["sha256"]) == 64
     assert manifest["data"]["rows"] == 8
     assert {"torch", "peft", "transformers"} <= set(manifest["libraries"])
@@ -168,9 +134,9 @@ def test_four_batches_of_two_are_one_batch_of_eight(world):
     examples = [Example((0, *range(3, 4 + length), 1), 2) for length in range(2, 10)]
 
     def gradients(width: int) -> tuple[float, torch.Tensor]:
-        model = attach(load_base(str(world / "tiny"), options), options)
+        model = attach(load_base(find_base("tiny", world), options), options)
         batches = [collate(examples[i : i + width]) for i in range(0, 8, width)]
-        loss = accumulate(model, batches)
+        loss = accumulate(model, batches, Answers()).loss
         found = [tensor.grad for tensor in model.parameters() if tensor.grad is not None]
         return loss, torch.cat([gradient.flatten() for gradient in found])
 
@@ -183,7 +149,7 @@ def test_four_batches_of_two_are_one_batch_of_eight(world):
 
 def test_the_base_is_never_trained(world):
     options = parse_options(CONFIG)
-    model = attach(load_base(str(world / "tiny"), options), options)
+    model = attach(load_base(find_base("tiny", world), options), options)
     trainable = [name for name, tensor in model.named_parameters() if tensor.requires_grad]
     assert trainable
     assert all("lora_" in name for name in trainable)
@@ -191,7 +157,7 @@ def test_the_base_is_never_trained(world):
 
 def test_learning_rate_rises_then_falls():
     options = parse_options("base: x\ndata: x\nlearning_rate: 1.0\nwarmup_fraction: 0.2\n")
-    rates = [learning_rate_at(index, 10, options) for index in range(10)]
+    rates = [learning_rate_at(index, 10, options, 1.0) for index in range(10)]
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert 0 < rates[-1] < 0.1
@@ -276,14 +242,14 @@ def test_a_failed_rename_gives_the_old_adapter_back(world, monkeypatch):
 
 
 def test_everything_is_on_disk_before_the_rename(world, monkeypatch):
-    events: list[str] = []
-    rename, sync = Path.rename, export._sync
-    monkeypatch.setattr(export, "_sync", lambda folder: (events.append("sync"), sync(folder)))
+    order: list[str] = []
+    rename, sync = Path.rename, folders._sync
+    monkeypatch.setattr(folders, "_sync", lambda folder: (order.append("sync"), sync(folder)))
     monkeypatch.setattr(
-        Path, "rename", lambda path, to: (events.append(f"rename {to.name}"), rename(path, to))[1]
+        Path, "rename", lambda path, to: (order.append(f"rename {to.name}"), rename(path, to))[1]
     )
     run(world)
-    assert events == ["sync", "rename mine"]
+    assert order == ["sync", "rename mine"]
 
 
 def test_command_trains_and_tells_how_to_serve(world, monkeypatch):
@@ -305,30 +271,10 @@ def test_command_tells_the_mistake_without_a_traceback(world):
 
 def test_command_finds_an_existing_folder_before_it_loads_anything(world, monkeypatch):
     (world / "run.yaml").write_text(CONFIG)
-    monkeypatch.setattr(cli, "_load_trainer", lambda: pytest.fail("torch was loaded"))
+    monkeypatch.setattr(cli, "_load_libraries", lambda _: pytest.fail("torch was loaded"))
     arguments = [str(world / "run.yaml"), "--output", str(world / "tiny")]
     result = CliRunner().invoke(command(), arguments)
     assert (result.exit_code, "exists; choose another --output" in result.output) == (1, True)
-
-
-def test_an_interrupt_says_what_is_there(world, monkeypatch):
-    (world / "run.yaml").write_text(CONFIG)
-    target = world / "mine"
-    arguments = [str(world / "run.yaml"), "--output", str(target)]
-
-    def interrupted(*_, output: Path, **__):
-        if output.parent.name == "late":
-            output.mkdir(parents=True)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(cli, "_load_trainer", lambda: interrupted)
-    result = CliRunner().invoke(command(), arguments)
-    assert (result.exit_code, result.output.splitlines()[-1]) == (
-        130,
-        "interrupted; nothing written",
-    )
-    late = CliRunner().invoke(command(), [*arguments[:2], str(world / "late" / "mine")])
-    assert "mine is written" in late.output
 
 
 def test_an_interrupted_replacement_leaves_the_old_adapter(world, monkeypatch):

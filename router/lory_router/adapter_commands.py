@@ -3,8 +3,7 @@
 It must not know the server's inside.
 """
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, get_args
 from urllib.parse import quote
 
@@ -14,27 +13,65 @@ from rich.console import Console
 from lory_router.config import ConfigError
 from lory_router.remote import check, connect, one_line_errors
 
-Deed = Literal["list", "show", "load", "unload", "pin", "unpin", "register", "delete"]
+Deed = Literal["list", "show", "load", "unload", "pin", "unpin", "register", "merge", "delete"]
 
 MIB = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class Wish:
-    """What register can be told beside a name."""
-
-    adapter_id: str = ""
-    revision: str = ""
-    owner: str = ""
+Wish = dict[str, Any]
+"""Fields of a request's body, beside the name."""
 
 
-def check_arguments(deed: Deed, name: str, wish: Wish) -> None:
+def check_arguments(deed: Deed, name: str, registered: Wish, merged: Wish) -> Wish:
+    """The wish, which is of one of the two."""
     if bool(name) != (deed != "list"):
         wants = "takes no name" if name else "needs the name of an adapter"
         raise ConfigError(f"lory adapters {deed}: {wants}")
-    if wish != Wish() and deed != "register":
+    if registered and deed != "register":
         text = "--adapter, --revision and --owner are for register"
         raise ConfigError(f"lory adapters {deed}: {text}")
+    if merged and deed != "merge":
+        text = "--of, --method, --density, --sign, --rank and --seed are for merge"
+        raise ConfigError(f"lory adapters {deed}: {text}")
+    if deed == "merge" and "adapters" not in merged:
+        raise ConfigError("lory adapters merge: --of ADAPTER=WEIGHT names what it is merged from")
+    return registered or merged
+
+
+def given(**fields: object) -> Wish:
+    """The flags that were given."""
+    return {field: value for field, value in fields.items() if value not in ("", None, [])}
+
+
+def merge_wish(
+    of: Sequence[str] | None,
+    method: str,
+    density: float | None,
+    sign: str,
+    rank: int | None,
+    seed: int | None,
+) -> Wish:
+    """By the names of the server's fields."""
+    return given(
+        adapters=read_weights(of or ()),
+        method=method,
+        density=density,
+        majority_sign_method=sign,
+        rank=rank,
+        seed=seed,
+    )
+
+
+def read_weights(of: Sequence[str]) -> list[Wish]:
+    """ADAPTER=WEIGHT, as the server wants it."""
+    found: list[Wish] = []
+    for text in of:
+        adapter_id, _, weight = text.rpartition("=")
+        try:
+            found.append({"adapter_id": adapter_id, "weight": float(weight)})
+        except ValueError as error:
+            raise ConfigError(f"--of {text}: write ADAPTER=WEIGHT, as support=0.5") from error
+    return found
 
 
 def do(
@@ -42,8 +79,8 @@ def do(
     api_key: str,
     deed: Deed,
     name: str,
+    wish: Wish,
     *,
-    wish: Wish = Wish(),
     as_json: bool = False,
     console: Console | None = None,
 ) -> None:
@@ -67,8 +104,9 @@ def _request(client: httpx.Client, deed: Deed, name: str, wish: Wish) -> httpx.R
         case "delete":
             return client.delete(path)
         case "register":
-            body = {"name": name, **asdict(wish)}
-            return client.post("/v1/adapters", json={k: v for k, v in body.items() if v})
+            return client.post("/v1/adapters", json={"name": name, **wish})
+        case "merge":
+            return client.post("/v1/adapters/merge", json={"name": name, **wish})
         case _:
             return client.post(f"{path}/{deed}")
 
@@ -82,6 +120,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         ("owner", lambda a: a.get("owner")),
         ("revision", lambda a: a["revision"]),
         ("refused", lambda a: a["refused"]),
+        ("merged", _merged),
         ("changes", _changes),
         ("acts from", _invocation),
         ("memory", _memory),
@@ -97,6 +136,14 @@ def fetched(download: dict[str, Any]) -> str:
     total = download["total"]
     of = "" if total is None else f" of {total / MIB:.1f}"
     return f"{download['bytes'] / MIB:.1f}{of} MiB in {download['seconds']:.0f} s"
+
+
+def _merged(adapter: dict[str, Any]) -> str:
+    told = adapter.get("merged")
+    if not told:
+        return ""
+    weighted = ", ".join(f"{one['weight']:g} x {one['adapter_id']}" for one in told["adapters"])
+    return f"{weighted} by {told['method']}"
 
 
 def _changes(adapter: dict[str, Any]) -> str:

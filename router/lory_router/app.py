@@ -36,6 +36,9 @@ from lory_router.keys import Keyring
 from lory_router.lifecycle import Lifecycle
 from lory_router.listing import Listing
 from lory_router.manners import Manners
+from lory_router.merge_routes import MergeRoutes
+from lory_router.merges import Merges
+from lory_router.merging_engine import MergingEngine
 from lory_router.named_engine import NamedEngine
 from lory_router.observe import MetricsSink
 from lory_router.pages import Pages
@@ -45,6 +48,8 @@ from lory_router.settings import RouterSettings
 from lory_router.sourced_engine import SourcedEngine
 from lory_router.sse import shown_error
 from lory_router.text import TextModel
+from lory_router.tuning.routes import TuningRoutes
+from lory_router.tuning.service import Tuning
 from lory_router.upload_routes import UploadRoutes
 
 GENERATION: tuple[tuple[str, Dialect, Handler], ...] = (
@@ -66,25 +71,30 @@ def create_app(
     registry: Registry | None = None,
     is_warm: Callable[[], bool] = lambda: True,
     keys: Keyring | None = None,
+    tuning: Tuning | None = None,
     base: ServedBase | None = None,
 ) -> ASGIApp:
     """The front of `engine`, to be served by an ASGI server; healthy once it is warm."""
     registry = registry or Registry()
     sourced = engine if isinstance(engine, SourcedEngine) else None
     rights = Rights(registry, sourced.sources if sourced else None)
-    named = NamedEngine(engine, rights, settings, is_warm)
+    merging = MergingEngine(engine, registry, rights, settings)
+    named = NamedEngine(merging, rights, settings, is_warm)
     orders = sourced.orders if sourced else None
     manners = Manners(named, rights, settings, base or ServedBase(), orders)
     front = Front(named, settings, text, metrics, Gate(settings), registry, rights, manners)
     listing = Listing(named)
     catalogue = Catalogue(listing, registry, rights, sourced.sources if sourced else None)
     lifecycle = Lifecycle(named, registry, rights, listing, settings, sourced)
+    merges = Merges(named, registry, rights, listing, settings)
     uploads = sourced if "upload" in settings.adapter_sources else None
     app = Starlette(
         routes=[
             *_generation_routes(front),
             *(UploadRoutes(uploads, rights, listing, settings).routes() if uploads else ()),
+            *(TuningRoutes(front, tuning).routes() if tuning else ()),
             *_page_routes(Pages(front, catalogue, int(time.time()))),
+            *MergeRoutes(front, merges).routes(),
             *AdapterRoutes(front, lifecycle, catalogue).routes(),
         ],
         exception_handlers={

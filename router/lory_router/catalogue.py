@@ -117,7 +117,11 @@ class Catalogue:
         age_s: float,
     ) -> AdapterReply:
         names = self._rights.names_of(caller, further)
-        reply = adapter_reply(entry, names, age_s, self._rights.owner(entry.adapter_id))
+        owner, recipe = (
+            self._rights.owner(entry.adapter_id),
+            self._registry.state.merges.get(entry.adapter_id),
+        )
+        reply = adapter_reply(entry, names, age_s, owner, recipe)
         if arriving is None:
             return reply
         return msgspec.structs.replace(reply, fetching=fetching_reply(arriving))

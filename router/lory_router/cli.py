@@ -13,15 +13,14 @@ import typer
 from typer.core import TyperCommand
 
 from lory_router import __version__
+from lory_router.caller_options import caller_key_option, server_url_option
 from lory_router.config import (
     CommandError,
     ServeConfig,
-    caller_key_option,
     check_environment,
     check_switches,
     serve_option,
     serve_parameters,
-    server_url_option,
 )
 
 RENAMED = {
@@ -45,6 +44,17 @@ RENAMED = {
 
 PASS_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 """For commands whose arguments, --help too, belong to another parser."""
+
+
+Of = Annotated[
+    list[str] | None,
+    typer.Option(metavar="ADAPTER=WEIGHT", help="To merge: what from; several times."),
+]
+Method = Annotated[str, typer.Option(help="To merge: linear unless given.")]
+Density = Annotated[float | None, typer.Option(help="To merge: the share of numbers kept.")]
+Sign = Annotated[str, typer.Option(help="To merge by signs: total or frequency.")]
+Rank = Annotated[int | None, typer.Option(help="To merge by svd: rank of the result.")]
+Seed = Annotated[int | None, typer.Option(help="To merge by dare_linear or dare_ties.")]
 
 
 class _Command(TyperCommand):
@@ -181,27 +191,56 @@ def chat(
 @app.command()
 def adapters(
     deed: Annotated[
-        Literal["list", "show", "load", "unload", "pin", "unpin", "register", "delete"],
+        Literal["list", "show", "load", "unload", "pin", "unpin", "register", "merge", "delete"],
         typer.Argument(help="What to do; without it, list."),
     ] = "list",
     name: Annotated[str, typer.Argument(help="Adapter, name@alias or name@revision.")] = "",
     adapter: Annotated[str, typer.Option(help="For register: what the name stands for.")] = "",
     revision: Annotated[str, typer.Option(help="For register: which revision of it.")] = "",
     owner: Annotated[str, typer.Option(help="For register: tenant that it is for alone.")] = "",
+    of: Of = None,
+    method: Method = "",
+    density: Density = None,
+    sign: Sign = "",
+    rank: Rank = None,
+    seed: Seed = None,
     url: str = server_url_option(),
     api_key: str = caller_key_option(),
     as_json: Annotated[bool, typer.Option("--json", help="Print the server's JSON.")] = False,
 ) -> None:
-    """List what a running server serves, or pin, load, name, delete one."""
-    from lory_router.adapter_commands import Wish, check_arguments, do
+    """List what a running server serves; pin, name, merge, delete one."""
+    from lory_router.adapter_commands import check_arguments, do, given, merge_wish
     from lory_router.chat import show_adapters
 
-    wish = Wish(adapter, revision, owner)
-    check_arguments(deed, name, wish)
+    registered = given(adapter_id=adapter, revision=revision, owner=owner)
+    merged = merge_wish(of, method, density, sign, rank, seed)
+    wish = check_arguments(deed, name, registered, merged)
     if deed == "list":
         show_adapters(url, api_key, as_json=as_json)
     else:
-        do(url, api_key, deed, name, wish=wish, as_json=as_json)
+        do(url, api_key, deed, name, wish, as_json=as_json)
+
+
+@app.command()
+def merge(
+    out: Annotated[Path, typer.Argument(help="Folder to write; it must not be there.")],
+    of: Annotated[
+        list[str], typer.Option(metavar="ADAPTER=WEIGHT", help="What from; several times.")
+    ],
+    model: Annotated[str, typer.Option(help="The base: a folder or a hub id.")],
+    adapters: Annotated[Path, typer.Option(help="Folder with the adapters.")],
+    method: Method = "",
+    density: Density = None,
+    sign: Sign = "",
+    rank: Rank = None,
+    seed: Seed = None,
+) -> None:
+    """Merge adapters into a new folder, without a server."""
+    from lory_router.adapter_commands import merge_wish
+    from lory_router.merge_command import run_merge
+
+    wish = merge_wish(of, method, density, sign, rank, seed)
+    raise typer.Exit(run_merge(out, model, adapters, wish))
 
 
 # -- other parts of the house ---------------------------------------------------------------

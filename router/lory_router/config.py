@@ -22,13 +22,13 @@ from lory_router.key_config import KeyConfig
 from lory_router.settings import RouterSettings
 from lory_router.source_config import SourceConfig
 from lory_router.sources.settings import SourceSettings
+from lory_router.tuning.settings import TuningSettings
+from lory_router.tuning_config import TuningConfig
 from lory_router.values import (
     comma_list,
-    first_key,
     is_switch,
     parse_number,
     parse_whole,
-    with_scheme,
 )
 from lory_server.messages import DeviceName, DtypeName, EngineOptions, LogLevel, Quantization
 
@@ -174,6 +174,7 @@ class ServeConfig:
     keys: KeyConfig = field(default_factory=KeyConfig)
     limits: LimitConfig = field(default_factory=LimitConfig)
     metrics: MetricsConfig = field(default_factory=MetricsConfig)
+    tuning: TuningConfig = field(default_factory=TuningConfig)
 
     def __post_init__(self) -> None:
         for section, item in _leaves():
@@ -207,6 +208,18 @@ class ServeConfig:
     def source_settings(self) -> SourceSettings | None:
         """Where adapters are fetched from; None: nowhere."""
         return self.sources.settings(self.http.request_timeout, self.step.max_queued)
+
+    @property
+    def tuning_settings(self) -> TuningSettings | None:
+        """How adapters are trained beside; None: not at all."""
+        model = self.model
+        return self.tuning.settings(
+            model.model,
+            self.model_names,
+            model.adapters,
+            model.quantize,
+            double_quant=model.double_quant,
+        )
 
     def engine_options(self) -> EngineOptions:
         """The part the engine is built from."""
@@ -267,35 +280,11 @@ def environment_names() -> frozenset[str]:
     return frozenset(_variable(item.name) for _, item in _leaves())
 
 
-def server_url_option(name: str = "--url") -> Any:
-    """The `--url` of commands that talk to a running server."""
-    return typer.Option(
-        "http://127.0.0.1:8080",
-        name,
-        help="Where the server listens.",
-        parser=with_scheme,
-        metavar="URL",
-    )
-
-
 _PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     int: (parse_whole, "INTEGER"),
     float: (parse_number, "NUMBER"),
 }
 """How a flag without a parser of its own is read, and called in the help."""
-
-
-def caller_key_option() -> Any:
-    """The `--api-key` of commands that talk to a running server."""
-    return typer.Option(
-        "",
-        "--api-key",
-        help="Bearer key to send, if the server asks for one; of several with commas, the first.",
-        parser=first_key,
-        metavar="KEY",
-        envvar=_variable("api_key"),
-        show_default=False,
-    )
 
 
 def serve_option(name: str, **changes: Any) -> Any:
@@ -347,6 +336,15 @@ def engine_environment() -> dict[str, str]:
     if _HUGE_PAGES not in tunables:
         kept["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))
     return kept
+
+
+def training_environment(num_threads: int) -> dict[str, str]:
+    """What a fine-tuning job inherits: as the engine, and so many threads that do not spin."""
+    return engine_environment() | {
+        "OMP_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
 
 
 def _leaves() -> Iterator[tuple[Field[Any], Field[Any]]]:
@@ -432,6 +430,7 @@ def _check_parts(config: ServeConfig) -> None:
     try:
         config.keys.check()
         config.sources.check(config.model.adapters)
+        config.tuning.check(config.model.adapters)
     except ValueError as error:
         raise ConfigError(str(error)) from error
 

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import httpx
@@ -21,6 +22,7 @@ from lory_router.config import ServeConfig, StartError
 
 DEMO_FOLDER = Path(__file__).resolve().parents[2] / "demo"
 DEFAULT_PORT = 8080
+LOOPBACK = "127.0.0.1"
 MAX_NEW_TOKENS = 128
 ANSWER_TIMEOUT_S = 120.0
 
@@ -76,7 +78,22 @@ class DemoFiles:
 
 
 def run_demo(files: DemoFiles, flags: Mapping[str, Any], *, port: int | None, check: bool) -> int:
-    """Serve the demo's world; with `check` only for as long as its answers are compared."""
+    """Serve the demo's world; with `check` only for as long as its answers are compared.
+
+    What is uploaded to it is served until it ends.
+    """
+    with TemporaryDirectory() as uploads:
+        return _run(files, {**flags, **_upload_flags(flags, uploads)}, port=port, check=check)
+
+
+def _upload_flags(flags: Mapping[str, Any], folder: str) -> Mapping[str, Any]:
+    """Uploads are this machine's alone to send, and no other source is asked."""
+    if flags.get("host", LOOPBACK) != LOOPBACK:
+        return {}
+    return {"adapter_cache": folder, "adapter_uploads": True, "adapter_offline": True}
+
+
+def _run(files: DemoFiles, flags: Mapping[str, Any], *, port: int | None, check: bool) -> int:
     from lory_router import serve
 
     wanted = (0 if check else DEFAULT_PORT) if port is None else port

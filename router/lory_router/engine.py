@@ -30,6 +30,7 @@ from lory_server.messages import (
     Sampling,
     Token,
 )
+from lory_server.recipes import Recipe
 
 StreamEvent = PromptLogprobs | tuple[Token, ...] | Finished
 UnavailableReason = Literal["loading", "draining", "down"]
@@ -55,6 +56,10 @@ class SequenceRequest:
     """Or its beginning; empty: the one on disk."""
     source: Reference | None = None
     """Where the adapter comes from; None: the engine's own folder."""
+    recipe: Recipe | None = None
+    """A merge in place of one adapter; with `adapter_id`, if it was saved under that name."""
+    references: tuple[Reference | None, ...] = ()
+    """Where each of its sources comes from, as `source` says it of one adapter."""
     token: str = field(default="", repr=False)
     """The caller's, for that source."""
     manner: str = ""

@@ -36,6 +36,7 @@ from lory_server.messages import (
     StepReport,
     Submit,
 )
+from lory_server.recipes import MERGED, merged_id
 
 READ_BYTES = 256 * 1024
 MAX_UNSENT_BYTES = 64 * 1024 * 1024
@@ -146,14 +147,15 @@ class ChildEngine:
         life = self._require_life()
         if life.child.writer.transport.get_write_buffer_size() > MAX_UNSENT_BYTES:
             raise Unavailable("down", "the engine does not read its requests; try again shortly")
-        number = next(self._numbers)
+        number, recipe = next(self._numbers), request.recipe
         command = Submit(
             request_id=number,
             prompt_ids=request.prompt_ids,
             sampling=request.sampling,
-            adapter_id=request.adapter_id,
+            adapter_id=merged_id(recipe) if recipe else request.adapter_id,
             adapter_revision=request.adapter_revision,
             manner=request.manner,
+            charged_as=request.adapter_id or MERGED if recipe else "",
             tenant=request.caller.tenant,
         )
         life.send(command)

@@ -309,9 +309,9 @@ PARAMS = {
 
 def from_failure(failure: Failure, retry_after_s: int, adapter_id: str = "") -> ApiError:
     """The engine's refusal; what is wrong with an adapter is told under its name."""
-    kind = FAILURES[failure.code]
-    if kind is AdapterNotFound and adapter_id:
-        return adapter_not_found(adapter_id)
+    kind, missing = FAILURES[failure.code], failure.source or adapter_id
+    if kind is AdapterNotFound and missing:
+        return adapter_not_found(missing)
     if kind is AdapterReplaced:
         return _replaced(failure.message, retry_after_s, adapter_id)
     wait = retry_after_s if kind is Overloaded else None

@@ -15,7 +15,8 @@ from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.chat_template import TemplateError
 from lory_router.engine import SequenceRequest
 from lory_router.errors import Invalid
-from lory_router.schemas_lorax import GenerateBody, Json, Parameters
+from lory_router.merging import MergeNamed, asked_of, check_merged
+from lory_router.schemas_lorax import GenerateBody, Json, MergedAdapters, Parameters
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_router.transcript import Ending
@@ -23,7 +24,7 @@ from lory_router.validate import Ask, Named
 from lory_server.messages import EngineInfo, Manner, Sampling
 
 PARAMETER_PLACES = {name: f"parameters.{name}" for name in Parameters.__struct_fields__}
-NOT_SUPPORTED = ("merged_adapters", "return_k_alternatives")
+NOT_SUPPORTED = ("return_k_alternatives",)
 PLAIN_FORMATS: tuple[Json, ...] = ({"type": "text"}, {"type": "Text"})
 
 
@@ -35,6 +36,8 @@ class LoraxJob:
     """One, or best_of; all of one prompt."""
     adapter_id: str
     adapter_source: str
+    is_merge: bool
+    """Then adapter_id lists several."""
     prompt_ids: tuple[int, ...]
     prompt_text: str
     """Put before the answer; empty unless return_full_text."""
@@ -53,6 +56,9 @@ def read_body(body: bytes) -> GenerateBody:
     parameters = value.get("parameters", {})
     if isinstance(parameters, dict):
         refuse_unknown(parameters, Parameters, inside="parameters.")
+        merged = parameters.get("merged_adapters")
+        if isinstance(merged, dict):
+            refuse_unknown(merged, MergedAdapters, inside="parameters.merged_adapters.")
     return read_struct(value, GenerateBody)
 
 
@@ -60,7 +66,7 @@ async def accept(body: GenerateBody, stream: bool, context: Context) -> LoraxJob
     info, settings, text = context.info, context.settings, context.text
     wish = body.parameters
     check_parameters(wish, stream, info, settings)
-    named = validate.check_adapter(wish.adapter_id, wish.adapter_source, wish.api_token, settings)
+    named = _named(wish, settings)
     if not body.inputs:
         raise Invalid("`inputs` cannot be empty", param="inputs")
     manner = await context.manners.of(named, context.caller)
@@ -76,18 +82,12 @@ async def accept(body: GenerateBody, stream: bool, context: Context) -> LoraxJob
     validate.check_prompt("inputs", len(prompt_ids), info, settings)
     sampling = _sampling(wish, manner, len(prompt_ids), context)
     stops = asking.all_stops(validate.check_stops(wish.stop or (), settings), manner)
-    first = SequenceRequest(
-        prompt_ids=prompt_ids,
-        sampling=sampling,
-        adapter_id=named.adapter_id,
-        source=named.source,
-        token=named.token,
-        manner=manner.digest,
-    )
+    first = asked_of(named, prompt_ids, sampling, manner)
     return LoraxJob(
         asks=_asks(first, wish, validate.ending_of(sampling, info, stops)),
         adapter_id=named.adapter_id,
-        adapter_source=named.source.kind if named.source else "local",
+        adapter_source=named.source_kind,
+        is_merge=isinstance(named, MergeNamed),
         prompt_ids=prompt_ids,
         prompt_text=shown if wish.return_full_text else "",
         num_input_chars=len(prompt),
@@ -96,6 +96,13 @@ async def accept(body: GenerateBody, stream: bool, context: Context) -> LoraxJob
         prefill_details=bool(wish.decoder_input_details),
         sampled=_samples(wish),
     )
+
+
+def _named(wish: Parameters, settings: RouterSettings) -> Named | MergeNamed:
+    adapter_id, source, token = wish.adapter_id, wish.adapter_source, wish.api_token
+    if wish.merged_adapters is None:
+        return validate.check_adapter(adapter_id, source, token, settings)
+    return check_merged(wish.merged_adapters, adapter_id, source, token, settings)
 
 
 def check_parameters(
@@ -168,7 +175,7 @@ def _samples(wish: Parameters) -> bool:
     return bool(wish.do_sample) or warped or narrowed
 
 
-def _prompt(body: GenerateBody, manner: Manner, named: Named) -> tuple[str, Template]:
+def _prompt(body: GenerateBody, manner: Manner, named: Named | MergeNamed) -> tuple[str, Template]:
     """The text to answer, and whose template made it."""
     has_chat_template = bool(body.parameters.apply_chat_template)
     if isinstance(body.inputs, str):

@@ -22,8 +22,9 @@ from lory_router.bodies import (
     unknown_fields,
 )
 from lory_router.chat_prompt import chat_prompt
-from lory_router.engine import SequenceRequest
 from lory_router.errors import Invalid, adapter_not_found
+from lory_router.merging import MergeNamed, asked_of, check_merged
+from lory_router.schemas_lorax import MergedAdapters
 from lory_router.schemas_openai import (
     HARMLESS,
     NOT_SERVED,
@@ -62,6 +63,8 @@ class OpenaiJob:
     model: str
     """The name the caller used, or the base's own."""
     adapter_id: str
+    is_merge: bool
+    """Then adapter_id lists several."""
     asks: tuple[tuple[Ask, ...], ...]
     """For each prompt, its sequences: as many as best_of."""
     prompt_texts: tuple[str, ...]
@@ -86,6 +89,9 @@ def read_body(body: bytes, kind: type[B]) -> B:
     options = value.get("stream_options")
     if isinstance(options, dict):
         refuse_unknown_inside(options, StreamOptions, "stream_options")
+    merged = value.get("merged_adapters")
+    if isinstance(merged, dict):
+        refuse_unknown_inside(merged, MergedAdapters, "merged_adapters")
     return read_struct(value, kind)
 
 
@@ -213,8 +219,12 @@ def check_common(body: CommonBody, context: Context) -> None:
         raise Invalid("`stream_options` needs `stream` to be true", param="stream_options")
 
 
-def _adapter(body: CommonBody, settings: RouterSettings) -> Named:
-    return _named(body.model, body.adapter_source, body.api_token, settings)
+def _adapter(body: CommonBody, settings: RouterSettings) -> Named | MergeNamed:
+    source, token = body.adapter_source, body.api_token
+    if body.merged_adapters is None:
+        return _named(body.model, source, token, settings)
+    adapter_id = "" if body.model in settings.model_names else body.model
+    return check_merged(body.merged_adapters, adapter_id, source, token, settings)
 
 
 def _check_lora_path(body: CommonBody, settings: RouterSettings) -> None:
@@ -319,6 +329,7 @@ def _job(
     return OpenaiJob(
         model=body.model or context.settings.model_names[0],
         adapter_id=_adapter(body, context.settings).adapter_id,
+        is_merge=body.merged_adapters is not None,
         asks=asks,
         prompt_texts=prompt_texts,
         num_choices=body.n or 1,
@@ -350,17 +361,7 @@ def _all_asks(
         base = _sampling(body, context, len(ids), wanted, num_top)
         ending = validate.ending_of(base, context.info, checked)
         samplings = [msgspec.structs.replace(base, seed=next(seeds)) for _ in range(num)]
-        requests = [
-            SequenceRequest(
-                ids,
-                sampling,
-                named.adapter_id,
-                source=named.source,
-                token=named.token,
-                manner=context.manner.digest,
-            )
-            for sampling in samplings
-        ]
+        requests = [asked_of(named, ids, sampling, context.manner) for sampling in samplings]
         found.append(tuple(Ask(request, ending) for request in requests))
     return tuple(found)
 

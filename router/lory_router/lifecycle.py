@@ -208,7 +208,9 @@ class Lifecycle:
         if not await self._is_here(caller, target, reference):
             raise adapter_not_found(name)
         self._rights.check_owns(caller, name)
-        if reference is not None and reference.kind == "upload":
+        engine_name = self._registry.engine_name(target.adapter_id)
+        is_upload = reference is not None and reference.kind == "upload"
+        if is_upload or name in self._registry.state.merges:
             await self._registry.clear(name)
         else:
             await self._registry.remove(name)
@@ -216,7 +218,7 @@ class Lifecycle:
             await self._sourced.drop(reference)
             return
         try:
-            await self._engine.order("drop", target.adapter_id)
+            await self._engine.order("drop", engine_name)
         except Unavailable:
             return  # an engine that is gone holds nothing, and the next one is not told of it
 
@@ -288,6 +290,7 @@ class Lifecycle:
         return self._reply(caller, self._check(done, name))
 
     def _reply(self, caller: Caller, entry: AdapterEntry) -> AdapterReply:
-        names = self._registry.state.names_by_adapter().get(entry.adapter_id, {})
-        owner = self._rights.owner(entry.adapter_id)
-        return adapter_reply(entry, self._rights.names_of(caller, names), 0.0, owner)
+        state, owner = self._registry.state, self._rights.owner(entry.adapter_id)
+        names = state.names_by_adapter().get(entry.adapter_id, {})
+        recipe = state.merges.get(entry.adapter_id)
+        return adapter_reply(entry, self._rights.names_of(caller, names), 0.0, owner, recipe)

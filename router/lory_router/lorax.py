@@ -37,6 +37,7 @@ from lory_router.text import TextModel
 from lory_router.tokenize import locate
 from lory_router.transcript import EndReason, Piece, Transcript
 from lory_server.messages import EngineInfo
+from lory_server.recipes import MERGED
 
 TOKENS_AT_ONCE = 4096
 
@@ -99,7 +100,7 @@ async def _accept(
     info = front.require_ready()
     context = Context(info, front.settings, front.text, front.manners, exchange.caller)
     job = await intake_lorax.accept(wish, stream, context)
-    exchange.adapter_id = front.served_as(job.adapter_id)
+    exchange.adapter_id = MERGED if job.is_merge else front.served_as(job.adapter_id)
     exchange.sequences_per_prompt = len(job.asks)
     exchange.ready_at = time.perf_counter()
     return job, info

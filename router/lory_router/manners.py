@@ -15,6 +15,7 @@ from lory_router.base_check import ServedBase
 from lory_router.engine import EngineClient, Unavailable
 from lory_router.errors import AdapterInvalid, TimedOut, from_failure, shown
 from lory_router.keys import Caller
+from lory_router.merging import MergeNamed
 from lory_router.names import Target
 from lory_router.rights import Rights
 from lory_router.settings import RouterSettings
@@ -62,10 +63,10 @@ class Manners:
         self._known: Memory[Target, Known] = Memory(MAX_KNOWN)
         self._flights: Flights[Target, OrderDone | Known] = Flights()
 
-    async def of(self, named: Named, caller: Caller) -> Manner:
+    async def of(self, named: Named | MergeNamed, caller: Caller) -> Manner:
         """Of the adapter that a request names. Raises an ApiError where there is none, or where it
         is for another base and that is refused."""
-        if not named.adapter_id:
+        if not named.adapter_id or isinstance(named, MergeNamed):
             return NO_MANNER
         known = await self.known(caller, named.adapter_id)
         if self._settings.strict_base and known.other_parts:

@@ -24,8 +24,10 @@ from lory_router import __version__
 from lory_router.ledger import Ledger
 from lory_router.observe import RequestRecord
 from lory_server.messages import AdapterMove, EngineInfo, StepReport
+from lory_server.recipes import MERGED
 
 BASE = "base"
+MERGES = "merged"
 OTHER = "other"
 NONE = "none"
 MAX_REMEMBERED = 4096
@@ -44,6 +46,7 @@ ROUTES = frozenset(
         "/v1/adapters",
         "/v1/chat/completions",
         "/v1/completions",
+        "/v1/fine_tuning/jobs",
         "/v1/load_lora_adapter",
         "/v1/unload_lora_adapter",
     )
@@ -93,8 +96,9 @@ class _Histogram:
 class AdapterLabels:
     """Names adapters in labels as /v1/models does: the first ones seen, all later ones `other`.
 
-    `base` is the base, `none` a request that got no token: refused, failed or cancelled before. An
-    adapter called by one of these words is named through the base, which /v1/models takes, too.
+    `base` is the base, `merged` all merges that have no name of their own, `none` a request that
+    got no token: refused, failed or cancelled before. An adapter called by one of these words is
+    named through the base, which /v1/models takes, too.
     """
 
     def __init__(self, limit: int, model: str, name_of: Callable[[str], str]) -> None:
@@ -105,14 +109,14 @@ class AdapterLabels:
         self._shown: set[str] = set()
 
     def of(self, adapter_id: str) -> str:
-        if not adapter_id:
-            return BASE
+        if adapter_id in ("", MERGED):
+            return MERGES if adapter_id else BASE
         label = self._labels.get(adapter_id)
         if label is None:
             label = self._name_of(adapter_id)
             if len(self._shown) >= self._limit and label not in self._shown:
                 return OTHER
-            if label in (BASE, OTHER, NONE):
+            if label in (BASE, MERGES, OTHER, NONE):
                 label = f"{self._model}:{adapter_id}"
             self._shown.add(label)
             self._labels[adapter_id] = label

@@ -30,6 +30,7 @@ from lory_router.schemas_openai import ChatBody, CompletionBody
 from lory_router.sse import DONE, event, reply_events
 from lory_router.text import TextModel
 from lory_router.transcript import Piece, Transcript
+from lory_server.recipes import MERGED
 
 
 class Dressing(Protocol):
@@ -75,7 +76,7 @@ def _context(front: Front, exchange: Exchange) -> Context:
 
 
 async def _reply(front: Front, exchange: Exchange, job: OpenaiJob, dressing: Dressing) -> None:
-    exchange.adapter_id = front.served_as(job.adapter_id)
+    exchange.adapter_id = MERGED if job.is_merge else front.served_as(job.adapter_id)
     exchange.sequences_per_prompt = len(job.asks[0])
     exchange.ready_at = time.perf_counter()
     headers = {

@@ -4,6 +4,7 @@
     pins       (support, whichever it has), (support, 1f3a9c...)
     owners     support -> acme: for that tenant alone; without an owner it is for all
     removed    adapters that lie in the folder, or at a source, and are not served
+    merges     blend -> how it is merged, whenever it is loaded
 
 In memory, and written through to SQLite: reading never waits, a change is there once it is on the
 disk. One server a file. It must not know HTTP, the engine, or which adapters there are.
@@ -15,10 +16,13 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+import msgspec
+
 from lory_router.errors import RegistryUnwritable
 from lory_router.names import Target, is_revision, split
 from lory_router.registry_file import open_registry
 from lory_router.sources.reference import covers
+from lory_server.recipes import Recipe, merged_id
 
 Statement = tuple[str, tuple[str, ...]]
 
@@ -32,6 +36,7 @@ class State:
     removed: frozenset[str]
     owners: Mapping[str, str]
     """Of names and of adapters, by name: the tenant."""
+    merges: Mapping[str, Recipe]
 
     def names_by_adapter(self) -> dict[str, dict[str, str]]:
         """Further names of each adapter that has any, each with the revision it stands for."""
@@ -99,6 +104,11 @@ class Registry:
         is_removed = self._state.is_removed(target.adapter_id) and sees(target.adapter_id)
         return None if is_removed else target
 
+    def engine_name(self, adapter_id: str) -> str:
+        """What the engine calls an adapter: of merges, the recipe."""
+        recipe = self._state.merges.get(adapter_id)
+        return merged_id(recipe) if recipe else adapter_id
+
     # -- changes ----------------------------------------------------------------------------
 
     async def register(self, name: str, target: Target, owner: str | None = None) -> None:
@@ -126,9 +136,19 @@ class Registry:
         await self._write(statements)
 
     async def clear(self, adapter_id: str) -> None:
-        """Forget all that is known of an adapter that is no more."""
-        forget = ("DELETE FROM owners WHERE name = ?", (adapter_id,))
-        await self._write([*_without(self._state, adapter_id), forget])
+        """Forget all that is known of an adapter, or a merge, that is no more."""
+        tables = ("owners", "merges")
+        forget = [(f"DELETE FROM {table} WHERE name = ?", (adapter_id,)) for table in tables]
+        await self._write([*_without(self._state, adapter_id), *forget])
+
+    async def save_merge(self, recipe: Recipe, owner: str | None = None) -> None:
+        """Let its name stand for what it makes."""
+        put = "INSERT OR REPLACE INTO merges VALUES (?, ?)"
+        statements: list[Statement] = [(put, (recipe.name, msgspec.json.encode(recipe).decode()))]
+        if owner:
+            own = "INSERT OR REPLACE INTO owners VALUES (?, ?)"
+            statements.append((own, (recipe.name, owner)))
+        await self._write(statements)
 
     async def pin(self, target: Target) -> None:
         put = "INSERT OR IGNORE INTO pins VALUES (?, ?)"
@@ -175,6 +195,10 @@ def _read(connection: sqlite3.Connection) -> State:
         ),
         removed=frozenset(row[0] for row in connection.execute("SELECT adapter_id FROM removed")),
         owners=dict(connection.execute("SELECT name, tenant FROM owners")),
+        merges={
+            name: msgspec.json.decode(recipe, type=Recipe)
+            for name, recipe in connection.execute("SELECT name, recipe FROM merges ORDER BY name")
+        },
     )
 
 

@@ -15,6 +15,7 @@ CHANGES: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE removed (adapter_id TEXT PRIMARY KEY)",
     ),
     ("CREATE TABLE owners (name TEXT PRIMARY KEY, tenant TEXT NOT NULL)",),
+    ("CREATE TABLE merges (name TEXT PRIMARY KEY, recipe TEXT NOT NULL)",),
 )
 """What leads from each version to the next; a file of version n has had the first n. What was
 released is never edited: a new version is a new entry."""

@@ -22,7 +22,7 @@ from lory_router.errors import (
 from lory_router.keys import TENANT_RULE, Caller, is_tenant
 from lory_router.names import REVISION_RULE, Target, split
 from lory_router.registry import Registry
-from lory_router.sources.reference import UPLOAD, is_from_source
+from lory_router.sources.reference import UPLOAD, Reference, is_from_source
 from lory_router.sources.service import Sources
 
 MAX_NAMES = 1000
@@ -46,11 +46,15 @@ class Rights:
         return self._registry.state.owners.get(name, "")
 
     def sees(self, caller: Caller, name: str) -> bool:
-        """A name that leads to what the caller does not see is not there either."""
+        """A name that leads to what the caller does not see is not there either, nor is a merge of
+        such."""
         if caller.is_admin:
             return True
-        target = self._registry.state.names.get(name)
+        state = self._registry.state
+        target = state.names.get(name)
         names = {name, target.adapter_id} if target else {name}
+        for merge in names & state.merges.keys():
+            names = names | {source.adapter_id for source in state.merges[merge].sources}
         return all(self.owner(one) in ("", caller.tenant) for one in names)
 
     def lists(self, caller: Caller, adapter_id: str) -> bool:
@@ -102,19 +106,23 @@ class Rights:
 
     def check_gives(self, caller: Caller, field: str, name: str) -> None:
         """Whether the caller may give that name, which may be taken."""
-        if caller.is_admin:
+        if caller.is_admin or self.owner(name) == caller.tenant:
             return
-        if not name.startswith(f"{caller.tenant}/"):
-            raise Forbidden(
-                f"`{field}`: names that tenant {caller.tenant} gives begin with {caller.tenant}/",
-                param=field,
-            )
+        _check_begins(caller, field, name)
         if self.owner(name) or name in self._registry.state.names:
             self.check_owns(caller, name)
             return
         owners = self._registry.state.owners.values()
         if sum(owner == caller.tenant for owner in owners) >= MAX_NAMES:
             raise Conflict(f"tenant {caller.tenant} has {MAX_NAMES} names; forget one", param=field)
+
+    def check_sends(self, caller: Caller, upload: Reference, is_here: bool) -> None:
+        """Whether the caller may upload under that name, which may be taken."""
+        if caller.is_admin or self.owner(upload.name) == caller.tenant:
+            return
+        _check_begins(caller, "id", upload.place)
+        if is_here:
+            self.check_owns(caller, upload.name)
 
     def check_owner(self, caller: Caller, owner: str | None) -> str | None:
         """The owner of what is given a name; None: the one it has. Others than admins own what
@@ -130,3 +138,12 @@ class Rights:
     def check_admin(self, caller: Caller, deed: str) -> None:
         if not caller.is_admin:
             raise Forbidden(f"{deed} is for admins")
+
+
+def _check_begins(caller: Caller, field: str, name: str) -> None:
+    """The same answer whether or not the name is taken."""
+    if not name.startswith(f"{caller.tenant}/"):
+        raise Forbidden(
+            f"`{field}`: names that tenant {caller.tenant} gives begin with {caller.tenant}/",
+            param=field,
+        )

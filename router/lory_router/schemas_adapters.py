@@ -11,6 +11,7 @@ import msgspec
 
 from lory_router.sources.fetching import Progress
 from lory_server.messages import AdapterEntry, Manner, RevisionEntry
+from lory_server.recipes import ELECTING, PRUNING, RANDOM, MergeMethod, Recipe, SignMethod
 
 State = Literal["fetching", "disk", "host", "device", "refused"]
 
@@ -30,6 +31,22 @@ class OrderBody(msgspec.Struct, frozen=True, kw_only=True):
 
     api_token: str | None = None
     """The caller's, for the source."""
+
+
+class WeightedAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    adapter_id: str
+    weight: float
+
+
+class MergeBody(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    adapters: list[WeightedAdapter]
+    method: str | None = None
+    """linear unless given."""
+    density: float | None = None
+    majority_sign_method: str | None = None
+    rank: int | None = None
+    seed: int | None = None
 
 
 class LoadLoraBody(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +97,24 @@ class RevisionReply(msgspec.Struct, frozen=True, kw_only=True):
     pinned: bool
 
 
+class MergeSourceReply(msgspec.Struct, frozen=True):
+    adapter_id: str
+    weight: float
+    revision: str | None
+    """None: whichever the adapter has."""
+
+
+class MergeReply(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How an adapter is merged; what its method does not use is left out."""
+
+    method: MergeMethod
+    adapters: tuple[MergeSourceReply, ...]
+    density: float | None = None
+    majority_sign_method: SignMethod | None = None
+    rank: int | None = None
+    seed: int | None = None
+
+
 class AdapterReply(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     object: Literal["adapter"] = "adapter"
@@ -104,6 +139,8 @@ class AdapterReply(msgspec.Struct, frozen=True, kw_only=True):
     """The tenant that it is for alone."""
     fetching: FetchingReply | None = None
     """Under way: what is not here yet, or what will take the place of what is."""
+    merged: MergeReply | None = None
+    """How it is made of others, if it is."""
 
 
 class AdapterDetail(AdapterReply, frozen=True, kw_only=True):
@@ -144,7 +181,11 @@ class RemovedReply(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def adapter_reply(
-    entry: AdapterEntry, names: Mapping[str, str], age_s: float, owner: str = ""
+    entry: AdapterEntry,
+    names: Mapping[str, str],
+    age_s: float,
+    owner: str = "",
+    recipe: Recipe | None = None,
 ) -> AdapterReply:
     """An adapter as it was `age_s` seconds ago."""
     latest = next((one for one in entry.revisions if one.revision == entry.revision), None)
@@ -169,6 +210,7 @@ def adapter_reply(
         revisions=tuple(map(_revision_reply, entry.revisions)),
         refused=entry.refusal or None,
         owner=owner or None,
+        merged=_merge_reply(recipe) if recipe else None,
     )
 
 
@@ -204,6 +246,21 @@ def arriving_reply(progress: Progress) -> AdapterReply:
     nothing = AdapterEntry(adapter_id=progress.reference.name, tier="disk")
     fields = {"state": "fetching", "fetching": fetching_reply(progress)}
     return msgspec.structs.replace(adapter_reply(nothing, {}, 0.0), **fields)
+
+
+def _merge_reply(recipe: Recipe) -> MergeReply:
+    method = recipe.method
+    return MergeReply(
+        method,
+        tuple(
+            MergeSourceReply(one.adapter_id, one.weight, one.revision or None)
+            for one in recipe.sources
+        ),
+        density=recipe.density if method in PRUNING else None,
+        majority_sign_method=recipe.majority_sign_method if method in ELECTING else None,
+        rank=recipe.rank or None,
+        seed=recipe.seed if method in RANDOM else None,
+    )
 
 
 def _revision_reply(one: RevisionEntry) -> RevisionReply:

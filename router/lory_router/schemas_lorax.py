@@ -10,11 +10,23 @@ import msgspec
 Json = dict[str, object]
 
 
+class MergedAdapters(msgspec.Struct, frozen=True, kw_only=True):
+    ids: list[str]
+    weights: list[float]
+    merge_strategy: str | None = None
+    density: float | None = None
+    """Always sent by LoRAX's client, whether or not the strategy has a use for it."""
+    majority_sign_method: str | None = None
+    rank: int | None = None
+    seed: int | None = None
+    """These two are not LoRAX's."""
+
+
 class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     adapter_id: str | None = None
     adapter_source: str | None = None
     """"local", "hub", "s3", "https", ...; empty is not given."""
-    merged_adapters: Json | None = None
+    merged_adapters: MergedAdapters | None = None
     api_token: str | None = None
     """The caller's, for a hub or a web server."""
     best_of: int | None = None

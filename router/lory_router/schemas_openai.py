@@ -6,7 +6,7 @@ refused by name. Any other is unknown. It must not know limits or how fields are
 
 import msgspec
 
-from lory_router.schemas_lorax import Parameters
+from lory_router.schemas_lorax import MergedAdapters, Parameters
 
 Json = dict[str, object]
 
@@ -42,6 +42,8 @@ class CommonBody(msgspec.Struct, frozen=True, kw_only=True):
     adapter_source: str | None = None
     api_token: str | None = None
     """LoRAX's names for where the adapter comes from, and the caller's token for it."""
+    merged_adapters: MergedAdapters | None = None
+    """LoRAX's: several adapters as one; `model` is then the base's name."""
     lora_path: str | None = None
     response_format: Json | None = None
 

@@ -20,7 +20,12 @@ from dataclasses import dataclass
 
 from lory_router.app import create_app
 from lory_router.base_check import ServedBase
-from lory_router.config import ServeConfig, StartError, engine_environment
+from lory_router.config import (
+    ServeConfig,
+    StartError,
+    engine_environment,
+    training_environment,
+)
 from lory_router.connection import HttpServer, http_server
 from lory_router.engine import Unavailable
 from lory_router.engine_client import ChildEngine
@@ -37,6 +42,9 @@ from lory_router.sources.metrics import SourceMetrics
 from lory_router.sources.service import Sources
 from lory_router.supervisor import GaveUp, RestartPolicy, Supervisor
 from lory_router.text import TextModel, load_text_model
+from lory_router.tuning.handover import Handover
+from lory_router.tuning.service import Tuning
+from lory_router.tuning.store import TuningStoreError
 from lory_router.values import comma_list
 from lory_router.warmup import WarmUp
 from lory_server.messages import FETCHED, EngineInfo
@@ -62,6 +70,7 @@ class _Parts:
     supervisor: Supervisor
     warm_up: WarmUp
     sourced: SourcedEngine | None
+    tuning: Tuning | None
     server: HttpServer
     listener: socket.socket
     url: str
@@ -111,12 +120,16 @@ async def _serve(launch: _Launch, after_ready: AfterReady | None) -> int:
     keeping = asyncio.ensure_future(parts.supervisor.run())
     visiting = asyncio.ensure_future(_visit(config, parts, after_ready))
     asked = asyncio.ensure_future(stopping.wait())
+    training = asyncio.ensure_future(_train(parts))
     with stopping.installed():
         await asyncio.wait({serving, keeping, visiting, asked}, return_when=asyncio.FIRST_COMPLETED)
         visiting.cancel()
         parts.warm_up.stop()
+        if parts.tuning is not None:
+            parts.tuning.stop()
         code = await _shut_down(config, parts, keeping, serving)
     asked.cancel()
+    await training
     if parts.sourced is not None:
         await parts.sourced.close()
     visited = (await asyncio.gather(visiting, return_exceptions=True))[0]
@@ -151,6 +164,9 @@ def _build(launch: _Launch) -> _Parts:
         step_timeout_s=config.step.step_timeout,
         command=launch.engine_command,
     )
+    tuning = _open_tuning(config, engine, launch.registry)
+    if tuning is not None:
+        metrics.add(tuning.meter)
     sourced = SourcedEngine(engine, sources) if sources else None
     if sourced is not None:
         sourced.orders.hold_pinned(launch.registry.state.pins)
@@ -164,11 +180,35 @@ def _build(launch: _Launch) -> _Parts:
         launch.registry,
         warm_up.is_done,
         launch.keys,
+        tuning,
         ServedBase(config.model.model, launch.text.chat_template),
     )
     server = http_server(app, room_for_connections(config.http.max_connections))
     supervisor = Supervisor(engine, metrics, launch.policy)
-    return _Parts(engine, supervisor, warm_up, sourced, server, launch.listener, url, launch.keys)
+    return _Parts(
+        engine, supervisor, warm_up, sourced, tuning, server, launch.listener, url, launch.keys
+    )
+
+
+async def _train(parts: _Parts) -> None:
+    """Do fine-tuning jobs until stopped, once there is an engine to hand their adapters to."""
+    if parts.tuning is None:
+        return
+    try:
+        await parts.tuning.run()
+    finally:
+        parts.tuning.close()
+
+
+def _open_tuning(config: ServeConfig, engine: ChildEngine, registry: Registry) -> Tuning | None:
+    settings = config.tuning_settings
+    if settings is None:
+        return None
+    environment, price = training_environment(settings.threads), config.metrics.price_per_hour
+    try:
+        return Tuning(settings, environment, Handover(engine, registry), price)
+    except (OSError, TuningStoreError) as error:
+        raise StartError(f"--fine-tuning: {error}") from error
 
 
 def _open_sources(config: ServeConfig) -> Sources | None:

@@ -5,6 +5,7 @@ request that leaves, or whose deadline comes, leaves nothing behind. It must not
 are fetched, nor HTTP.
 """
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -28,6 +29,7 @@ from lory_server.messages import (
     OrderDone,
     OrderKind,
 )
+from lory_server.recipes import MergeSource
 
 
 class SourcedEngine:
@@ -52,16 +54,29 @@ class SourcedEngine:
 
     async def submit(self, request: SequenceRequest) -> EngineStream:
         """Raises an ApiError, too, for an adapter that cannot be had."""
-        if request.source is None:
-            return await self._engine.submit(request)
-        engine_name = await self.sources.acquire(request.source, request.token)
+        held: dict[str, str] = {}
         try:
-            stream = await self._engine.submit(replace(request, adapter_id=engine_name))
+            wanted = request.references or (request.source,)
+            names = [await self._acquire(one, request.token, held) for one in wanted]
+            stream = await self._engine.submit(_of_fetched(request, names))
         except BaseException:
-            self.sources.release(engine_name)
+            for engine_name in held:
+                self.sources.release(engine_name)
             raise
-        self.orders.used(request.source, engine_name)
-        return _HoldingStream(stream, self.sources, engine_name, request.source.name)
+        for reference, engine_name in zip(wanted, names, strict=True):
+            if reference is not None:
+                self.orders.used(reference, engine_name)
+        return _HoldingStream(stream, self.sources, held) if held else stream
+
+    async def _acquire(self, source: Reference | None, token: str, held: dict[str, str]) -> str:
+        """The engine's name for it, which `held` notes once; empty for a local adapter."""
+        if source is None:
+            return ""
+        engine_name = await self.sources.acquire(source, token)
+        if engine_name in held:
+            self.sources.release(engine_name)
+        held[engine_name] = source.name
+        return engine_name
 
     async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
         """Of local adapters; `orders` takes those of others."""
@@ -101,16 +116,26 @@ def _with_older(entry: AdapterEntry, older: AdapterEntry) -> AdapterEntry:
     )
 
 
-class _HoldingStream:
-    """A stream that holds its adapter on disk until it ends or is cancelled."""
+def _of_fetched(request: SequenceRequest, names: Sequence[str]) -> SequenceRequest:
+    """The same of what was fetched under these names."""
+    recipe = request.recipe
+    if not request.references or recipe is None:
+        return replace(request, adapter_id=names[0] or request.adapter_id)
+    sources = tuple(
+        MergeSource(name, source.weight, source.revision) if name else source
+        for name, source in zip(names, recipe.sources, strict=True)
+    )
+    return replace(request, recipe=msgspec.structs.replace(recipe, sources=sources))
 
-    def __init__(
-        self, stream: EngineStream, sources: Sources, engine_name: str, shown_name: str
-    ) -> None:
+
+class _HoldingStream:
+    """A stream that holds its adapters on disk until it ends or is cancelled."""
+
+    def __init__(self, stream: EngineStream, sources: Sources, held: Mapping[str, str]) -> None:
+        """`held`: by the engine's names, those that callers know."""
         self._stream = stream
         self._sources = sources
-        self._engine_name = engine_name
-        self._shown_name = shown_name
+        self._names = held
         self._is_held = True
 
     @property
@@ -127,7 +152,9 @@ class _HoldingStream:
         self._release()
         if event.failure is None:
             return event
-        failure = renamed_failure(event.failure, self._engine_name, self._shown_name)
+        failure = event.failure
+        for engine_name, shown_name in self._names.items():
+            failure = renamed_failure(failure, engine_name, shown_name)
         return msgspec.structs.replace(event, failure=failure)
 
     def gather(self, num_tokens: int) -> None:
@@ -140,4 +167,5 @@ class _HoldingStream:
     def _release(self) -> None:
         if self._is_held:
             self._is_held = False
-            self._sources.release(self._engine_name)
+            for engine_name in self._names:
+                self._sources.release(engine_name)

@@ -179,7 +179,9 @@ def renamed(entry: AdapterEntry, name: str) -> AdapterEntry:
 
 
 def renamed_failure(failure: Failure, engine_name: str, name: str) -> Failure:
-    return msgspec.structs.replace(failure, message=failure.message.replace(engine_name, name))
+    source = name if failure.source == engine_name else failure.source
+    message = failure.message.replace(engine_name, name)
+    return msgspec.structs.replace(failure, message=message, source=source)
 
 
 def _not_here() -> OrderDone:

@@ -99,11 +99,10 @@ class UploadRoutes:
         unknown = set(request.query_params) - {"owner"}
         if unknown:
             raise Invalid(f"unknown parameter {shown(min(unknown))}; there is `owner`")
-        self._rights.check_gives(caller, "id", reference.place)
+        is_here = self._sourced.sources.latest(reference) is not None
+        self._rights.check_sends(caller, reference, is_here)
         owner = self._rights.check_owner(caller, request.query_params.get("owner"))
         before = self._rights.owner(reference.name)
-        if self._sourced.sources.latest(reference) is not None:
-            self._rights.check_owns(caller, reference.name)
         return Upload(reference, reader, _body(request), before if owner is None else owner)
 
 

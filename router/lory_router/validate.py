@@ -19,6 +19,7 @@ from lory_router.sources.reference import (
 )
 from lory_router.transcript import Ending
 from lory_server.messages import FETCHED, EngineInfo, Sampling
+from lory_server.recipes import MERGED
 
 MAX_SEED = 2**64 - 1
 MAX_ADAPTER_ID_CHARS = 256
@@ -145,6 +146,10 @@ class Named:
     token: str = field(default="", repr=False)
     """The caller's, for the source."""
 
+    @property
+    def source_kind(self) -> str:
+        return self.source.kind if self.source else "local"
+
 
 def check_adapter(
     adapter_id: str | None, source: str | None, token: str | None, settings: RouterSettings
@@ -192,7 +197,7 @@ def check_adapter_id(adapter_id: str | None) -> str:
     """The local adapter's name, empty for the base. One that cannot be a name is not found."""
     if adapter_id is None or adapter_id in ("", BASE_MODEL):
         return ""
-    if adapter_id.startswith(FETCHED):
+    if adapter_id.startswith((FETCHED, MERGED)):
         raise adapter_not_found(adapter_id)
     parts = adapter_id.split("/")
     unsafe = UNSAFE_CHARS.search(adapter_id) or len(adapter_id) > MAX_ADAPTER_ID_CHARS

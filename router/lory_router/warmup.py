@@ -93,7 +93,8 @@ class WarmUp:
     async def _order(self, kind: OrderKind, target: Target) -> OrderDone:
         adapter_id, revision = target.adapter_id, target.revision
         if not is_from_source(adapter_id):
-            return await self._engine.order(kind, adapter_id, revision)
+            engine_name = self._registry.engine_name(adapter_id)
+            return await self._engine.order(kind, engine_name, revision)
         if self._fetched is None:
             raise SourceUnavailable("nothing is fetched without --adapter-cache")
         if kind == "pin":

@@ -61,7 +61,7 @@ def row_share(command: Submit, row: PlanRow, adapter_bytes: int, cost_model: Cos
     return Share(
         request_id=command.request_id,
         tenant=command.tenant,
-        adapter_id=command.adapter_id,
+        adapter_id=command.charged_as or command.adapter_id,
         work=cost_model.work(start, num_tokens, acting_bytes),
         prompt_tokens=max(min(start + num_tokens, len(command.prompt_ids)) - start, 0),
         generated_tokens=int(row.sample is not None),

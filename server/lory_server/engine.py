@@ -342,7 +342,8 @@ class Engine:
                 self._outbox.resolved.append(Resolution(outcome.ticket, outcome.revision))
                 self._enqueue(request)
             else:
-                self._end(request, "error", _failure(outcome.code, outcome.message))
+                failure = _failure(outcome.code, outcome.message, outcome.source)
+                self._end(request, "error", failure)
 
     def _enqueue(self, request: _Request) -> None:
         sequence = request.sequence = _sequence(request.command, request.adapter)
@@ -447,8 +448,8 @@ def _sequence(command: Submit, adapter: Resolved | None) -> Sequence:
     )
 
 
-def _failure(code: FailureCode, message: str) -> Failure:
-    return Failure(code=code, message=message)
+def _failure(code: FailureCode, message: str, source: str = "") -> Failure:
+    return Failure(code=code, message=message, source=source)
 
 
 def _with_requests(answer: AdapterList | OrderDone, holders: Holders) -> AdapterList | OrderDone:

@@ -135,11 +135,13 @@ class Submit(Message, frozen=True):
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     adapter_id: str = ""
-    """Empty: the base."""
+    """Empty: the base. Of merges, what `recipes.merged_id` makes."""
     adapter_revision: str = ""
     """A revision or its beginning, on disk or still in memory; empty: the one on disk now."""
     manner: str = ""
     """Digest of the manner that this was made by; a revision with another one fails it."""
+    charged_as: str = ""
+    """What charges call the adapter; empty: `adapter_id`."""
     tenant: str = "default"
 
 
@@ -204,6 +206,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     code: FailureCode
     message: str
     """For the caller: names the field or tensor, and the fix."""
+    source: str = ""
+    """Of a merge, the adapter to blame."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,12 +21,14 @@ INSTALL_TIMEOUT_S = 600
 SCRIPT_TIMEOUT_S = 240
 
 
-def run_script(name: str, *arguments: str) -> dict[str, Any]:
-    """Runs `<name>_script.py` with the client's own Python; its last line is the result."""
-    command = [str(python_of(name)), "-I", str(HERE / f"{name}_script.py"), *arguments]
+def run_script(name: str, *arguments: str, script: str = "") -> dict[str, Any]:
+    """Runs `<script or name>_script.py` with the client's own Python; its last line is the
+    result."""
+    path = HERE / f"{script or name}_script.py"
+    command = [str(python_of(name)), "-I", str(path), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=SCRIPT_TIMEOUT_S)
     if done.returncode != 0:
-        raise AssertionError(f"{name}_script.py failed:\n{done.stdout}\n{done.stderr}")
+        raise AssertionError(f"{path.name} failed:\n{done.stdout}\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

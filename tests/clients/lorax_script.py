@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lorax import AsyncClient, Client
+from lorax import AsyncClient, Client, MergedAdapters
 
 PROMPT = "The order arrived late and the box was damaged"
 PROMPTS = [f"{PROMPT} {i}" for i in range(4)]
@@ -101,6 +101,24 @@ def parameters(client: Client, adapter: str, whole: dict[str, Any]) -> dict[str,
     }
 
 
+def merged(client: Client, adapter: str) -> dict[str, Any]:
+    def ask(strategy: str, density: float, *weights: float) -> Any:
+        wish = MergedAdapters(
+            ids=[adapter] * len(weights),
+            weights=list(weights),
+            merge_strategy=strategy,
+            density=density,
+        )
+        return client.generate(PROMPT, merged_adapters=wish, max_new_tokens=12)
+
+    return {
+        "halves": facts(ask("linear", 0.0, 0.5, 0.5)),
+        "nothing": facts(ask("linear", 0.0, 1.0, -1.0)),
+        "ties": facts(ask("ties", 1.0, 1.0)),
+        "pruned": raised(lambda: ask("ties", 0.0, 1.0, 1.0)),
+    }
+
+
 def errors(client: Client, adapter: str) -> dict[str, Any]:
     def stream_of(**given: Any) -> Callable[[], Any]:
         return lambda: list(client.generate_stream(PROMPT, **given))
@@ -136,6 +154,7 @@ def main(url: str, adapter: str) -> None:
     result = {
         "plain": whole,
         "parameters": parameters(client, adapter, whole["adapter"]),
+        "merged": merged(client, adapter),
         "errors": errors(client, adapter),
         "async": asyncio.run(asynchronous(url, adapter)),
     }

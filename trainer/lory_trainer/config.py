@@ -1,16 +1,17 @@
-"""One page of YAML, checked: every key known, every value typed, every default written out.
+"""A training run as it is meant: every option typed, every default written out.
 
-This module must not know torch, peft or any data; it reads the YAML file and nothing else.
+A file may be written with these names, with Ludwig's or with Axolotl's; config_keys.py holds what
+the others are called here. This module must not know torch, peft or any data.
 """
 
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from lory_trainer.config_translate import Translation, explain, translate
+from lory_trainer.config_yaml import parse_yaml
 from lory_trainer.errors import ConfigError
 from lory_trainer.template import template_fields
 
@@ -26,26 +27,47 @@ def _number_from_text(value: Any) -> Any:
 
 
 Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+Count = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0)]
+Auto = Literal["auto"]
+Stop = Annotated[str, Field(min_length=1, max_length=256)]
+Rank = Annotated[int, Field(ge=1, le=256)]
 
 
 class _Options(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, use_attribute_docstrings=True
+    )
 
 
 class LoraOptions(_Options):
     """What is added to the base."""
 
-    r: int = Field(default=8, ge=1, le=256)
+    r: Rank = 8
     """Rank of every adapted linear; the server takes no more than 256."""
-    alpha: Number | None = Field(default=None, gt=0)
+    alpha: Positive | None = None
     """The update is scaled by alpha / r (alpha / sqrt(r) with use_rslora); 2 r if unset."""
-    dropout: Number = Field(default=0.0, ge=0, lt=1)
+    dropout: Share = 0.0
     """Share of the adapter's inputs dropped while training."""
     target_modules: str | list[str] = "all-linear"
     """Names of linears, one regular expression over module paths, or `all-linear`."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r), which keeps high ranks learning."""
+    use_dora: bool = False
+    """Learn the length of each output's weights apart from their direction."""
+    init: Literal["default", "gaussian", "orthogonal"] = "default"
+    """How A begins. Inits that change the base's weights cannot share it, and are refused."""
+    rank_pattern: dict[str, Rank] = {}
+    """Ranks of some modules, by name or regular expression."""
+    alpha_pattern: dict[str, Positive] = {}
+    """Alphas of some modules."""
+    lora_plus_ratio: Annotated[Number, Field(ge=1)] | None = None
+    """LoRA+: B learns this many times faster than A; its authors take 16."""
+    start_from: str | None = None
+    """An adapter folder to go on from (relative to this file), of the same shape."""
     dtype: Literal["float32", "bfloat16", "float16"] = "bfloat16"
     """Precision of the written tensors; training itself keeps them in float32."""
 
@@ -56,120 +78,251 @@ class LoraOptions(_Options):
         return int(alpha) if alpha == int(alpha) else alpha
 
 
+class QuantizationOptions(_Options):
+    """The base's linears as they are held while training."""
+
+    bits: Literal[4, 8] | None = None
+    """4: QLoRA; 8: LLM.int8. Should be what the server serves."""
+    type: Literal["nf4", "fp4"] = "nf4"
+    """The code of 4 bits; the server's is nf4."""
+    double: bool = True
+    """Quantize the scales of 4 bits too."""
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the products; auto: bfloat16 on a GPU that has it, float32 on a CPU."""
+
+
+class SplitOptions(_Options):
+    """Which rows are held out: the validation part is evaluated during the run, the test part
+    is written to the run's folder for `lory eval`."""
+
+    type: Literal["random", "fixed", "hash"] = "random"
+    """random: by the seed; hash: by the row's own text, so more rows move none; fixed: a column."""
+    probabilities: list[NotNegative] = [0.9, 0.05, 0.05]
+    """Shares of training, validation and test."""
+    column: str = "split"
+    """For fixed: the column that holds 0, 1 or 2 (or train, validation, test)."""
+
+
+class DpoOptions(_Options):
+    """Preference pairs."""
+
+    beta: Positive = 0.1
+    """How strongly the model is held to its reference."""
+    loss: Literal["sigmoid", "ipo"] = "sigmoid"
+    """sigmoid is DPO's own; ipo does not run away on pairs that are never in doubt."""
+    label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
+    """Share of pairs taken to be the wrong way round (sigmoid only)."""
+    sft_weight: NotNegative = 0.0
+    """Adds this times the chosen answer's own loss, without which what the model says may not
+    change at all; 1 is a good value."""
+    reference: Literal["start", "base"] = "start"
+    """start: the model as the run found it, lora.start_from included; base: without any adapter."""
+
+
+class GenerationOptions(_Options):
+    """The adapter's defaults when it is asked; a request's own values go first."""
+
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    """0 is greedy."""
+    max_new_tokens: Count | None = None
+    """Longest answer."""
+    top_k: Whole | None = None
+    """Sample among so many; 0: all."""
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
+    """Sample among the likeliest that have this share together."""
+    do_sample: bool | None = None
+    """false is greedy."""
+    repetition_penalty: Annotated[Number, Field(ge=0.01, le=100)] | None = None
+    """Above 1, what was said is said less."""
+    stop: Annotated[list[Stop], Field(max_length=16)] = []
+    """Texts that end an answer, beside the end of sequence."""
+
+
+class TrackingOptions(_Options):
+    """Experiment trackers, through transformers' own callbacks; events.jsonl is always written."""
+
+    to: list[Literal["tensorboard", "wandb", "mlflow"]] = []
+    """Which; each needs its own package installed."""
+    run_name: str | None = None
+    """The run's name there; the adapter's if unset."""
+    project: str = "lory"
+    """The project there (wandb)."""
+
+
 class TrainOptions(_Options):
     """A whole training run."""
 
     base: str
     """Folder of the base (relative to this file) or its hub id."""
     data: str
-    """JSONL file of rows (relative to this file): one object a line, every column text."""
-    template: str = "{text}"
-    """The prompt: text with `{column}` fields. A caller must send it rendered."""
-    completion: str = "completion"
-    """Column that holds the answer."""
+    """File of rows, or a folder of them (relative to this file): JSONL, JSON, CSV, Parquet."""
+    eval_data: str | None = None
+    """Rows to evaluate on during the run, from a file of their own."""
+    name: str | None = None
+    """The adapter's name once it is served; else the output folder's."""
+    output: str | None = None
+    """Adapter folder to write (relative to where the command runs); --output goes first."""
+    method: Literal["sft", "pretrain", "dpo"] = "sft"
+    """sft: answers; pretrain: plain text, every token; dpo: preference pairs."""
+    template: str | None = None
+    """The prompt: text with `{column}` fields. Unset: by the columns of the rows."""
+    chat: bool = False
+    """Put the prompt through the base's chat template, as a user's message."""
+    completion: str | None = None
+    """Column that holds the answer; unset: by the columns of the rows."""
+    completion_prefix: str = ""
+    """Text between prompt and answer, learned as the answer's beginning."""
+    chosen: str = "chosen"
+    """For dpo: the column of the better answer."""
+    rejected: str = "rejected"
+    """For dpo: the column of the worse answer."""
+    train_on_prompt: bool = False
+    """Learn the prompt's tokens too, not the answer's alone."""
+    max_rows: Count | None = None
+    """Only so many rows, from the first."""
+    split: SplitOptions | None = None
+    """Rows held out of `data`; unset: none."""
+    lint: Literal["error", "warn"] = "warn"
+    """error: what the linter finds wrong ends the run before it begins."""
+
     lora: LoraOptions = LoraOptions()
     """What is added to the base."""
-    epochs: int = Field(default=1, ge=1)
+    quantization: QuantizationOptions = QuantizationOptions()
+    """The base's linears as they are held while training."""
+    dpo: DpoOptions = DpoOptions()
+    """Preference pairs."""
+    generation: GenerationOptions = GenerationOptions()
+    """Defaults when the adapter is asked."""
+    tracking: TrackingOptions = TrackingOptions()
+    """Experiment trackers."""
+
+    epochs: Count = 1
     """Passes over the data."""
-    learning_rate: Number = Field(default=2e-4, gt=0)
-    """Peak of the schedule."""
+    max_steps: Count | None = None
+    """Optimizer steps; ends the run before its epochs do, or makes it go through them again."""
+    learning_rate: Positive | Auto = 2e-4
+    """Peak of the schedule; auto: by the base's width."""
+    learning_rate_multiplier: Positive = 1.0
+    """Times the learning rate: of use with auto."""
+    learning_rate_min: NotNegative = 0.0
+    """Where the schedule ends."""
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     """How the learning rate falls after the warm-up."""
-    warmup_fraction: Number = Field(default=0.03, ge=0, lt=1)
+    warmup_fraction: Share = 0.03
     """Share of the steps in which the learning rate rises to its peak."""
-    weight_decay: Number = Field(default=0.0, ge=0)
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd"] = "adamw"
+    """8bit and paged ones are bitsandbytes'; paged states may leave a GPU's memory."""
+    betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
+    """AdamW's averages."""
+    epsilon: Positive = 1e-8
+    """AdamW's floor."""
+    weight_decay: NotNegative = 0.0
     """AdamW's weight decay on the adapter."""
-    max_gradient_norm: Number = Field(default=1.0, gt=0)
+    max_gradient_norm: Positive = 1.0
     """Gradients longer than this are scaled down to it."""
-    batch_size: int = Field(default=8, ge=1)
-    """Rows in one forward pass."""
-    gradient_accumulation_steps: int = Field(default=1, ge=1)
-    """Forward passes before each optimizer step."""
-    max_length: int = Field(default=1024, ge=2)
+    batch_size: Count | Auto = 8
+    """Rows in one forward pass; auto: as many as fit, up to effective_batch_size."""
+    eval_batch_size: Count | None = None
+    """Rows in one forward pass of an evaluation; unset: as batch_size."""
+    gradient_accumulation_steps: Count | None = None
+    """Forward passes before each optimizer step; 1 if unset."""
+    effective_batch_size: Count | None = None
+    """Rows of one optimizer step, in place of gradient_accumulation_steps; 16 for auto."""
+    max_length: Annotated[int, Field(ge=2)] = 1024
     """Longest row, prompt and answer together, in tokens."""
-    overlong: Literal["error", "drop"] = "error"
-    """What happens to a longer row. It is never cut: its end teaches the model to stop."""
-    seed: int = Field(default=0, ge=0)
-    """Fixes the adapter's first weights, the order of rows and dropout."""
+    overlong: Literal["error", "drop", "cut_prompt"] = "error"
+    """What happens to a longer row; cut_prompt takes the prompt's beginning. An answer is never
+    cut: its end teaches the model to stop."""
+    packing: bool = False
+    """Several rows in one sequence that do not see each other: no padding."""
+    neftune_noise_alpha: NotNegative = 0.0
+    """NEFTune: noise on the embeddings while training; 5 is usual."""
+    gradient_checkpointing: bool | Auto = "auto"
+    """Compute activations twice and keep few; auto: on a GPU."""
+    checkpoint_steps: Whole = 0
+    """Optimizer steps between checkpoints; 0: a tenth of the run, at least 25."""
+    keep_checkpoints: Count = 2
+    """The newest so many stay."""
+    eval_steps: Whole = 0
+    """Optimizer steps between evaluations, if rows are held out; 0: once a pass."""
+    early_stop: Whole = 0
+    """Evaluations without a better loss that end the run, which then keeps the best; 0: never."""
+    divergence_factor: Annotated[Number, Field(gt=1)] | None = 3.0
+    """A run ends when ten steps' mean loss is so many times the best ten's and above the first."""
+    seed: Whole = 0
+    """Fixes the adapter's first weights, the order of rows, splits, noise and dropout."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes the GPU if there is one."""
-    dtype: Dtype = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision the base is loaded in; auto takes the checkpoint's own."""
 
 
-def load_options(path: Path) -> TrainOptions:
+def load_options(path: Path, **changes: Any) -> TrainOptions:
     """Reads and checks a YAML file; raises ConfigError naming each wrong key."""
+    return read_config(path, **changes)[0]
+
+
+def read_config(path: Path, **changes: Any) -> tuple[TrainOptions, tuple[str, ...]]:
+    """The options, with `changes` in place of the file's own; and what there is to say of them."""
     try:
         text = path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    return parse_options(text, str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read: {error}") from error
+    return _check(text, str(path), changes)
 
 
 def parse_options(text: str, source: str = "config") -> TrainOptions:
-    values = _parse_yaml(text, source)
+    return _check(text, source, {})[0]
+
+
+def _check(text: str, source: str, changes: dict[str, Any]) -> tuple[TrainOptions, tuple[str, ...]]:
+    found = translate(parse_yaml(text, source), source, TrainOptions)
     try:
-        options = TrainOptions.model_validate(values)
-        _check_template(options)
+        options = TrainOptions.model_validate(found.values | changes)
+        _check_together(options, found)
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in _explain(error))
+        lines = "\n".join(f"  {line}" for line in explain(error, found))
         raise ConfigError(f"{source}:\n{lines}") from error
     except ConfigError as error:
         raise ConfigError(f"{source}:\n  {error}") from error
-    return options
+    return options, found.notes
 
 
-def _check_template(options: TrainOptions) -> None:
-    if options.completion in template_fields(options.template):
-        raise ConfigError(
-            f"template: shows the answer, column `{options.completion}`, in the prompt"
-        )
+def _check_together(options: TrainOptions, found: Translation) -> None:
+    """What is wrong about two options at once."""
+    if options.template is not None:
+        columns = template_fields(options.template)
+        if (shown := options.completion) in columns:
+            raise ConfigError(f"template: shows the answer, column `{shown}`, in the prompt")
+    for key, text in _contradictions(options):
+        raise ConfigError(f"{found.name_of(key)}: {text}")
+    if options.split is not None:
+        _check_split(options.split, found.name_of("split"))
 
 
-def _parse_yaml(text: str, source: str) -> dict[str, Any]:
-    try:
-        duplicates = sorted(_duplicate_keys(yaml.compose(text, Loader=yaml.SafeLoader)))
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source}: not valid YAML: {error}") from error
-    except RecursionError as error:
-        raise ConfigError(f"{source}: nested too deeply, or an alias within itself") from error
-    if duplicates:
-        raise ConfigError(f"{source}: given twice: {', '.join(duplicates)}; keep one of each")
-    if not isinstance(values, dict):
-        raise ConfigError(f"{source}: expected `key: value` lines; at least base and data")
-    return values
-
-
-def _duplicate_keys(node: yaml.Node | None) -> Iterator[str]:
-    """YAML lets the last of two equal keys win, in silence."""
-    if not isinstance(node, yaml.MappingNode):
+def _contradictions(options: TrainOptions) -> Iterator[tuple[str, str]]:
+    method, given = options.method, options.quantization.model_fields_set
+    if options.effective_batch_size and options.gradient_accumulation_steps:
+        yield "effective_batch_size", "give it or gradient_accumulation_steps, not both"
+    if given and "bits" not in given:
+        yield "quantization.bits", "is missing beside the other keys; give 4 or 8"
+    if options.early_stop and options.split is None and options.eval_data is None:
+        yield "early_stop", "needs rows to evaluate; give split or eval_data"
+    if method != "dpo":
+        for key in sorted(options.dpo.model_fields_set):
+            yield f"dpo.{key}", f"is for method: dpo, and this is {method}"
         return
-    seen: set[str] = set()
-    for key, value in node.value:
-        if not isinstance(key, yaml.ScalarNode):
-            raise yaml.YAMLError(f"a key must be text, not a list or mapping{key.start_mark}")
-        if key.value in seen:
-            yield key.value
-        seen.add(key.value)
-        yield from _duplicate_keys(value)
+    if options.dpo.label_smoothing and options.dpo.loss == "ipo":
+        yield "dpo.label_smoothing", "is for the sigmoid loss; ipo has none"
+    if options.train_on_prompt:
+        yield "train_on_prompt", "is not for dpo: both prompts are the same"
+    if options.packing:
+        yield "packing", "pairs are not packed; leave it off for dpo"
 
 
-def _explain(error: ValidationError) -> Iterator[str]:
-    for problem in error.errors(include_url=False):
-        place = ".".join(str(part) for part in problem["loc"])
-        if problem["type"] == "extra_forbidden":
-            yield f"{place}: no such key{_did_you_mean(problem['loc'])}"
-        elif problem["type"] == "missing":
-            yield f"{place}: is required"
-        else:
-            yield f"{place}: {problem['msg']} (given: {problem['input']!r})"
-
-
-def _did_you_mean(loc: Sequence[int | str]) -> str:
-    *parents, key = loc
-    known = (LoraOptions if parents == ["lora"] else TrainOptions).model_fields
-    close = get_close_matches(str(key), known, n=1)
-    if close:
-        return f"; did you mean `{close[0]}`?"
-    return f"; known: {', '.join(known)}"
+def _check_split(split: SplitOptions, name: str) -> None:
+    shares = split.probabilities
+    if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6 or shares[0] <= 0:
+        raise ConfigError(
+            f"{name}.probabilities: three shares that sum to 1, the first above 0; given: {shares}"
+        )

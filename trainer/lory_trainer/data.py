@@ -1,28 +1,22 @@
-"""Rows of text to rows of token ids, with a mark where the answer begins.
+"""Rows of token ids and the batches made of them.
 
-The prompt is tokenised exactly as a server would tokenise it, the answer after it on its own,
-then the end-of-sequence id. The loss mask goes by position, never by id: padding may share the
-id of the end. This module must not know models, peft or the configuration's file.
+The loss mask goes by position, never by id: padding may share the id of the end. This module must
+not know models, tokenizers, files or the configuration.
 """
 
-import hashlib
-import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from random import Random
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from lory_trainer.errors import DataError
-from lory_trainer.template import render, template_fields
 
 IGNORED = -100
 """The label cross_entropy skips."""
 
-Row = dict[str, str]
+Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,10 +25,55 @@ class Example:
 
     ids: tuple[int, ...]
     num_prompt_tokens: int
+    learned_before: tuple[Span, ...] = ()
+    """Parts of the prompt that are learned too: the assistant's earlier turns."""
 
     @property
     def num_answer_tokens(self) -> int:
-        return len(self.ids) - self.num_prompt_tokens
+        return sum(end - start for start, end in self.learned)
+
+    @property
+    def learned(self) -> tuple[Span, ...]:
+        return (*self.learned_before, (self.num_prompt_tokens, len(self.ids)))
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt, the better one first."""
+
+    chosen: Example
+    rejected: Example
+    reference: tuple[float, float] | None = None
+    """Log-probabilities of both before the run."""
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Of both, as many as are read."""
+        return (*self.chosen.ids, *self.rejected.ids)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return self.chosen.num_answer_tokens + self.rejected.num_answer_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Pack:
+    """Several examples in one sequence; none sees another."""
+
+    examples: tuple[Example, ...]
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        return tuple(token for example in self.examples for token in example.ids)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        return sum(example.num_answer_tokens for example in self.examples)
+
+
+Item = Example | Pair | Pack
+Row = Example | Pair
+ItemT = TypeVar("ItemT", bound=Item)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,94 +82,98 @@ class Batch:
 
     ids: torch.Tensor
     labels: torch.Tensor
+    positions: torch.Tensor | None = None
+    """For packs: each token's place in its own example."""
+    reference: torch.Tensor | None = None
+    """For pairs: each row's log-probability before the run."""
 
     @property
     def num_answer_tokens(self) -> int:
         return int((self.labels != IGNORED).sum())
 
+    def to(self, device: torch.device) -> "Batch":
+        def move(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor.to(device)
 
-def read_rows(path: Path, columns: Sequence[str]) -> list[Row]:
-    """The named columns of every line; raises DataError naming the line that lacks one."""
-    try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError as error:
-        raise DataError(
-            f"data: there is no file {path}; a relative path starts at the configuration's folder"
-        ) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"data: {path.name} cannot be read: {error}") from error
-    rows = [
-        _parse_row(line, f"{path.name} line {number}", columns)
-        for number, line in enumerate(lines, start=1)
-        if line.strip()
-    ]
-    if not rows:
-        raise DataError(f"data: {path.name} holds no rows")
-    return rows
-
-
-def _parse_row(line: str, place: str, columns: Sequence[str]) -> Row:
-    try:
-        value: Any = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"data: {place}: not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise DataError(f'data: {place}: expected an object such as {{"text": "..."}}')
-    for column in columns:
-        if not isinstance(value.get(column), str):
-            found = ", ".join(value) or "nothing"
-            raise DataError(f"data: {place}: column `{column}` must hold text; found: {found}")
-    return {column: value[column] for column in columns}
-
-
-def file_digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def encode(
-    rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase, template: str, completion: str
-) -> list[Example]:
-    """Every row as an Example; the template's fields and the completion column must be there."""
-    template_fields(template)
-    eos_id = tokenizer.eos_token_id
-    if not isinstance(eos_id, int):
-        raise DataError(
-            "base: its tokenizer names no eos_token; an adapter could not learn to stop"
+        return Batch(
+            self.ids.to(device),
+            self.labels.to(device),
+            move(self.positions),
+            move(self.reference),
         )
-    return [_encode_row(tokenizer, render(template, row), row[completion], eos_id) for row in rows]
+
+    def chosen_half(self) -> "Batch":
+        """Of pairs, the better answers."""
+        half = len(self.ids) // 2
+        return Batch(self.ids[:half], self.labels[:half])
 
 
-def _encode_row(
-    tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str, eos_id: int
-) -> Example:
-    prompt_ids = tokenizer.encode(prompt)
-    answer_ids = tokenizer.encode(answer, add_special_tokens=False)
-    return Example((*prompt_ids, *answer_ids, eos_id), len(prompt_ids))
+def longest(item: Item) -> int:
+    """Tokens of the longest sequence that the item needs."""
+    if isinstance(item, Pair):
+        return max(len(item.chosen.ids), len(item.rejected.ids))
+    return len(item.ids)
 
 
 def fit_length(
-    examples: Sequence[Example], max_length: int, overlong: Literal["error", "drop"]
-) -> list[Example]:
-    """The rows of at most max_length tokens; longer ones are an error or dropped, never cut."""
-    kept = [example for example in examples if len(example.ids) <= max_length]
+    examples: Sequence[Row], max_length: int, overlong: Literal["error", "drop", "cut_prompt"]
+) -> list[Row]:
+    """The rows of at most max_length tokens; of longer ones no answer is ever cut."""
+    if overlong == "cut_prompt":
+        examples = [_cut(example, max_length) for example in examples]
+    kept = [example for example in examples if longest(example) <= max_length]
     num_overlong = len(examples) - len(kept)
-    longest = max(len(example.ids) for example in examples)
     if num_overlong and overlong == "error":
         raise DataError(
             f"data: {num_overlong} of {len(examples)} rows are longer than max_length {max_length} "
-            f"(longest: {longest} tokens); raise max_length or set `overlong: drop`"
+            f"(longest: {max(map(longest, examples))} tokens); raise max_length or set "
+            "`overlong: drop`"
         )
     if not kept:
         raise DataError(f"data: every row is longer than max_length {max_length}")
     return kept
 
 
-def epoch_batches(examples: Sequence[Example], batch_size: int, rng: Random) -> list[list[Example]]:
+def _cut(example: Row, max_length: int) -> Row:
+    """Without as many of the prompt's first tokens as are too many; one of the prompt stays."""
+    if isinstance(example, Pair):
+        surplus = longest(example) - max_length
+        chosen, rejected = (_cut_start(e, surplus) for e in (example.chosen, example.rejected))
+        return Pair(chosen, rejected)
+    return _cut_start(example, len(example.ids) - max_length)
+
+
+def _cut_start(example: Example, surplus: int) -> Example:
+    surplus = min(surplus, example.num_prompt_tokens - 1)
+    if surplus <= 0:
+        return example
+    spans = ((start - surplus, end - surplus) for start, end in example.learned_before)
+    kept = tuple((max(1, start), end) for start, end in spans if end > 1)
+    return Example(example.ids[surplus:], example.num_prompt_tokens - surplus, kept)
+
+
+def pack(examples: Sequence[Example], max_length: int) -> list[Pack]:
+    """Longest first, each into the first pack that has room for it."""
+    packs: list[list[Example]] = []
+    rooms: list[int] = []
+    for example in sorted(examples, key=lambda example: -len(example.ids)):
+        size = len(example.ids)
+        place = next((i for i, room in enumerate(rooms) if room >= size), None)
+        if place is None:
+            packs.append([])
+            rooms.append(max_length)
+            place = len(packs) - 1
+        packs[place].append(example)
+        rooms[place] -= size
+    return [Pack(tuple(examples)) for examples in packs]
+
+
+def epoch_batches(examples: Sequence[ItemT], batch_size: int, rng: Random) -> list[list[ItemT]]:
     """Every row once, in random order; rows of like length are neighbours, so padding is little."""
     order = list(examples)
     rng.shuffle(order)
     pool = batch_size * 16
-    batches: list[list[Example]] = []
+    batches: list[list[ItemT]] = []
     for start in range(0, len(order), pool):
         alike = sorted(order[start : start + pool], key=lambda example: len(example.ids))
         batches += [alike[i : i + batch_size] for i in range(0, len(alike), batch_size)]
@@ -138,13 +181,48 @@ def epoch_batches(examples: Sequence[Example], batch_size: int, rng: Random) -> 
     return batches
 
 
-def collate(examples: Sequence[Example]) -> Batch:
-    """Pads on the right with id 0: a causal model never looks there, and no label is there."""
-    length = max(len(example.ids) for example in examples)
-    ids = torch.zeros(len(examples), length, dtype=torch.long)
-    labels = torch.full((len(examples), length), IGNORED, dtype=torch.long)
-    for row, example in enumerate(examples):
-        tokens = torch.tensor(example.ids)
-        ids[row, : len(tokens)] = tokens
-        labels[row, example.num_prompt_tokens : len(tokens)] = tokens[example.num_prompt_tokens :]
-    return Batch(ids, labels)
+def collate(items: Sequence[Item]) -> Batch:
+    """Pads on the right with id 0: a causal model never looks there, and no label is there.
+
+    Pairs become two rows each: every chosen one, then every rejected one.
+    """
+    rows = list(_rows(items))
+    length = max(sum(len(example.ids) for example in row) for row in rows)
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    labels = torch.full((len(rows), length), IGNORED, dtype=torch.long)
+    positions = torch.zeros(len(rows), length, dtype=torch.long)
+    for index, row in enumerate(rows):
+        begin = 0
+        for example in row:
+            _place(example, begin, ids[index], labels[index], positions[index])
+            begin += len(example.ids)
+    is_packed = any(isinstance(item, Pack) for item in items)
+    return Batch(ids, labels, positions if is_packed else None, _references(items))
+
+
+def _references(items: Sequence[Item]) -> torch.Tensor | None:
+    known = [item.reference for item in items if isinstance(item, Pair) and item.reference]
+    if len(known) < len(items):
+        return None
+    return torch.tensor([*(chosen for chosen, _ in known), *(rejected for _, rejected in known)])
+
+
+def _rows(items: Sequence[Item]) -> Iterator[tuple[Example, ...]]:
+    for item in items:
+        if isinstance(item, Pack):
+            yield item.examples
+        else:
+            yield (item.chosen if isinstance(item, Pair) else item,)
+    yield from ((item.rejected,) for item in items if isinstance(item, Pair))
+
+
+def _place(
+    example: Example, begin: int, ids: torch.Tensor, labels: torch.Tensor, positions: torch.Tensor
+) -> None:
+    """The first token of an example is never a label: nothing of it comes before."""
+    tokens = torch.tensor(example.ids)
+    ids[begin : begin + len(tokens)] = tokens
+    positions[begin : begin + len(tokens)] = torch.arange(len(tokens))
+    for start, end in example.learned:
+        start = max(start, 1)
+        labels[begin + start : begin + end] = tokens[start:end]

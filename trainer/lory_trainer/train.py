@@ -1,56 +1,67 @@
-"""Supervised fine-tuning of a LoRA adapter: load, attach, loop, write.
+"""One run from its options to an adapter folder: load, attach, loop, write.
 
-The loss is the mean over the answers' tokens of a whole optimizer step, so accumulating four
-batches of 2 is exactly one batch of 8. This module must not know YAML, servers or registries.
+This module must not know YAML, the terminal, servers or registries.
 """
 
-import math
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from random import Random
-from time import perf_counter
-from typing import cast
+from typing import Any
 
-import torch
-from peft import LoraConfig, PeftModel, TaskType, get_peft_model
-from torch.nn.functional import cross_entropy
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from peft import PeftModel
 
-from lory_trainer.config import TrainOptions
-from lory_trainer.data import (
-    IGNORED,
-    Batch,
-    Example,
-    collate,
-    encode,
-    epoch_batches,
-    file_digest,
-    fit_length,
-    read_rows,
+from lory_trainer.base import (
+    BaseFiles,
+    add_noise,
+    attach,
+    check_packing,
+    choose_device,
+    find_base,
+    load_base,
+    load_tokenizer,
+    spare_memory,
+    stop_ids,
 )
+from lory_trainer.checkpoint import FOLDER as CHECKPOINTS
+from lory_trainer.checkpoint import Progress, checkpoints, forget_all
+from lory_trainer.config import TrainOptions
+from lory_trainer.curve import write_curve
+from lory_trainer.data import Item, Pair
+from lory_trainer.data_files import write_rows
+from lory_trainer.data_load import LoadedData, load_data
 from lory_trainer.destination import check_output
-from lory_trainer.errors import ConfigError, TrainingError
-from lory_trainer.export import AdapterFacts, write_adapter
-from lory_trainer.template import template_fields
+from lory_trainer.digests import base_digests
+from lory_trainer.errors import OutputError, TrainerError
+from lory_trainer.events import EVENTS_FILE, EventLog, Listener
+from lory_trainer.export import AdapterFacts, round_adapter, write_adapter
+from lory_trainer.folders import remove_leftovers
+from lory_trainer.loop import Job, fit, plan_steps, resume
+from lory_trainer.objective import Answers, Objective, Preference
+from lory_trainer.optimizer import make_optimizer, unpaged
+from lory_trainer.probe import learns_to_end, probe
+from lory_trainer.reference import with_reference
+from lory_trainer.settle import settle
+
+TEST_FILE = "test.jsonl"
+TAIL = 20
+"""Steps whose mean loss is told at the end."""
+NOT_THE_RUN = {"name", "output", "generation", "tracking", "lint", "keep_checkpoints", "data"}
+"""Options that may change between a run and its resumption."""
 
 
 @dataclass(frozen=True, slots=True)
-class StepReport:
-    """What one optimizer step did."""
+class Places:
+    """Where a run reads and writes."""
 
-    step: int
-    num_steps: int
-    loss: float
-    learning_rate: float
-    num_tokens: int
-    """Tokens read so far, padding not counted."""
-    elapsed_s: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / self.elapsed_s
+    folder: Path
+    """Paths in the options are relative to it."""
+    output: Path
+    run: Path
+    replace: bool = False
+    """An adapter, or an earlier run, that is there."""
+    resume: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,7 @@ class TrainResult:
     """What a finished run leaves behind."""
 
     output: Path
+    name: str
     num_steps: int
     num_rows: int
     num_dropped_rows: int
@@ -65,202 +77,302 @@ class TrainResult:
     num_parameters: int
     losses: tuple[float, ...]
     """One a step."""
+    eval_loss: float | None
+    num_tokens: int
+    num_learned_tokens: int
     elapsed_s: float
 
-
-Watcher = Callable[[StepReport], None]
+    @property
+    def final_loss(self) -> float:
+        tail = self.losses[-TAIL:]
+        return sum(tail) / len(tail)
 
 
 def train_adapter(
-    options: TrainOptions, *, folder: Path, output: Path, replace: bool, watch: Watcher
+    options: TrainOptions,
+    places: Places,
+    *,
+    listeners: Sequence[Listener] = (),
+    notes: Sequence[str] = (),
+    should_stop: Callable[[], bool] = lambda: False,
+    deliver: Callable[[Path, str], str | None] = lambda output, name: None,
 ) -> TrainResult:
-    """Trains one adapter and writes its folder; paths in `options` are relative to `folder`."""
-    check_output(output, replace=replace)
-    base, data_path = resolve_base(options.base, folder), folder / options.data
-    columns = (*template_fields(options.template), options.completion)
-    rows = read_rows(data_path, columns)
-    tokenizer = load_tokenizer(base)
-    encoded = encode(rows, tokenizer, options.template, options.completion)
-    examples = fit_length(encoded, options.max_length, options.overlong)
+    """Trains one adapter, writes its folder, and hands it to `deliver`.
 
-    model = attach(load_base(base, options), options)
-    started_s = perf_counter()
-    losses = fit(model, examples, options, watch)
-    num_trainable, num_parameters = model.get_nb_trainable_parameters()
-    result = TrainResult(
-        output=output,
-        num_steps=len(losses),
-        num_rows=len(examples),
-        num_dropped_rows=len(encoded) - len(examples),
-        num_trainable=num_trainable,
-        num_parameters=num_parameters,
-        losses=losses,
-        elapsed_s=perf_counter() - started_s,
-    )
-    facts = _facts(options, tokenizer, base, data_path, result)
-    write_adapter(model, facts, output, dtype=options.lora.dtype, replace=replace)
+    What happens is told to the run's event file and the listeners; see events.py.
+    """
+    check_output(places.output, replace=places.replace)
+    _check_run(places)
+    remove_leftovers(places.output)
+    remove_leftovers(places.run / CHECKPOINTS / "step-*")
+    with EventLog(places.run, *listeners) as log:
+        for note in notes:
+            log.message(note)
+        try:
+            result = _train(options, places, log, should_stop)
+            log.say("finished", **_ending(result, deliver(result.output, result.name)))
+        except TrainerError as error:
+            _tell_failure(log, places.run, error.code, str(error))
+            raise
+        except KeyboardInterrupt:
+            _tell_failure(log, places.run, "stopped", "interrupted")
+            raise
+        except Exception as error:
+            _tell_failure(log, places.run, "internal", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            write_curve(places.run)
     return result
 
 
-def resolve_base(base: str, folder: Path) -> str:
-    """The base's folder if there is one, else the text as a hub id."""
-    local = folder / base
-    if local.is_dir():
-        return str(local.resolve())
-    if base.startswith((".", "/", "~")) or base.count("/") > 1:
-        raise ConfigError(f"base: no folder {base!r} beside the configuration")
-    return base
-
-
-def load_tokenizer(base: str) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(base)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"base: no tokenizer could be loaded from {base!r}: {error}") from error
-
-
-def load_base(base: str, options: TrainOptions) -> torch.nn.Module:
-    device = _device(options)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            base, dtype=options.dtype, use_safetensors=True
+def _check_run(places: Places) -> None:
+    """A run's checkpoints are neither mixed with another's nor thrown away unasked."""
+    if places.resume or not (places.run / EVENTS_FILE).exists():
+        return
+    if checkpoints(places.run) and not places.replace:
+        raise OutputError(
+            f"{places.run} holds a run with checkpoints; give --resume to go on with it, --replace "
+            "to begin anew, or another --run"
         )
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"base: no model could be loaded from {base!r}: {error}") from error
-    return cast(torch.nn.Module, model).to(device)
+    forget_all(places.run)
+    (places.run / EVENTS_FILE).unlink()
 
 
-def _device(options: TrainOptions) -> str:
-    if options.device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: cuda was asked for and this machine has none; use auto or cpu")
-    return options.device
+def _tell_failure(log: EventLog, run: Path, code: str, text: str) -> None:
+    found = checkpoints(run)
+    newest = str(found[-1].relative_to(run)) if found else None
+    log.say("failed", code=code, error=text, checkpoint=newest)
 
 
-def attach(base: torch.nn.Module, options: TrainOptions) -> PeftModel:
-    """The base with a fresh adapter on the chosen linears; only the adapter is trainable."""
-    torch.manual_seed(options.seed)
-    lora = options.lora
-    config = LoraConfig(
-        task_type=TaskType.CAUSAL_LM,
-        r=lora.r,
-        lora_alpha=lora.resolved_alpha,  # pyright: ignore[reportArgumentType] -- a float is fine
-        lora_dropout=lora.dropout,
-        target_modules=lora.target_modules,
-        use_rslora=lora.use_rslora,
-    )
-    try:
-        with warnings.catch_warnings():
-            # peft still reads a name that transformers is about to rename.
-            warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-            return get_peft_model(base, config)  # pyright: ignore[reportArgumentType]
-    except ValueError as error:
-        raise ConfigError(f"lora.target_modules: {error}") from error
+def _train(
+    options: TrainOptions, places: Places, log: EventLog, should_stop: Callable[[], bool]
+) -> TrainResult:
+    base = find_base(options.base, places.folder)
+    tokenizer = load_tokenizer(base)
+    data = load_data(options, places.folder, tokenizer, stop_ids(base))
+    if data.test:
+        write_rows(data.test, places.run / TEST_FILE)
+    model = attach(load_base(base, options), options, places.folder)
+    options = settle(options, model, data.items, loaded=True)
+    job = _job(options, places, base, data, model, log, should_stop)
+    progress = resume(job) if places.resume else Progress()
+    _tell_start(job, base, data, places, progress)
+    fit(job, progress)
+    return _write(job, base, data, places, progress)
 
 
-def fit(
-    model: PeftModel, examples: list[Example], options: TrainOptions, watch: Watcher
-) -> tuple[float, ...]:
-    """The training loop; returns the loss of every optimizer step."""
-    model.train()
-    steps = plan_steps(examples, options)
-    parameters = [tensor for tensor in model.parameters() if tensor.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, weight_decay=options.weight_decay)
-    losses: list[float] = []
-    num_tokens, started_s = 0, perf_counter()
-    for index, step in enumerate(steps):
-        learning_rate = learning_rate_at(index, len(steps), options)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        loss = accumulate(model, [collate(rows) for rows in step])
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss} at step {index + 1} of {len(steps)}; nothing was written. "
-                f"Lower learning_rate ({options.learning_rate:g}) or lora.alpha, or use float32"
-            )
-        torch.nn.utils.clip_grad_norm_(parameters, options.max_gradient_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(loss)
-        num_tokens += sum(len(example.ids) for rows in step for example in rows)
-        elapsed_s = perf_counter() - started_s
-        watch(StepReport(index + 1, len(steps), loss, learning_rate, num_tokens, elapsed_s))
-    return tuple(losses)
-
-
-def plan_steps(examples: list[Example], options: TrainOptions) -> list[list[list[Example]]]:
-    """Every optimizer step of the run, each a list of batches; an epoch's last may be short."""
-    rng, width = Random(options.seed), options.gradient_accumulation_steps
-    steps: list[list[list[Example]]] = []
-    for _ in range(options.epochs):
-        batches = epoch_batches(examples, options.batch_size, rng)
-        steps += [batches[i : i + width] for i in range(0, len(batches), width)]
-    return steps
-
-
-def accumulate(model: PeftModel, batches: list[Batch]) -> float:
-    """Adds the gradients of one optimizer step; returns its mean loss over answer tokens."""
-    total = sum(batch.num_answer_tokens for batch in batches)
-    loss = 0.0
-    for batch in batches:
-        share = answer_loss_sum(model, batch) / total
-        share.backward()
-        loss += float(share.detach())
-    return loss
-
-
-def answer_loss_sum(model: PeftModel, batch: Batch) -> torch.Tensor:
-    """Summed next-token loss of the answers' tokens."""
-    device = next(model.parameters()).device
-    logits = model(input_ids=batch.ids.to(device)).logits[:, :-1]
-    labels = batch.labels[:, 1:].to(device)
-    return cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+def _job(
+    options: TrainOptions,
+    places: Places,
+    base: BaseFiles,
+    data: LoadedData,
+    model: PeftModel,
+    log: EventLog,
+    should_stop: Callable[[], bool],
+) -> Job:
+    if options.packing:
+        check_packing(model.get_base_model())
+    spare_memory(model, options)
+    items, held_out, objective = _objective(options, data, model)
+    add_noise(model, options.neftune_noise_alpha)
+    steps, steps_per_epoch = plan_steps(items, options)
+    return Job(
+        model=model,
+        optimizer=make_optimizer(model, options, choose_device(options)),
+        objective=objective,
+        steps=steps,
+        steps_per_epoch=steps_per_epoch,
+        held_out=held_out,
+        options=options,
+        run=places.run,
+        facts=_facts(options, places, base, data),
+        fingerprint=_fingerprint(options, base, data),
+        log=log,
+        should_stop=should_stop,
     )
 
 
-def learning_rate_at(index: int, num_steps: int, options: TrainOptions) -> float:
-    """Linear warm-up to the peak, then the schedule down to zero after the last step."""
-    warmup = math.ceil(num_steps * options.warmup_fraction)
-    if index < warmup:
-        return options.learning_rate * (index + 1) / warmup
-    turn = (index - warmup) / max(1, num_steps - warmup)
-    factor = {
-        "constant": 1.0,
-        "linear": 1.0 - turn,
-        "cosine": 0.5 * (1.0 + math.cos(math.pi * turn)),
-    }[options.schedule]
-    return options.learning_rate * factor
+def _objective(
+    options: TrainOptions, data: LoadedData, model: PeftModel
+) -> tuple[Sequence[Item], Sequence[Item], Objective]:
+    if options.method != "dpo":
+        return data.items, data.validation, Answers()
+    base_alone = options.dpo.reference == "base"
+    rows = options.batch_size if isinstance(options.batch_size, int) else 1
+
+    def referred(items: Sequence[Item]) -> list[Pair]:
+        pairs = [item for item in items if isinstance(item, Pair)]
+        return with_reference(model, pairs, rows=rows, base_alone=base_alone)
+
+    return referred(data.items), referred(data.validation), Preference(options.dpo)
+
+
+def _fingerprint(options: TrainOptions, base: BaseFiles, data: LoadedData) -> str:
+    """Of all that decides a run's steps."""
+    deciding = options.model_dump(mode="json", exclude=NOT_THE_RUN)
+    rows = [[list(item.ids), item.num_answer_tokens] for item in (*data.items, *data.validation)]
+    rows_digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    facts = [deciding, base_digests(base.folder), rows_digest]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _tell_start(
+    job: Job, base: BaseFiles, data: LoadedData, places: Places, progress: Progress
+) -> None:
+    options = job.options
+    num_trainable, num_parameters = job.model.get_nb_trainable_parameters()
+    job.log.say(
+        "started",
+        step=progress.step,
+        num_steps=len(job.steps),
+        name=name_of(options, places.output),
+        base=base.name,
+        method=options.method,
+        num_rows=data.num_rows,
+        num_eval_rows=len(data.validation),
+        num_trainable=num_trainable,
+        num_parameters=num_parameters,
+        batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        learning_rate=options.learning_rate,
+        max_length=options.max_length,
+        seed=options.seed,
+        device=choose_device(options),
+        resumed_from=progress.step if progress.step else None,
+    )
+    if options.optimizer.startswith("paged") and choose_device(options) == "cpu":
+        job.log.message(f"a CPU pages nothing: {unpaged(options.optimizer)} it is")
+    for finding in data.findings:
+        job.log.message(str(finding), finding.level)
+    if data.num_dropped:
+        job.log.message(f"{data.num_dropped} rows are too long and left out", "warning")
+    if data.num_held_out_dropped:
+        job.log.message(f"{data.num_held_out_dropped} held-out rows are too long and left out")
+    if data.num_cut:
+        job.log.message(
+            f"{data.num_cut} prompts are too long and lose their beginning: raise max_length, or "
+            "what is served will not be what was trained",
+            "warning",
+        )
+
+
+def name_of(options: TrainOptions, output: Path) -> str:
+    return options.name or output.name
+
+
+def _write(
+    job: Job, base: BaseFiles, data: LoadedData, places: Places, progress: Progress
+) -> TrainResult:
+    num_trainable, num_parameters = job.model.get_nb_trainable_parameters()
+    result = TrainResult(
+        output=places.output,
+        name=name_of(job.options, places.output),
+        num_steps=progress.step,
+        num_rows=data.num_rows,
+        num_dropped_rows=data.num_dropped,
+        num_trainable=num_trainable,
+        num_parameters=num_parameters,
+        losses=tuple(progress.losses),
+        eval_loss=progress.eval_loss,
+        num_tokens=progress.tokens,
+        num_learned_tokens=progress.learned_tokens,
+        elapsed_s=progress.seconds,
+    )
+    dtype = job.options.lora.dtype
+    round_adapter(job.model, dtype)
+    facts = replace(
+        job.facts, training=_training(result, progress), probe=probe(job.model, data.items)
+    )
+    if job.options.method == "sft" and not learns_to_end(facts.probe):
+        job.log.message(
+            "the adapter has not learned to end its answers (no row tried ends where it should): "
+            "train longer, or give generation.stop",
+            "warning",
+        )
+    write_adapter(job.model, facts, places.output, dtype=dtype, replace=places.replace)
+    return result
 
 
 def _facts(
-    options: TrainOptions,
-    tokenizer: PreTrainedTokenizerBase,
-    base: str,
-    data_path: Path,
-    result: TrainResult,
+    options: TrainOptions, places: Places, base: BaseFiles, data: LoadedData
 ) -> AdapterFacts:
-    base_name = Path(base).name if Path(base).is_dir() else base
-    tail = result.losses[-20:]
     lora = options.lora.model_dump(mode="json") | {"alpha": options.lora.resolved_alpha}
-    config = options.model_dump(mode="json")
-    config |= {"base": base_name, "data": data_path.name, "lora": lora}
+    config = options.model_dump(mode="json") | {"lora": lora}
+    config |= {"base": base.name, "data": data.file_name, "output": None}
+    config["eval_data"] = _file_name(options.eval_data)
+    config["lora"]["start_from"] = _file_name(options.lora.start_from)
+    generation = options.generation.model_dump(mode="json", exclude_none=True)
     return AdapterFacts(
-        base_name=base_name,
-        template=options.template,
-        fields=template_fields(options.template),
-        eos_token=str(tokenizer.eos_token),
+        name=name_of(options, places.output),
+        base={
+            "name": base.name,
+            **base_digests(base.folder),
+            "quantization": _quantization(options),
+        },
+        prompt=_prompt(data),
+        generation={key: value for key, value in generation.items() if value != []},
         config=config,
         data={
-            "file": data_path.name,
-            "sha256": file_digest(data_path),
-            "rows": result.num_rows,
-            "dropped_rows": result.num_dropped_rows,
-        },
-        training={
-            "steps": result.num_steps,
-            "final_loss": round(sum(tail) / len(tail), 5),
-            "trainable_parameters": result.num_trainable,
+            "file": data.file_name,
+            "sha256": data.digest,
+            "rows": data.num_rows,
+            "dropped_rows": data.num_dropped,
+            "cut_rows": data.num_cut,
+            "held_out_rows": len(data.validation),
+            "test_rows": len(data.test),
         },
     )
+
+
+def _training(result: TrainResult, progress: Progress) -> dict[str, Any]:
+    return {
+        "steps": result.num_steps,
+        "final_loss": round(result.final_loss, 5),
+        "eval_loss": None if result.eval_loss is None else round(result.eval_loss, 5),
+        "trainable_parameters": result.num_trainable,
+        "tokens": progress.tokens,
+        "learned_tokens": progress.learned_tokens,
+    }
+
+
+def _file_name(path: str | None) -> str | None:
+    """A manifest names no path of this machine."""
+    return None if path is None else Path(path).name
+
+
+def _quantization(options: TrainOptions) -> dict[str, Any] | None:
+    """Of the base while training; a server should hold it alike."""
+    if options.quantization.bits is None:
+        return None
+    return options.quantization.model_dump(mode="json")
+
+
+def _prompt(data: LoadedData) -> dict[str, Any]:
+    """template: the prompt's text by columns; chat: through the base's chat template, of the
+    template's text as a user's message if there is one."""
+    plan, tokenizer = data.plan, data.encoder.tokenizer
+    chat_template = str(tokenizer.chat_template) if plan.chat else None
+    return {
+        "template": plan.template,
+        "fields": list(plan.fields),
+        "chat": plan.chat,
+        "chat_template_sha256": (
+            hashlib.sha256(chat_template.encode()).hexdigest() if chat_template else None
+        ),
+        "completion_prefix": plan.prefix,
+        "eos_token": str(tokenizer.eos_token),
+    }
+
+
+def _ending(result: TrainResult, published: str | None) -> dict[str, Any]:
+    return {
+        "output": str(result.output),
+        "adapter_id": result.name,
+        "loss": result.final_loss,
+        "eval_loss": result.eval_loss,
+        "tokens": result.num_tokens,
+        "learned_tokens": result.num_learned_tokens,
+        "seconds": round(result.elapsed_s, 3),
+        "num_rows": result.num_rows,
+        "published": published,
+    }

@@ -15,7 +15,15 @@ from urllib.parse import quote
 from .errors import ProtocolError
 from .fields import Fields, parse_json
 from .replies import Head
-from .types import Adapter, AdapterRevision, Download, MatchedModules, UploadedAdapter
+from .types import (
+    Adapter,
+    AdapterRevision,
+    Download,
+    MatchedModules,
+    Merge,
+    MergeSource,
+    UploadedAdapter,
+)
 from .wire import Call
 
 _PATH = "/v1/adapters"
@@ -37,6 +45,13 @@ def get(name: str) -> Call[Adapter]:
 def register(name: str, **given: str | None) -> Call[Adapter]:
     """`given` are `adapter_id`, `revision`, `owner` and `api_token`."""
     return Call("POST", _PATH, _given({"name": name, **given}), _adapter)
+
+
+def merge(name: str, weights: Mapping[str, float], **given: Any) -> Call[Adapter]:
+    """`given` are `method` and its parameters."""
+    adapters = [{"adapter_id": one, "weight": weight} for one, weight in weights.items()]
+    body = _given({"name": name, "adapters": adapters, **given})
+    return Call("POST", f"{_PATH}/merge", body, _adapter)
 
 
 def delete(name: str) -> Call[None]:
@@ -67,7 +82,7 @@ def replace(
     return Call("POST", path, body, _uploaded, content_type)
 
 
-def _given(fields: Mapping[str, str | None]) -> bytes:
+def _given(fields: Mapping[str, Any]) -> bytes:
     told = {field: value for field, value in fields.items() if value is not None}
     return json.dumps(told).encode("ascii")
 
@@ -140,6 +155,21 @@ def _as_adapter(item: Fields) -> Adapter:
         invocation_tokens=_invocation(item),
         owner=item.text_or_none("owner"),
         download=_download(item.object("fetching")) if item.has("fetching") else None,
+        merged=_as_merge(item.object("merged")) if item.has("merged") else None,
+    )
+
+
+def _as_merge(item: Fields) -> Merge:
+    return Merge(
+        method=item.text("method"),
+        adapters=tuple(
+            MergeSource(one.text("adapter_id"), one.number("weight"), one.text_or_none("revision"))
+            for one in item.objects("adapters")
+        ),
+        density=item.number_or_none("density"),
+        majority_sign_method=item.text_or_none("majority_sign_method"),
+        rank=item.integer_or_none("rank"),
+        seed=item.integer_or_none("seed"),
     )
 
 

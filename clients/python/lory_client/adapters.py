@@ -5,6 +5,7 @@ It must not know JSON, routes or how a call is sent.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
 from . import adapter_calls as calls
@@ -83,6 +84,31 @@ class Adapters:
         under `adapter_config`. One that cannot be loaded replaces nothing.
         """
         return self._send(calls.replace(name, weights, config, owner), timeout)
+
+    def merge(
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        *,
+        method: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str | None = None,
+        rank: int | None = None,
+        seed: int | None = None,
+        timeout: Timeout | None = None,
+    ) -> Adapter:
+        """Let `name` stand for adapters merged by their weights: their sum, unless `method` says
+        otherwise. It follows them when they are replaced."""
+        call = calls.merge(
+            name,
+            weights,
+            method=method,
+            density=density,
+            majority_sign_method=majority_sign_method,
+            rank=rank,
+            seed=seed,
+        )
+        return self._send(call, timeout)
 
     def delete(self, name: str) -> None:
         """Forget a name, or serve an adapter no more. Its files stay; running streams finish."""
@@ -166,6 +192,31 @@ class AsyncAdapters:
         under `adapter_config`. One that cannot be loaded replaces nothing.
         """
         return await self._send(calls.replace(name, weights, config, owner), timeout)
+
+    async def merge(
+        self,
+        name: str,
+        weights: Mapping[str, float],
+        *,
+        method: str | None = None,
+        density: float | None = None,
+        majority_sign_method: str | None = None,
+        rank: int | None = None,
+        seed: int | None = None,
+        timeout: Timeout | None = None,
+    ) -> Adapter:
+        """Let `name` stand for adapters merged by their weights: their sum, unless `method` says
+        otherwise. It follows them when they are replaced."""
+        call = calls.merge(
+            name,
+            weights,
+            method=method,
+            density=density,
+            majority_sign_method=majority_sign_method,
+            rank=rank,
+            seed=seed,
+        )
+        return await self._send(call, timeout)
 
     async def delete(self, name: str) -> None:
         """Forget a name, or serve an adapter no more. Its files stay; running streams finish."""

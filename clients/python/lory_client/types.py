@@ -14,6 +14,25 @@ Prompt = Union[str, Mapping[str, str]]
 """A text, or the fields of the adapter's template, which the server fills in."""
 
 
+@dataclass(frozen=True)
+class MergedAdapters:
+    """Several adapters as one, for a request: `generate(..., merged_adapters=MergedAdapters(...))`.
+
+    LoRAX's fields, and `rank` (of `svd`) and `seed` (of `dare_linear` and `dare_ties`).
+    """
+
+    ids: Sequence[str]
+    weights: Sequence[float]
+    merge_strategy: str | None = None
+    """`linear`, the weighted sum of what they change, unless given."""
+    density: float | None = None
+    """The share of numbers that is kept, where the strategy prunes."""
+    majority_sign_method: str | None = None
+    """`total` or `frequency`."""
+    rank: int | None = None
+    seed: int | None = None
+
+
 class GenerateParameters(TypedDict, total=False):
     """Parameters of `generate` and `generate_stream`. Only those given are sent."""
 
@@ -21,6 +40,8 @@ class GenerateParameters(TypedDict, total=False):
     """Where the adapter comes from; unless given, what its name begins with says so."""
     api_token: str
     """The caller's own, for that source."""
+    merged_adapters: MergedAdapters | Mapping[str, Any]
+    """In place of an adapter."""
     max_new_tokens: int
     do_sample: bool
     temperature: float
@@ -48,6 +69,7 @@ class ChatParameters(TypedDict, total=False):
 
     adapter_source: str
     api_token: str
+    merged_adapters: MergedAdapters | Mapping[str, Any]
     max_tokens: int
     temperature: float
     top_k: int
@@ -243,6 +265,26 @@ class UploadedAdapter:
 
 
 @dataclass(frozen=True)
+class MergeSource:
+    adapter_id: str
+    weight: float
+    revision: str | None
+    """None: whichever the adapter has."""
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A recipe; what its method does not use is None."""
+
+    method: str
+    adapters: tuple[MergeSource, ...]
+    density: float | None
+    majority_sign_method: str | None
+    rank: int | None
+    seed: int | None
+
+
+@dataclass(frozen=True)
 class Adapter:
     """An adapter, as the server knows it."""
 
@@ -273,6 +315,8 @@ class Adapter:
     """The tenant that it is for alone."""
     download: Download | None = None
     """What is on its way."""
+    merged: Merge | None = None
+    """How it is made of others, if it is."""
 
 
 @dataclass(frozen=True)

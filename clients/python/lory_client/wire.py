@@ -21,6 +21,7 @@ from .types import (
     ChatParameters,
     GenerateParameters,
     Generation,
+    MergedAdapters,
     Model,
     Prompt,
     ServerInfo,
@@ -133,6 +134,8 @@ def _given(parameters: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str,
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, MergedAdapters):
+        value = {name: _plain(one) for name, one in vars(value).items() if one is not None}
     if isinstance(value, Mapping):
         return dict(value)
     return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value

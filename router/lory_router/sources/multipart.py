@@ -25,6 +25,13 @@ class Part:
     """One begins."""
 
     name: str
+    filename: str = ""
+    """As the sender calls it; to be shown, never to be opened."""
+
+
+_FILENAME = re.compile(
+    rb'^content-disposition:\s*form-data\s*;.*;\s*filename="([^"\r\n]*)"', re.I | re.M
+)
 
 
 def boundary_of(content_type: str) -> bytes | None:
@@ -77,12 +84,14 @@ class MultipartReader:
             if len(self._held) >= MAX_HEADER_BYTES:
                 raise MultipartError(f"a part's header has more than {MAX_HEADER_BYTES} bytes")
             return None
-        named = _NAME.search(bytes(self._held[:end]))
+        header = bytes(self._held[:end])
+        named, filed = _NAME.search(header), _FILENAME.search(header)
         if named is None:
             raise MultipartError("a part has no name")
         del self._held[: end + 4]
         self._next = self._in_body
-        return Part(named[1].decode("ascii", "replace"))
+        filename = filed[1].decode("utf-8", "replace") if filed else ""
+        return Part(named[1].decode("ascii", "replace"), filename)
 
     def _in_body(self) -> Part | bytes | None:
         end = self._held.find(self._delimiter)

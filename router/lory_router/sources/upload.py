@@ -36,6 +36,8 @@ from lory_server.adapters.manner import MANIFEST_NAME
 
 log = logging.getLogger(__name__)
 
+MAX_UPLOADS = 1000
+"""That a tenant may have, however small."""
 SCOPE = ""
 """Uploads come from nowhere else."""
 
@@ -195,11 +197,14 @@ class Uploads:
         """What is left to the tenant, for whom what this replaces does not count."""
         if not upload.owner:
             return self._settings.budget_bytes
-        others = (
+        others = [
             entry.num_bytes
             for entry in self._disk.entries()
             if entry.origin.owner == upload.owner and entry.origin.name != upload.reference.name
-        )
+        ]
+        if len(others) >= MAX_UPLOADS:
+            text = f"the tenant has {MAX_UPLOADS} uploads; take one away"
+            raise DiskFull(text, param="file")
         return self._settings.tenant_bytes - sum(others)
 
     async def _write(

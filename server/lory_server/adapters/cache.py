@@ -43,6 +43,7 @@ from lory_server.adapters.jobs import (
 )
 from lory_server.adapters.journal import Journal
 from lory_server.adapters.known import KnownNames
+from lory_server.adapters.loaders import Loaders
 from lory_server.adapters.lookups import Lookups
 from lory_server.adapters.outcomes import AdapterCounts, Listed, Outcome, Resolved, ResolveFailed
 from lory_server.adapters.pins import Pins
@@ -54,6 +55,7 @@ from lory_server.adapters.walks import Walks
 from lory_server.adapters.workers import JobFailed, Workers
 from lory_server.messages import AdapterMove
 from lory_server.plan import AdapterDemand, Residency
+from lory_server.recipes import MERGED, called
 
 NUM_LOADERS = 2
 MAX_SPARES = 8
@@ -106,11 +108,6 @@ class AdapterCache:
         `make_reader` makes a reader for each loader thread.
         """
         self._store = store
-        self._all_readers = [make_reader(base, pool.dtype) for _ in range(num_loaders)]
-        self._readers: SimpleQueue[Reader] = SimpleQueue()
-        for reader in self._all_readers:
-            self._readers.put(reader)
-        self._spare_reader = ThreadReader(base, pool.dtype)
         self._limits = Limits(pool.dtype, pool.total_bytes, pool.needed_bytes)
         self._outcomes: SimpleQueue[object] = SimpleQueue()
         self.budget = HostBudget(host_bytes)
@@ -123,8 +120,13 @@ class AdapterCache:
         self._locators = Workers(
             "lory-adapter-locate", 1, self._outcomes, on_ready, max_spares=MAX_SPARES
         )
-        self._loaders = Workers(
-            "lory-adapter-load", num_loaders, self._outcomes, on_ready, max_spares=MAX_SPARES
+        self._loaders = Loaders(
+            lambda: make_reader(base, pool.dtype),
+            ThreadReader(base, pool.dtype),
+            num_loaders,
+            MAX_SPARES,
+            self._outcomes,
+            on_ready,
         )
         self._folder = folder
         self._folders = Workers("lory-adapter-fold", 1, self._outcomes, on_ready)
@@ -227,8 +229,7 @@ class AdapterCache:
 
     def wait_until_ready(self) -> None:
         """Return when the first load need not wait for a reader to start; call it before any."""
-        for reader in self._all_readers:
-            reader.wait_until_ready()
+        self._loaders.wait_until_ready()
 
     def close(self) -> None:
         """Stop the threads; those in the middle of a read end on their own."""
@@ -237,8 +238,7 @@ class AdapterCache:
             worker.stop()
         for worker in workers:
             worker.join(JOIN_TIMEOUT_S)
-        for reader in self._all_readers:
-            reader.close()
+        self._loaders.close()
 
     # -- what came of jobs ------------------------------------------------------------------
 
@@ -418,17 +418,20 @@ class AdapterCache:
     def _failed(self, ticket: int, error: Exception) -> ResolveFailed:
         adapter_id = self._tickets.pop(ticket).adapter_id
         if isinstance(error, AdapterError):
-            about = f"adapter {adapter_id!r} " if error.code in NAMED_HERE else ""
-            return ResolveFailed(ticket, adapter_id, error.code, f"{about}{error}")
-        message = f"adapter {adapter_id!r} could not be loaded; the engine's log says why"
+            is_named = error.code in NAMED_HERE and not error.source
+            about = f"adapter {called(adapter_id)!r} " if is_named else ""
+            return ResolveFailed(ticket, adapter_id, error.code, f"{about}{error}", error.source)
+        message = f"adapter {called(adapter_id)!r} could not be loaded; the engine's log says why"
         return ResolveFailed(ticket, adapter_id, "internal", message)
 
     # -- room on the host -------------------------------------------------------------------
 
     def _submit_load(self, key: LoadKey, reserved_bytes: int = 0) -> None:
-        readers, spare = self._readers, self._spare_reader
-        self._loaders.submit(
-            LoadJob(self._store, readers, spare, self._limits, self.budget, key, reserved_bytes)
+        loaders = self._loaders
+        lane = loaders.merges if key.adapter_id.startswith(MERGED) else loaders.plain
+        readers = (lane.free, lane.spare)
+        lane.workers.submit(
+            LoadJob(self._store, *readers, self._limits, self.budget, key, reserved_bytes)
         )
 
     def _grant_room(self) -> None:

@@ -10,11 +10,16 @@ Messages are for the caller: they name the field or tensor and the fix, never a 
 What is wrong with an adapter does not name it: whoever passes that on does.
 """
 
+from typing import TypeVar
+
 from lory_server.messages import FailureCode
+from lory_server.recipes import Recipe
 
 
 class AdapterError(Exception):
     code: FailureCode
+    source: str = ""
+    """Of a merge, the adapter to blame."""
 
 
 class AdapterNotFoundError(AdapterError, LookupError):
@@ -31,3 +36,21 @@ class AdapterCapacityError(AdapterError):
 
 class RevisionNotFoundError(AdapterError, LookupError):
     code: FailureCode = "revision_not_found"
+
+
+Blamed = TypeVar("Blamed", bound=AdapterError)
+
+
+def blaming(error: Blamed, recipe: Recipe, index: int) -> Blamed:
+    """The same about one source of a merge."""
+    name = recipe.sources[index].adapter_id
+    told = type(error)(f"source {index + 1} ({name!r}): {error}")
+    told.source = name
+    return told
+
+
+def error_of(code: str, message: str, source: str) -> AdapterError:
+    """The error that was told by its code, its text and its source."""
+    error = next(kind for kind in AdapterError.__subclasses__() if kind.code == code)(message)
+    error.source = source
+    return error

@@ -18,6 +18,7 @@ from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.format import AdapterManifest
 from lory_server.adapters.host import HostBudget
 from lory_server.adapters.manner import read_manner_file
+from lory_server.adapters.merge_sources import locate
 from lory_server.adapters.reader import Reader
 from lory_server.adapters.store import AdapterStore, Signature
 from lory_server.messages import AdapterEntry
@@ -40,7 +41,7 @@ class LocateJob:
     adapter_id: str
 
     def run(self) -> Located:
-        with self.store.locate(self.adapter_id) as files:
+        with locate(self.store, self.adapter_id) as files:
             return Located(self.tickets, self.adapter_id, files.signature)
 
 
@@ -144,7 +145,7 @@ class LoadJob:
 
     def _load(self, reservation: "_Reservation", reader: Reader) -> Loaded | NeedsRoom:
         started_s = time.monotonic()
-        with self.store.locate(self.key.adapter_id) as files:
+        with locate(self.store, self.key.adapter_id) as files:
             manifest = reader.manifest(files)
             manner = read_manner_file(files.manifest_fd)
             self.limits.check(manifest, self.budget)

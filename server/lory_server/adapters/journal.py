@@ -14,6 +14,7 @@ from typing import Literal
 
 from lory_server.adapters.store import NAME_RULE
 from lory_server.messages import AdapterMove
+from lory_server.recipes import called
 
 MAX_LINES = 20
 MAX_SKIPPED_LINES = 10
@@ -40,7 +41,7 @@ class Journal:
         self._move("load", tier, adapter_id, num_bytes, seconds)
         self._info.say(
             "adapter %r loaded to %s: revision %s, %d bytes, %.1f ms",
-            adapter_id, tier, revision, num_bytes, seconds * 1000,
+            called(adapter_id), tier, revision, num_bytes, seconds * 1000,
         )  # fmt: skip
 
     def evicted(
@@ -49,12 +50,12 @@ class Journal:
         self._move("evict", tier, adapter_id, num_bytes, seconds)
         self._info.say(
             "adapter %r evicted from %s: revision %s, %d bytes, %.1f ms",
-            adapter_id, tier, revision, num_bytes, seconds * 1000,
+            called(adapter_id), tier, revision, num_bytes, seconds * 1000,
         )  # fmt: skip
 
     def replaced(self, adapter_id: str, old_revision: str, revision: str) -> None:
         self._info.say(
-            "adapter %r replaced: revision %s, was %s", adapter_id, revision, old_revision
+            "adapter %r replaced: revision %s, was %s", called(adapter_id), revision, old_revision
         )
 
     def failed(self, adapter_id: str) -> None:
@@ -67,7 +68,7 @@ class Journal:
 
     def refused(self, adapter_id: str, reason: Exception) -> None:
         self.failed(adapter_id)
-        self._warnings.say("adapter %r refused: %s", adapter_id, reason)
+        self._warnings.say("adapter %r refused: %s", called(adapter_id), reason)
 
     def skipped(self, folders: Sequence[str]) -> None:
         """At start: adapters that lie where no request can name them."""

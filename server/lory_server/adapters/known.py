@@ -14,6 +14,7 @@ from lory_server.adapters.host import HostTier
 from lory_server.adapters.journal import Journal
 from lory_server.adapters.pins import Pins
 from lory_server.messages import AdapterEntry, RevisionEntry
+from lory_server.recipes import MERGED
 
 MAX_NAMES = 65_536
 NAMES_A_PART = 64
@@ -47,8 +48,10 @@ class KnownNames:
         return self._known
 
     def told_in(self, entries: dict[str, AdapterEntry]) -> Iterator[None]:
-        """Put what is known into a list, NAMES_A_PART names at a time."""
-        names = [name for name in self._known if name in entries]
+        """Put what is known into a list of those on the disk, NAMES_A_PART names at a time; and
+        the merges that are in memory."""
+        merges = [n for n in self._known if n.startswith(MERGED) and self.revisions(n)]
+        names = [*(name for name in self._known if name in entries), *merges]
         for start in range(0, len(names), NAMES_A_PART):
             for name in names[start : start + NAMES_A_PART]:
                 entries[name] = self.entry(name)

@@ -15,6 +15,7 @@ from lory_server.adapters.errors import AdapterCapacityError
 from lory_server.adapters.outcomes import Resolved, ResolveFailed
 from lory_server.messages import AdapterOrder, Failure, FailureCode, Manner, OrderDone
 from lory_server.plan import AdapterDemand
+from lory_server.recipes import called
 
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Orders:
         """What came of a ticket that is ours."""
         order = self._resolving.pop(outcome.ticket)
         if isinstance(outcome, ResolveFailed):
-            self._refuse(order, outcome.code, outcome.message)
+            self._refuse(order, outcome.code, outcome.message, outcome.source)
             return
         self.follow(outcome)
         if order.kind == "find":
@@ -84,7 +85,9 @@ class Orders:
         try:
             self._cache.pin(resolved.revision)
         except AdapterCapacityError as error:
-            _log.warning("adapter %r is not pinned any more: its new revision %s", key[0], error)
+            _log.warning(
+                "adapter %r is not pinned any more: its new revision %s", called(key[0]), error
+            )
         else:
             self._pins[key] = resolved.revision
 
@@ -132,7 +135,7 @@ class Orders:
             try:
                 self._cache.pin(revision)
             except AdapterCapacityError as error:
-                about = f"adapter {order.adapter_id!r} {error}"
+                about = f"adapter {called(order.adapter_id)!r} {error}"
                 self._refuse(order, error.code, about)
                 return False
             self._pins[key] = revision
@@ -141,7 +144,7 @@ class Orders:
     def _unload(self, order: AdapterOrder) -> None:
         revisions = self._revisions(order)
         if any(revision in self._cache.pins for revision in revisions):
-            message = f"adapter {order.adapter_id!r} is pinned; unpin it first"
+            message = f"adapter {called(order.adapter_id)!r} is pinned; unpin it first"
             self._refuse(order, "adapter_pinned", message)
             return
         self._send_away(order)
@@ -171,6 +174,8 @@ class Orders:
         done = OrderDone(call_id=order.call_id, entry=entry, revision=revision, manner=manner)
         self._done.append(done)
 
-    def _refuse(self, order: AdapterOrder, code: FailureCode, message: str) -> None:
-        failure = Failure(code=code, message=message)
+    def _refuse(
+        self, order: AdapterOrder, code: FailureCode, message: str, source: str = ""
+    ) -> None:
+        failure = Failure(code=code, message=message, source=source)
         self._done.append(OrderDone(call_id=order.call_id, entry=None, failure=failure))

@@ -32,6 +32,8 @@ class ResolveFailed:
     adapter_id: str
     code: FailureCode
     message: str
+    source: str = ""
+    """Of a merge, the adapter to blame."""
 
 
 @dataclass(frozen=True, slots=True)

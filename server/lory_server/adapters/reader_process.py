@@ -22,11 +22,16 @@ from torch import Tensor
 
 from lory_server import low_priority
 from lory_server.adapters.blob import AdapterBlob, new_blob, read_numbers
-from lory_server.adapters.errors import AdapterInvalidError
+from lory_server.adapters.errors import AdapterError, error_of
 from lory_server.adapters.format import AdapterManifest, Base, read_manifest
-from lory_server.adapters.store import AdapterFiles, changed_error
+from lory_server.adapters.merge import merge_numbers, read_plan
+from lory_server.adapters.merge_plan import MergePlan
+from lory_server.adapters.merge_sources import Files, SourceFiles
+from lory_server.adapters.store import changed_error
 from lory_server.giving_way import giving_way
 from lory_server.lifeline import die_with_parent
+from lory_server.messages import FailureCode
+from lory_server.recipes import MAX_SOURCES, Recipe
 
 ANSWER_TIMEOUT_S = 60.0
 """A reader silent for longer (stopped, stuck on a disk) is replaced; numbers have more time:"""
@@ -48,11 +53,15 @@ class Begin(msgspec.Struct, frozen=True):
 
 
 class Look(msgspec.Struct, frozen=True, tag=True):
-    """With the descriptors of configuration and weights."""
+    """With the descriptors of configuration and weights, of each source of a merge in turn."""
+
+    recipe: Recipe | None = None
+    """None: of one adapter, as it is."""
 
 
 class Read(msgspec.Struct, frozen=True, tag=True):
-    """Of the adapter looked at last, with the descriptors of weights and of the memory to write."""
+    """Of what was looked at last, with the descriptors of weights and, last, of the memory to
+    write."""
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
@@ -71,6 +80,9 @@ class Invalid(msgspec.Struct, frozen=True, tag=True):
     """The adapter is refused."""
 
     reason: str
+    code: FailureCode
+    source: str
+    """Of a merge, the adapter to blame."""
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -158,14 +170,14 @@ class ProcessReader:
             self._answer(Ready)
             self._is_ready = True
 
-    def manifest(self, files: AdapterFiles) -> AdapterManifest:
+    def manifest(self, files: Files) -> AdapterManifest:
         try:
             return self._look(files)
         except ReaderEndedError as error:
             self._restart(error)
             return self._look(files)
 
-    def blob(self, files: AdapterFiles, manifest: AdapterManifest) -> AdapterBlob:
+    def blob(self, files: Files, manifest: AdapterManifest) -> AdapterBlob:
         try:
             return self._read(files, manifest)
         except ReaderEndedError as error:
@@ -205,17 +217,21 @@ class ProcessReader:
         low_priority.lower(self._process.pid)
         self._wire.send(self._begin)
 
-    def _look(self, files: AdapterFiles) -> AdapterManifest:
-        return self._ask(
-            Look(), (files.config_fd, files.weights_fd), Looked, ANSWER_TIMEOUT_S
-        ).manifest
+    def _look(self, files: Files) -> AdapterManifest:
+        is_merge = isinstance(files, SourceFiles)
+        command = Look(files.recipe) if is_merge else Look()
+        pairs = files.descriptors if is_merge else ((files.config_fd, files.weights_fd),)
+        descriptors = tuple(descriptor for pair in pairs for descriptor in pair)
+        return self._ask(command, descriptors, Looked, ANSWER_TIMEOUT_S).manifest
 
-    def _read(self, files: AdapterFiles, manifest: AdapterManifest) -> AdapterBlob:
+    def _read(self, files: Files, manifest: AdapterManifest) -> AdapterBlob:
         memory = os.memfd_create("lory-adapter", os.MFD_CLOEXEC)
         try:
             os.ftruncate(memory, manifest.num_bytes(self._dtype.itemsize))
             patience_s = ANSWER_TIMEOUT_S + manifest.file_bytes / SLOWEST_BYTES_PER_S
-            done = self._ask(Read(), (files.weights_fd, memory), ReadDone, patience_s)
+            sources = files.sources if isinstance(files, SourceFiles) else (files,)
+            descriptors = (*(source.weights_fd for source in sources), memory)
+            done = self._ask(Read(), descriptors, ReadDone, patience_s)
             return new_blob(done.revision, manifest, _mapped(memory, self._dtype))
         finally:
             os.close(memory)
@@ -238,7 +254,7 @@ class ProcessReader:
             raise ReaderEndedError("it ended")
         reply = msgspec.msgpack.decode(payload, type=Reply)
         if isinstance(reply, Invalid):
-            raise AdapterInvalidError(reply.reason)
+            raise error_of(reply.code, reply.reason, reply.source)
         if isinstance(reply, Failed):
             raise OSError(reply.errno, reply.reason)
         assert isinstance(reply, expected)
@@ -282,7 +298,7 @@ def serve(wire: _Wire) -> None:
     decoder = msgspec.msgpack.Decoder(Look | Read)
     wire.send(Ready())
     while True:
-        payload, descriptors = wire.receive(2)
+        payload, descriptors = wire.receive(2 * MAX_SOURCES)
         if not payload:
             return
         wire.send(work.do(decoder.decode(payload), descriptors))
@@ -302,30 +318,41 @@ class _Work:
     def __init__(self, base: Base, dtype: torch.dtype) -> None:
         self._base = base
         self._dtype = dtype
-        self._manifest: AdapterManifest | None = None
+        self._looked: AdapterManifest | MergePlan | None = None
         self._kept = torch.empty(0, dtype=dtype)
 
     def do(self, command: Look | Read, descriptors: list[int]) -> Reply:
         try:
-            step = self._look if isinstance(command, Look) else self._read
             with giving_way():
-                return step(descriptors[0], descriptors[1])
-        except AdapterInvalidError as error:
-            return Invalid(str(error))
+                if isinstance(command, Look):
+                    return self._look(command.recipe, descriptors)
+                return self._read(*descriptors)
+        except AdapterError as error:
+            return Invalid(str(error), error.code, error.source)
         except OSError as error:
             return Failed(error.errno or 0, error.strerror or str(error))
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _look(self, config_fd: int, weights_fd: int) -> Looked:
-        self._manifest = read_manifest(config_fd, weights_fd, self._base)
-        return Looked(self._manifest)
+    def _look(self, recipe: Recipe | None, descriptors: list[int]) -> Looked:
+        pairs = list(zip(descriptors[::2], descriptors[1::2], strict=True))
+        if recipe is None:
+            self._looked = manifest = read_manifest(*pairs[0], self._base)
+            return Looked(manifest)
+        self._looked = plan = read_plan(recipe, pairs, self._base)
+        return Looked(plan.manifest)
 
-    def _read(self, weights_fd: int, memory: int) -> ReadDone:
-        assert self._manifest is not None, "Look comes before Read"
-        data = self._scratch(self._manifest.num_bytes(self._dtype.itemsize))
-        revision = read_numbers(weights_fd, self._manifest, data)
+    def _read(self, *descriptors: int) -> ReadDone:
+        *weights_fds, memory = descriptors
+        looked = self._looked
+        assert looked is not None, "Look comes before Read"
+        if isinstance(looked, MergePlan):
+            data = self._scratch(looked.manifest.num_bytes(self._dtype.itemsize))
+            revision = merge_numbers(weights_fds, looked, data)
+        else:
+            data = self._scratch(looked.num_bytes(self._dtype.itemsize))
+            revision = read_numbers(weights_fds[0], looked, data)
         _write(memory, data)
         return ReadDone(revision)
 

@@ -1,0 +1,115 @@
+"""From rows to a served adapter: trains train/pig-latin.yaml, publishes it, scores it, asks it.
+
+A demo server that listens at --url is used; else one is started for as long as this takes. The
+scores are the server's answers to rows that were held out. This script must not know how anything
+is trained or served.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+DEMO_DIR = Path(__file__).parent
+CONFIG = DEMO_DIR / "train" / "pig-latin.yaml"
+NAME = "pig-latin"
+UPLOADED = f"upload:{NAME}"
+NUM_SHOWN = 3
+START_TIMEOUT_S = 120.0
+LORY = (sys.executable, "-m", "lory_router")
+
+
+@contextmanager
+def demo_server(url: str) -> Iterator[None]:
+    """The one that listens there, or one of our own."""
+    if _is_ready(url):
+        typer.echo(f"a server listens at {url}")
+        yield
+        return
+    port = httpx.URL(url).port or 80
+    typer.echo(f"no server at {url}: lory demo --port {port} is started")
+    process = subprocess.Popen([*LORY, "demo", "--port", str(port)], stdout=subprocess.DEVNULL)
+    try:
+        _wait(url, process)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health").is_success
+    except httpx.HTTPError:
+        return False
+
+
+def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while not _is_ready(url):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise SystemExit("the demo server did not start; try: lory demo")
+        time.sleep(0.2)
+
+
+def train(config: Path, url: str, folder: Path, extra: Sequence[str]) -> None:
+    places = ["--output", str(folder / NAME), "--run", str(folder / "run")]
+    command = [*LORY, "train", str(config), *places, "--replace", "--publish", url, *extra]
+    done = subprocess.run(command)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def ask(url: str, prompt: str, adapter_id: str | None) -> str:
+    adapter = {} if adapter_id is None else {"adapter_id": adapter_id}
+    body = {"inputs": prompt, "parameters": {"max_new_tokens": 64, "do_sample": False, **adapter}}
+    reply = httpx.post(f"{url}/generate", json=body, timeout=120)
+    reply.raise_for_status()
+    return reply.json()["generated_text"]
+
+
+def exact_match(url: str, rows: Sequence[dict[str, str]], adapter_id: str | None) -> float:
+    """Share of held-out phrases that are answered to the last letter."""
+    with ThreadPoolExecutor(16) as pool:
+        answers = pool.map(lambda row: ask(url, f"{row['phrase']} ->", adapter_id), rows)
+        right = [a == row["translation"] for a, row in zip(answers, rows, strict=True)]
+    return sum(right) / len(right)
+
+
+def main(
+    url: Annotated[str, typer.Option(help="Of the demo server.")] = "http://127.0.0.1:8080",
+    config: Annotated[Path, typer.Option(help="Of the run; its rows have phrases.")] = CONFIG,
+    folder: Annotated[Path, typer.Option(help="For the adapter and its run.")] = Path("runs/demo"),
+    extra: Annotated[
+        list[str] | None, typer.Argument(help="After --, more options of lory train.")
+    ] = None,
+) -> None:
+    """Train an adapter on the demo's base, publish it, score it, ask it."""
+    started = time.monotonic()
+    with demo_server(url):
+        train(config, url, folder, extra or ())
+        lines = (folder / "run" / "test.jsonl").read_text(encoding="utf-8").split("\n")
+        rows = [json.loads(line) for line in lines if line]
+        base, adapter = exact_match(url, rows, None), exact_match(url, rows, UPLOADED)
+        typer.echo(
+            f"exact on {len(rows)} held-out phrases: base {base:.0%}, {UPLOADED} {adapter:.0%}"
+        )
+        for row in rows[:NUM_SHOWN]:
+            prompt = f"{row['phrase']} ->"
+            typer.echo(f"{prompt!r}\n  base      : {ask(url, prompt, None)!r}")
+            typer.echo(f"  {NAME} : {ask(url, prompt, UPLOADED)!r}")
+    typer.echo(
+        f"{time.monotonic() - started:.0f} s from rows to answers; adapter and curve: {folder}"
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

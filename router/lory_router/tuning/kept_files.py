@@ -1,0 +1,153 @@
+"""Files that callers send for training, kept as they came under names of ours.
+
+It must not know HTTP beyond the body's bytes, nor what is done with a file.
+"""
+
+import asyncio
+import os
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lory_router.errors import BodyTooLarge, DiskFull, Invalid, NotFound, shown
+from lory_router.keys import Caller
+from lory_router.sources.multipart import MultipartError, MultipartReader, Part
+from lory_router.tuning.records import FileRecord, Purpose, new_id
+from lory_router.tuning.settings import TuningSettings
+from lory_router.tuning.store import TuningStore
+
+MAX_FIELD_BYTES = 256
+MAX_FILENAME = 256
+SERVED_PURPOSE = "fine-tune"
+
+
+@dataclass(slots=True)
+class _Arriving:
+    """What has come of a body so far."""
+
+    path: Path
+    purpose: bytearray = field(default_factory=bytearray)
+    filename: str = ""
+    num_bytes: int = 0
+    part: str = ""
+    seen: set[str] = field(default_factory=set)
+
+
+def sees(caller: Caller, tenant: str) -> bool:
+    """Whether what is a tenant's is there for a caller."""
+    return caller.is_admin or caller.tenant == tenant
+
+
+class KeptFiles:
+    def __init__(self, store: TuningStore, settings: TuningSettings) -> None:
+        self._store = store
+        self._settings = settings
+        self._lock = asyncio.Lock()
+
+    def path(self, record: FileRecord) -> Path:
+        return self._settings.file(record.id)
+
+    async def take(self, tenant: str, boundary: bytes, body: AsyncIterator[bytes]) -> FileRecord:
+        """Keep the file that `body` brings; raises an ApiError, and then keeps nothing."""
+        file_id = new_id("file")
+        arriving = _Arriving(self._settings.files / f".{file_id}.part")
+        try:
+            async with self._lock:
+                await self._receive(arriving, MultipartReader(boundary), body)
+            return await self._keep(file_id, tenant, arriving)
+        except MultipartError as error:
+            raise Invalid(f"the body is not multipart/form-data: {error}", param="file") from error
+        finally:
+            arriving.path.unlink(missing_ok=True)
+
+    async def add(self, tenant: str, filename: str, purpose: Purpose, content: bytes) -> FileRecord:
+        """A file of our own making."""
+        record = _record(new_id("file"), tenant, filename, purpose, len(content))
+        await asyncio.to_thread(self.path(record).write_bytes, content)
+        await self._store.put(record)
+        return record
+
+    async def find(self, caller: Caller, file_id: str, param: str | None = None) -> FileRecord:
+        """One that the caller sees; raises NotFound, or Invalid if a field named it."""
+        record = await self._store.file(file_id)
+        if record is not None and sees(caller, record.tenant):
+            return record
+        message = f"No such file: {shown(file_id)}"
+        raise Invalid(message, param=param) if param else NotFound(message)
+
+    async def forget(self, record: FileRecord) -> None:
+        await self._store.forget(record)
+        await asyncio.to_thread(self.path(record).unlink, missing_ok=True)
+
+    async def _keep(self, file_id: str, tenant: str, arriving: _Arriving) -> FileRecord:
+        purpose = arriving.purpose.decode("ascii", "replace")
+        if purpose != SERVED_PURPOSE:
+            raise Invalid(
+                f"`purpose`: must be {SERVED_PURPOSE}, not {shown(purpose)}", param="purpose"
+            )
+        if "file" not in arriving.seen or not arriving.num_bytes:
+            raise Invalid("`file`: is required, and must not be empty", param="file")
+        name = arriving.filename or "file.jsonl"
+        record = _record(file_id, tenant, name, SERVED_PURPOSE, arriving.num_bytes)
+        await asyncio.to_thread(os.rename, arriving.path, self.path(record))
+        await self._store.put(record)
+        return record
+
+    async def _receive(
+        self, arriving: _Arriving, reader: MultipartReader, body: AsyncIterator[bytes]
+    ) -> None:
+        room = self._settings.max_files_bytes - sum(
+            record.num_bytes for record in await self._store.files()
+        )
+        with await asyncio.to_thread(arriving.path.open, "wb") as out:
+            async for data in body:
+                pieces = _take_in(arriving, reader, data)
+                if arriving.num_bytes > self._settings.max_file_bytes:
+                    raise BodyTooLarge(
+                        f"The file is larger than {self._settings.max_file_bytes} bytes;"
+                        " --tuning-max-file is the most that is taken",
+                        param="file",
+                    )
+                if arriving.num_bytes > room:
+                    raise DiskFull("No room for more files; delete some that are not needed")
+                if pieces:
+                    await asyncio.to_thread(out.writelines, pieces)
+        if not reader.is_whole:
+            raise Invalid("the body ends in the middle", param="file")
+
+
+def _take_in(arriving: _Arriving, reader: MultipartReader, data: bytes) -> list[bytes]:
+    """What of `data` belongs to the file."""
+    pieces: list[bytes] = []
+    for event in reader.feed(data):
+        if isinstance(event, Part):
+            _begin(arriving, event)
+        elif arriving.part == "file":
+            arriving.num_bytes += len(event)
+            pieces.append(event)
+        else:
+            arriving.purpose += event
+            if len(arriving.purpose) > MAX_FIELD_BYTES:
+                raise Invalid("`purpose`: is too long", param="purpose")
+    return pieces
+
+
+def _begin(arriving: _Arriving, part: Part) -> None:
+    if part.name not in ("file", "purpose"):
+        raise Invalid(
+            f"{shown(part.name)} is not taken; send `file` and `purpose`", param=part.name[:80]
+        )
+    if part.name in arriving.seen:
+        raise Invalid(f"`{part.name}` comes twice", param=part.name)
+    arriving.seen.add(part.name)
+    arriving.part = part.name
+    if part.name == "file":
+        arriving.filename = part.filename[:MAX_FILENAME]
+
+
+def _record(
+    file_id: str, tenant: str, filename: str, purpose: Purpose, num_bytes: int
+) -> FileRecord:
+    """The name is only shown, never a path."""
+    return FileRecord(file_id, tenant, filename, purpose, num_bytes, int(time.time()))

@@ -1,0 +1,229 @@
+"""OpenAI's /v1/files and /v1/fine_tuning/jobs.
+
+It must not know how jobs are kept or run (`service`).
+"""
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from lory_router.bodies import read_object, read_struct, refuse_unknown
+from lory_router.endpoint import Endpoint, Front
+from lory_router.errors import ClientGone, Invalid, WrongMediaType, shown
+from lory_router.exchange import Exchange
+from lory_router.gate import caller_of
+from lory_router.keys import Caller
+from lory_router.sources.multipart import boundary_of
+from lory_router.tuning.records import JobRecord
+from lory_router.tuning.service import MAX_FILES_LIMIT, MAX_LIMIT, Tuning
+from lory_router.tuning.shapes import (
+    CreateJob,
+    DeletedReply,
+    Hyperparameters,
+    ListReply,
+    Method,
+    MethodPart,
+    checkpoint_reply,
+    event_reply,
+    file_reply,
+    job_reply,
+)
+
+FILES = "/v1/files"
+JOBS = "/v1/fine_tuning/jobs"
+COUNTED = (FILES, JOBS)
+"""What metrics call them."""
+METADATA = "metadata["
+
+
+class TuningRoutes:
+    def __init__(self, front: Front, tuning: Tuning) -> None:
+        self._front = front
+        self._tuning = tuning
+
+    def routes(self) -> list[Route]:
+        one = JOBS + "/{job_id}"
+        deeds = {
+            "cancel": self._tuning.cancel,
+            "pause": self._tuning.pause,
+            "resume": self._tuning.resume,
+        }
+        return [
+            Route(FILES, self.upload, methods=["POST"]),
+            Route(FILES, self.list_files),
+            Route(FILES + "/{file_id}", self.get_file),
+            Route(FILES + "/{file_id}", self.delete_file, methods=["DELETE"]),
+            Route(FILES + "/{file_id}/content", self.content),
+            Route(JOBS, Endpoint(self._front, JOBS, "openai", self._create), methods=["POST"]),
+            Route(JOBS, self.list_jobs),
+            Route(one, self.get_job),
+            Route(one + "/events", self.events),
+            Route(one + "/checkpoints", self.checkpoints),
+            *[
+                Route(f"{one}/{name}", self._doing(do), methods=["POST"])
+                for name, do in deeds.items()
+            ],
+        ]
+
+    # -- files ------------------------------------------------------------------------------
+
+    async def upload(self, request: Request) -> Response:
+        boundary = boundary_of(request.headers.get("content-type", ""))
+        if boundary is None:
+            raise WrongMediaType("Send multipart/form-data with `file` and `purpose`")
+        record = await self._tuning.take_file(caller_of(request.scope), boundary, _body(request))
+        return _json(file_reply(record))
+
+    async def list_files(self, request: Request) -> Response:
+        query = _query(request, "purpose", "after", "limit", "order")
+        order = query.get("order", "desc")
+        if order not in ("asc", "desc"):
+            raise Invalid("`order`: give asc or desc", param="order")
+        limit = _limit(query, MAX_FILES_LIMIT, MAX_FILES_LIMIT)
+        found, has_more = await self._tuning.list_files(
+            caller_of(request.scope),
+            query.get("purpose", ""),
+            query.get("after", ""),
+            limit,
+            oldest_first=order == "asc",
+        )
+        return _list([file_reply(one) for one in found], has_more)
+
+    async def get_file(self, request: Request) -> Response:
+        return _json(
+            file_reply(
+                await self._tuning.file(caller_of(request.scope), request.path_params["file_id"])
+            )
+        )
+
+    async def delete_file(self, request: Request) -> Response:
+        file_id = request.path_params["file_id"]
+        await self._tuning.delete_file(caller_of(request.scope), file_id)
+        return _json(DeletedReply(id=file_id))
+
+    async def content(self, request: Request) -> Response:
+        file_id = request.path_params["file_id"]
+        _, content = await self._tuning.file_content(caller_of(request.scope), file_id)
+        return Response(content, media_type="application/octet-stream")
+
+    # -- jobs -------------------------------------------------------------------------------
+
+    async def _create(self, front: Front, exchange: Exchange, body: bytes) -> None:
+        job = await self._tuning.create(exchange.caller, _read_wish(body))
+        await exchange.reply_json(job_reply(job))
+
+    async def list_jobs(self, request: Request) -> Response:
+        query = _query(request, "after", "limit", inside=METADATA)
+        wanted = {
+            name.removeprefix(METADATA).removesuffix("]"): value
+            for name, value in query.items()
+            if name.startswith(METADATA)
+        }
+        limit = _limit(query, 20, MAX_LIMIT)
+        found, has_more = await self._tuning.list_jobs(
+            caller_of(request.scope), wanted, query.get("after", ""), limit
+        )
+        return _list([job_reply(job) for job in found], has_more)
+
+    async def get_job(self, request: Request) -> Response:
+        return _json(
+            job_reply(
+                await self._tuning.job(caller_of(request.scope), request.path_params["job_id"])
+            )
+        )
+
+    async def events(self, request: Request) -> Response:
+        found, has_more = await self._tuning.events(*self._place(request, 20))
+        return _list([event_reply(one) for one in found], has_more)
+
+    async def checkpoints(self, request: Request) -> Response:
+        found, has_more = await self._tuning.checkpoints(*self._place(request, 10))
+        return _list([checkpoint_reply(one) for one in found], has_more)
+
+    def _place(self, request: Request, default: int) -> tuple[Caller, str, str, int]:
+        query = _query(request, "after", "limit")
+        limit = _limit(query, default, MAX_LIMIT)
+        return (
+            caller_of(request.scope),
+            request.path_params["job_id"],
+            query.get("after", ""),
+            limit,
+        )
+
+    def _doing(
+        self, do: Callable[[Caller, str], Awaitable[JobRecord]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def work(request: Request) -> Response:
+            return _json(
+                job_reply(await do(caller_of(request.scope), request.path_params["job_id"]))
+            )
+
+        return work
+
+
+def _read_wish(body: bytes) -> CreateJob:
+    """Unknown fields are refused at every depth."""
+    value = read_object(body)
+    refuse_unknown(value, CreateJob)
+    _refuse_within(value, "hyperparameters", Hyperparameters, "hyperparameters.")
+    method = value.get("method")
+    if isinstance(method, dict):
+        _refuse_unknown(method, Method, "method.")
+        for kind in ("supervised", "dpo"):
+            _refuse_within(method, kind, MethodPart, f"method.{kind}.")
+            part = method.get(kind)
+            if isinstance(part, dict):
+                place = f"method.{kind}.hyperparameters."
+                _refuse_within(part, "hyperparameters", Hyperparameters, place)
+    return read_struct(value, CreateJob)
+
+
+def _refuse_within(
+    value: dict[str, Any], name: str, kind: type[msgspec.Struct], place: str
+) -> None:
+    inner = value.get(name)
+    if isinstance(inner, dict):
+        _refuse_unknown(inner, kind, place)
+
+
+def _refuse_unknown(value: dict[str, Any], kind: type[msgspec.Struct], place: str) -> None:
+    refuse_unknown(value, kind, place)
+
+
+def _query(request: Request, *known: str, inside: str = "") -> dict[str, str]:
+    """What stands behind the question mark; what nobody knows is refused."""
+    for name in request.query_params:
+        if name not in known and not (inside and name.startswith(inside)):
+            raise Invalid(
+                f"unknown parameter {shown(name)}; known are {', '.join(known)}", param=name[:80]
+            )
+    return dict(request.query_params)
+
+
+def _limit(query: dict[str, str], default: int, most: int) -> int:
+    text = query.get("limit", str(default))
+    limit = int(text) if text.isdecimal() and len(text) < 9 else 0
+    if not 1 <= limit <= most:
+        raise Invalid(f"`limit`: give a number from 1 to {most}", param="limit")
+    return limit
+
+
+async def _body(request: Request) -> AsyncIterator[bytes]:
+    try:
+        async for data in request.stream():
+            yield data
+    except ClientDisconnect as error:
+        raise ClientGone("The client left while sending") from error
+
+
+def _json(value: object) -> Response:
+    return Response(msgspec.json.encode(value) + b"\n", media_type="application/json")
+
+
+def _list(data: list[Any], has_more: bool) -> Response:
+    first, last = (data[0].id, data[-1].id) if data else (None, None)
+    return _json(ListReply(data=data, first_id=first, last_id=last, has_more=has_more))

@@ -1,0 +1,338 @@
+"""Jobs, carried out one after another: validate, train in a process of its own, hand over.
+
+    queued -> running -> succeeded | failed | cancelled
+                 |  \\-> paused -> queued
+                 server ends -> queued, and goes on from its checkpoint when the server is back
+
+It must not know HTTP, nor how training is done.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from lory_router.errors import ApiError
+from lory_router.tuning.checkpoints import MAX_KEPT, checkpoint_name, publish, withdraw
+from lory_router.tuning.child import LOOK_S, Child
+from lory_router.tuning.dataset import DatasetError, check_dataset
+from lory_router.tuning.handover import Handover
+from lory_router.tuning.kept_files import KeptFiles
+from lory_router.tuning.meter import Meter
+from lory_router.tuning.news import STOPPED, News, last_failure, read_news, results_csv, told
+from lory_router.tuning.records import EventRecord, JobRecord, JobStatus, new_id
+from lory_router.tuning.run_config import RunConfig, train_command, write_config
+from lory_router.tuning.settings import TuningSettings
+from lory_router.tuning.store import TuningStore
+
+log = logging.getLogger(__name__)
+
+Wish = Literal["", "cancel", "pause", "shutdown"]
+
+ENDS: Mapping[str, JobStatus] = {"cancel": "cancelled", "pause": "paused", "shutdown": "queued"}
+MESSAGES: Mapping[str, str] = {
+    "running": "Fine-tuning job started",
+    "queued": "The server stops; the job goes on from its checkpoint once it is back",
+    "paused": "Fine-tuning job paused",
+    "cancelled": "Fine-tuning job cancelled",
+}
+LAST_WORDS = 2000
+"""Characters of a run's log that go into the message of one that died without a word."""
+
+
+class JobFailedError(Exception):
+    def __init__(self, code: str, message: str, param: str = "") -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+
+
+@dataclass(slots=True)
+class _Current:
+    """The job that runs, and what is wanted of it."""
+
+    job_id: str
+    wish: Wish = ""
+    asked: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def want(self, wish: Wish) -> None:
+        """What was wanted first holds, but for a cancellation."""
+        self.wish = wish if wish == "cancel" else self.wish or wish
+        self.asked.set()
+
+
+class JobRunner:
+    def __init__(
+        self,
+        store: TuningStore,
+        files: KeptFiles,
+        settings: TuningSettings,
+        environment: Mapping[str, str],
+        handover: Handover,
+        meter: Meter,
+    ) -> None:
+        self._store = store
+        self._files = files
+        self._settings = settings
+        self._environment = environment
+        self._handover = handover
+        self._meter = meter
+        self._awake = asyncio.Event()
+        self._stopping = False
+        self._current: _Current | None = None
+        self._handing_over: asyncio.Future[None] | None = None
+
+    def wake(self) -> None:
+        """There may be a job to do."""
+        self._awake.set()
+
+    def wish(self, job_id: str, wish: Wish) -> bool:
+        """Want something of the job that runs; False: it does not."""
+        if self._current is None or self._current.job_id != job_id:
+            return False
+        self._current.want(wish)
+        return True
+
+    def stop(self) -> None:
+        """Let `run` return, the job that runs having written a checkpoint."""
+        self._stopping = True
+        if self._current is not None:
+            self._current.want("shutdown")
+        if self._handing_over is not None:
+            self._handing_over.cancel()
+        self._awake.set()
+
+    async def run(self) -> None:
+        """Do jobs until stopped."""
+        for job in await self._store.jobs():
+            if job.status == "running":  # the server was killed
+                await self._store.change(job.id, lambda job: replace(job, status="queued"))
+        while not self._stopping:
+            self._awake.clear()
+            job = await self._store.next_job()
+            if job is None:
+                await self._awake.wait()
+            else:
+                await self._do(job)
+
+    async def _do(self, job: JobRecord) -> None:
+        self._current = current = _Current(job.id)
+        try:
+            end = await self._carry_out(job, current)
+        except JobFailedError as error:
+            await self._fail(job.id, error)
+        except Exception as error:
+            log.exception("fine-tuning job %s", job.id)
+            await self._fail(job.id, JobFailedError("server_error", f"the run failed: {error}"))
+        else:
+            if end != "succeeded":
+                await self._move(job.id, end)
+        finally:
+            self._current = None
+
+    async def _carry_out(self, job: JobRecord, current: _Current) -> JobStatus:
+        num_rows = await self._validate(job)
+        if (await self._start(job.id)).status != "running":
+            return "cancelled"
+        await self._handover.claim(job.adapter_id, job.owner)
+        run = self._settings.runs / job.id
+        if await asyncio.to_thread(self._is_made, job):
+            return await self._hand_over(job, run)
+        await asyncio.to_thread(run.mkdir, parents=True, exist_ok=True)
+        file, validation = self._settings.file, job.validation_file
+        config = RunConfig(
+            job, file(job.training_file), file(validation) if validation else None, run, num_rows
+        )
+        await asyncio.to_thread(write_config, config, self._settings)
+        child = await Child.start(
+            train_command(config, self._settings), self._environment, run / "log"
+        )
+        code = await self._watch(job, child, run, current)
+        return await self._conclude(job, code, run, current)
+
+    async def _validate(self, job: JobRecord) -> int:
+        """How many rows there are to train on."""
+        kind = "dpo" if '"type": "dpo"' in job.method else "supervised"
+        num_rows = 0
+        for param in ("validation_file", "training_file"):
+            file_id = getattr(job, param)
+            if not file_id:
+                continue
+            try:
+                path = self._settings.file(file_id)
+                num_rows = await asyncio.to_thread(check_dataset, path, kind)
+            except FileNotFoundError as error:
+                raise JobFailedError(f"missing_{param}", "the file was deleted", param) from error
+            except DatasetError as error:
+                raise JobFailedError(f"invalid_{param}", str(error), param) from error
+        return num_rows
+
+    async def _start(self, job_id: str) -> JobRecord:
+        """Running, unless it was cancelled meanwhile."""
+
+        def begin(job: JobRecord) -> JobRecord:
+            waits = job.status in ("validating_files", "queued")
+            return replace(job, status="running") if waits else job
+
+        return await self._store.change(job_id, begin, _event(job_id, MESSAGES["running"]))
+
+    async def _watch(self, job: JobRecord, child: Child, run: Path, current: _Current) -> int:
+        """Pass on what the run tells until it ends; its exit status."""
+        started_s = time.monotonic()
+        try:
+            with self._meter.running(job.tenant):
+                code: int | None = None
+                while code is None:
+                    code = await child.wait(LOOK_S, current.asked)
+                    await self._pass_on(job.id, run)
+                    most = self._settings.max_memory_bytes
+                    if most and child.num_bytes() > most:
+                        raise JobFailedError(
+                            "memory_exceeded",
+                            f"the run took more than {most} bytes of memory; use a smaller"
+                            " batch_size, shorter rows, or raise --tuning-memory",
+                        )
+                    if current.wish and code is None:
+                        code = await child.stop(self._settings.stop_grace_s)
+                await self._pass_on(job.id, run)
+                return code
+        finally:
+            await child.kill()
+            seconds = time.monotonic() - started_s
+            await self._store.change(
+                job.id, lambda job: replace(job, trained_seconds=job.trained_seconds + seconds)
+            )
+
+    async def _pass_on(self, job_id: str, run: Path) -> None:
+        """What the run has told since, as events of the job."""
+        job = await self._store.job(job_id)
+        assert job is not None
+        news, num_bytes = await asyncio.to_thread(read_news, run, job.bytes_read)
+        if not news:
+            return
+        records = [record for one in news if (record := told(job, one)) is not None]
+
+        def change(job: JobRecord) -> JobRecord:
+            return _after(replace(job, bytes_read=num_bytes), news)
+
+        for one in news:
+            if one.type == "checkpoint":
+                await self._publish(job, one, run)
+        await self._store.change(job_id, change, *records)
+
+    async def _publish(self, job: JobRecord, one: News, run: Path) -> None:
+        """Let a checkpoint be served, and those before the last few no more."""
+        adapters = self._settings.adapters
+        await self._handover.claim(checkpoint_name(job, one), job.owner)
+        made = await asyncio.to_thread(publish, job, one, run, adapters)
+        if made is None:
+            return
+        older = await self._store.checkpoints(job.id)
+        same = [old for old in older if old.adapter_id == made.adapter_id]
+        others = [old for old in older if old.adapter_id != made.adapter_id]
+        surplus = others[MAX_KEPT - 1 :]
+        await self._store.put(made)
+        for old in (*same, *surplus):
+            await self._store.forget(old)
+        for old in surplus:
+            await asyncio.to_thread(withdraw, adapters, old.adapter_id)
+
+    def _is_made(self, job: JobRecord) -> bool:
+        return (self._settings.adapters / job.adapter_id).is_dir()
+
+    async def _conclude(self, job: JobRecord, code: int, run: Path, current: _Current) -> JobStatus:
+        """An adapter that is there is whole, however the process ended after it was."""
+        is_made = await asyncio.to_thread(self._is_made, job)
+        if current.wish == "cancel" and is_made:
+            await asyncio.to_thread(withdraw, self._settings.adapters, job.adapter_id)
+        if current.wish == "cancel" or (current.wish and not is_made):
+            return ENDS[current.wish]
+        if not is_made:
+            raise JobFailedError("training_failed", await asyncio.to_thread(_why, run, code))
+        return await self._hand_over(job, run)
+
+    async def _hand_over(self, job: JobRecord, run: Path) -> JobStatus:
+        """Serve what was made. If the server stops meanwhile, once it is back."""
+        self._handing_over = asyncio.ensure_future(self._handover.check(job.adapter_id))
+        try:
+            await self._handing_over
+        except asyncio.CancelledError:
+            if self._stopping:
+                return "queued"
+            raise
+        except ApiError as error:
+            raise JobFailedError("adapter_refused", error.message) from error
+        finally:
+            self._handing_over = None
+        table = await asyncio.to_thread(results_csv, run)
+        kept = await self._files.add(job.tenant, "step_metrics.csv", "fine-tune-results", table)
+        await self._store.change(
+            job.id,
+            lambda job: replace(
+                job, status="succeeded", finished_at=int(time.time()), result_file=kept.id
+            ),
+            _event(job.id, f"New fine-tuned model created: {job.adapter_id}"),
+            _event(job.id, "The job has successfully completed"),
+        )
+        return "succeeded"
+
+    async def _move(self, job_id: str, status: JobStatus) -> None:
+        def change(job: JobRecord) -> JobRecord:
+            if not job.is_open:
+                return job
+            finished_at = int(time.time()) if status == "cancelled" else 0
+            return replace(job, status=status, finished_at=finished_at)
+
+        await self._store.change(job_id, change, _event(job_id, MESSAGES[status]))
+
+    async def _fail(self, job_id: str, error: JobFailedError) -> None:
+        log.warning("fine-tuning job %s failed: %s", job_id, error.message)
+        record = _event(job_id, f"The job failed: {error.message}", "error")
+        await self._store.change(
+            job_id,
+            lambda job: replace(
+                job,
+                status="failed",
+                finished_at=int(time.time()),
+                error_code=error.code,
+                error_message=error.message,
+                error_param=error.param,
+            ),
+            record,
+        )
+
+
+def _after(job: JobRecord, news: list[News]) -> JobRecord:
+    """The job, as far as its last step tells."""
+    steps = [one for one in news if one.type == "step"]
+    if not steps:
+        return job
+    last = steps[-1]
+    left = max(last.num_steps - last.step, 0)
+    per_step = last.seconds / last.step if last.step else 0.0
+    return replace(
+        job,
+        trained_tokens=last.learned_tokens,
+        estimated_finish=int(time.time() + left * per_step),
+    )
+
+
+def _why(run: Path, code: int) -> str:
+    """What a run said when it failed, or the last it said at all."""
+    failure = last_failure(run)
+    if failure is not None and failure.code != STOPPED:
+        return failure.error
+    log_file = run / "log"
+    words = log_file.read_text(errors="replace")[-LAST_WORDS:] if log_file.exists() else ""
+    lines = [line for line in words.splitlines() if line.strip()]
+    said = lines[-1] if lines else "it said nothing"
+    how = f"ended with code {code}" if code >= 0 else f"was ended by signal {-code}"
+    return f"the run {how}: {said}"
+
+
+def _event(job_id: str, message: str, level: Literal["info", "error"] = "info") -> EventRecord:
+    return EventRecord(new_id("ftevent"), job_id, int(time.time()), level, "message", message, "{}")

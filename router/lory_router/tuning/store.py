@@ -1,0 +1,225 @@
+"""Files, jobs, events and checkpoints in one SQLite file, which outlives the server.
+
+A statement is written to the disk before its call returns, on a thread: the event loop never waits
+for it. One server a file. It must not know HTTP, or what runs.
+"""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import astuple, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lory_router.tuning.records import (
+    OPEN,
+    CheckpointRecord,
+    EventRecord,
+    FileRecord,
+    JobRecord,
+)
+
+SCHEMA_VERSION = 1
+APPLICATION_ID = 0x4C6F4654
+"""In the file's header: "LoFT"."""
+
+Record = FileRecord | JobRecord | EventRecord | CheckpointRecord
+T = TypeVar("T")
+R = TypeVar("R", FileRecord, JobRecord, EventRecord, CheckpointRecord)
+
+_TABLES: dict[type[Any], str] = {
+    FileRecord: "files",
+    JobRecord: "jobs",
+    EventRecord: "events",
+    CheckpointRecord: "checkpoints",
+}
+_SQL_TYPES = {str: "TEXT", int: "INTEGER", float: "REAL"}
+
+
+class TuningStoreError(Exception):
+    """The file cannot be used; the message names it and the fix."""
+
+
+class TuningStore:
+    """Every method is one transaction."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens or makes the file; raises TuningStoreError."""
+        self._connection = _open(path)
+        self._lock = asyncio.Lock()
+
+    def close(self) -> None:
+        self._connection.close()
+
+    async def put(self, *records: Record) -> None:
+        """Add, or put in place of what has the same id."""
+        await self._run(lambda db: [_put(db, record) for record in records])
+
+    async def file(self, file_id: str) -> FileRecord | None:
+        return await self._one(FileRecord, file_id)
+
+    async def job(self, job_id: str) -> JobRecord | None:
+        return await self._one(JobRecord, job_id)
+
+    async def files(self) -> list[FileRecord]:
+        """Newest first."""
+        return await self._run(lambda db: _all(db, FileRecord))
+
+    async def jobs(self) -> list[JobRecord]:
+        """Newest first."""
+        return await self._run(lambda db: _all(db, JobRecord))
+
+    async def events(self, job_id: str) -> list[EventRecord]:
+        """Newest first."""
+        return await self._run(lambda db: _all(db, EventRecord, job_id))
+
+    async def checkpoints(self, job_id: str) -> list[CheckpointRecord]:
+        """Newest first."""
+        return await self._run(lambda db: _all(db, CheckpointRecord, job_id))
+
+    async def next_job(self) -> JobRecord | None:
+        """The oldest that waits to run."""
+        waiting = [job for job in await self.jobs() if job.status in ("validating_files", "queued")]
+        return waiting[-1] if waiting else None
+
+    async def num_open(self) -> int:
+        marks = ", ".join("?" * len(OPEN))
+        query = f"SELECT count(*) FROM jobs WHERE status IN ({marks})"
+        return await self._run(lambda db: db.execute(query, OPEN).fetchone()[0])
+
+    async def change(
+        self, job_id: str, change: Callable[[JobRecord], JobRecord], *more: Record
+    ) -> JobRecord:
+        """Read, change and write a job as one, with what goes with it; the job after it."""
+
+        def work(db: sqlite3.Connection) -> JobRecord:
+            job = _find(db, JobRecord, job_id)
+            if job is None:
+                raise KeyError(job_id)
+            changed = change(job)
+            for record in (changed, *more):
+                _put(db, record)
+            return changed
+
+        return await self._run(work)
+
+    async def forget(self, record: Record) -> None:
+        table = _TABLES[type(record)]
+        query = f"DELETE FROM {table} WHERE id = ?"
+        await self._run(lambda db: db.execute(query, (record.id,)))
+
+    async def _one(self, kind: type[R], row_id: str) -> R | None:
+        return await self._run(lambda db: _find(db, kind, row_id))
+
+    async def _run(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Once begun it goes to the end, whoever asked for it has left."""
+        return await asyncio.shield(self._locked(work))
+
+    async def _locked(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        async with self._lock:
+            return await asyncio.to_thread(_in_transaction, self._connection, work)
+
+
+def _in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        found = work(db)
+        db.execute("COMMIT")
+    except BaseException:
+        with suppress(sqlite3.Error):
+            db.execute("ROLLBACK")
+        raise
+    return found
+
+
+# Table and column names are those of the records above, never a caller's.
+
+
+def _put(db: sqlite3.Connection, record: Record) -> None:
+    values = astuple(record)
+    marks = ", ".join("?" * len(values))
+    table, names = _TABLES[type(record)], ", ".join(f.name for f in fields(record))
+    updates = ", ".join(f"{f.name} = excluded.{f.name}" for f in fields(record))
+    db.execute(
+        f"INSERT INTO {table} ({names}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE SET {updates}",
+        values,
+    )
+
+
+def _find(db: sqlite3.Connection, kind: type[R], row_id: str) -> R | None:
+    names = ", ".join(f.name for f in fields(kind))
+    query = f"SELECT {names} FROM {_TABLES[kind]} WHERE id = ?"
+    row = db.execute(query, (row_id,)).fetchone()
+    return None if row is None else kind(*row)
+
+
+def _all(db: sqlite3.Connection, kind: type[R], job_id: str = "") -> list[R]:
+    names = ", ".join(f.name for f in fields(kind))
+    where, values = ("WHERE job_id = ?", (job_id,)) if job_id else ("", ())
+    query = f"SELECT {names} FROM {_TABLES[kind]} {where} ORDER BY number DESC"
+    return [kind(*row) for row in db.execute(query, values)]
+
+
+# -- opening --------------------------------------------------------------------------------
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    try:
+        db = sqlite3.connect(path, timeout=0, isolation_level=None, check_same_thread=False)
+        try:
+            _prepare(db, path)
+        except BaseException:
+            db.close()
+            raise
+    except sqlite3.OperationalError as error:
+        why = "another server uses it" if "locked" in str(error) else str(error)
+        raise TuningStoreError(f"{path}: {why}; give each server a folder of its own") from error
+    except sqlite3.DatabaseError as error:
+        message = f"{path}: is damaged ({error}); restore a copy, or move it away"
+        raise TuningStoreError(message) from error
+    return db
+
+
+def _prepare(db: sqlite3.Connection, path: Path) -> None:
+    # Held until the end: two servers would both run the same job.
+    db.execute("PRAGMA locking_mode = EXCLUSIVE")
+    db.execute("BEGIN EXCLUSIVE")
+    version = db.execute("PRAGMA user_version").fetchone()[0]
+    owner = db.execute("PRAGMA application_id").fetchone()[0]
+    is_new = not db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]
+    if is_new:
+        for statement in _schema():
+            db.execute(statement)
+    elif owner != APPLICATION_ID:
+        raise TuningStoreError(f"{path}: is another program's file; name another folder")
+    elif version != SCHEMA_VERSION:
+        raise TuningStoreError(
+            f"{path}: was written by another Lory (schema {version}, this one knows"
+            f" {SCHEMA_VERSION}); upgrade, or name another folder"
+        )
+    db.execute("COMMIT")
+
+
+def _schema() -> Sequence[str]:
+    statements = [
+        f"CREATE TABLE {table} (number INTEGER PRIMARY KEY AUTOINCREMENT, {_columns(kind)})"
+        for kind, table in _TABLES.items()
+    ]
+    indexes = [
+        f"CREATE INDEX {table}_job ON {table} (job_id)" for table in ("events", "checkpoints")
+    ]
+    pragmas = [
+        f"PRAGMA application_id = {APPLICATION_ID}",
+        f"PRAGMA user_version = {SCHEMA_VERSION}",
+    ]
+    return [*statements, *indexes, *pragmas]
+
+
+def _columns(kind: type[Any]) -> str:
+    parts = [
+        f"{f.name} {_SQL_TYPES.get(f.type, 'TEXT')} NOT NULL"
+        + (" UNIQUE" if f.name == "id" else "")
+        for f in fields(kind)
+    ]
+    return ", ".join(parts)

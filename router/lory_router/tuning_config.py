@@ -1,0 +1,80 @@
+"""The settings of fine-tuning jobs, as flags; see docs/fine-tuning-api.md.
+
+It must not know how a job is carried out.
+"""
+
+# ruff: noqa: RUF009 - flag() is dataclasses.field() by another name
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from lory_router.flags import flag, size_flag
+from lory_router.tuning.settings import TrainingDevice, TuningSettings
+from lory_server.messages import Quantization
+
+
+@dataclass(frozen=True)
+class TuningConfig:
+    """Training beside serving."""
+
+    fine_tuning: str = flag(
+        "", "Folder of fine-tuning jobs and their files; empty: /v1/fine_tuning is not served."
+    )
+    tuning_device: TrainingDevice = flag(
+        "cpu", "Where jobs train; cuda needs memory that --memory leaves to them."
+    )
+    tuning_threads: int = flag(1, "CPU threads of a job.", at_least=1)
+    tuning_memory: int = size_flag(
+        0, "Memory of the host at which a job is ended; 0: as much as there is."
+    )
+    tuning_max_file: int = size_flag(512 * 2**20, "Largest file that is taken for training.")
+    tuning_files: int = size_flag(20 * 2**30, "Most bytes of all such files together.")
+    max_tuning_jobs: int = flag(
+        100, "Most jobs waiting, running or paused; one more is refused with 429.", at_least=1
+    )
+
+    def settings(
+        self,
+        model: str,
+        model_names: tuple[str, ...],
+        adapters: str,
+        quantize: Quantization,
+        *,
+        double_quant: bool,
+    ) -> TuningSettings | None:
+        """What jobs are done with; None without a folder."""
+        if not self.fine_tuning:
+            return None
+        local = Path(model)
+        return TuningSettings(
+            folder=Path(self.fine_tuning).absolute(),
+            adapters=Path(adapters).absolute(),
+            base=str(local.absolute()) if local.is_dir() else model,
+            model_names=model_names,
+            quantize=quantize,
+            double_quant=double_quant,
+            device=self.tuning_device,
+            threads=self.tuning_threads,
+            max_memory_bytes=self.tuning_memory,
+            max_file_bytes=self.tuning_max_file,
+            max_files_bytes=self.tuning_files,
+            max_jobs=self.max_tuning_jobs,
+        )
+
+    def check(self, adapters: str) -> None:
+        """Raises ValueError naming the flag; `adapters` is the folder that is served."""
+        changed = [f.name for f in fields(self) if getattr(self, f.name) != f.default]
+        if changed and not self.fine_tuning:
+            raise ValueError(f"--{changed[0].replace('_', '-')}: needs --fine-tuning FOLDER")
+        if self.fine_tuning and not adapters:
+            raise ValueError("--fine-tuning: needs --adapters, the folder where new ones go")
+        if self.fine_tuning and _lies_in(Path(self.fine_tuning), Path(adapters)):
+            raise ValueError("--fine-tuning: must not lie in --adapters, nor the other way")
+        for name in ("tuning_max_file", "tuning_files"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name.replace('_', '-')}: must be more than 0")
+
+
+def _lies_in(one: Path, other: Path) -> bool:
+    first, second = one.resolve(), other.resolve()
+    return first == second or first in second.parents or second in first.parents

@@ -1,0 +1,243 @@
+"""Preference pairs: the loss is DPO's own, and what is learned is what the model says."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from lory_trainer.base import attach, find_base, load_base
+from lory_trainer.config import DpoOptions, parse_options
+from lory_trainer.data import Example, Pair, collate
+from lory_trainer.objective import Preference, accumulate, evaluate
+from lory_trainer.reference import with_reference
+from trainer_world import events, make_world, train, write_rows
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+CONFIG = """
+base: tiny
+data: pairs.jsonl
+method: dpo
+template: "{prompt}>"
+lora: {r: 4, dtype: float32}
+epochs: 4
+batch_size: 4
+learning_rate: 1e-2
+"""
+PAIRS = [
+    Pair(
+        Example((0, *range(3, 6 + n), 7, 1), 3 + n),
+        Example((0, *range(3, 6 + n), 8, 9 + n, 1), 3 + n),
+    )
+    for n in range(8)
+]
+
+
+@pytest.fixture
+def world(tmp_path) -> Path:
+    make_world(tmp_path)
+    rows = [{"prompt": a + b, "chosen": b, "rejected": a} for a in "abcd" for b in "yz"]
+    write_rows(tmp_path / "pairs.jsonl", *rows)
+    return tmp_path
+
+
+def model_of(world: Path, text: str = CONFIG) -> Any:
+    options = parse_options(text)
+    return attach(load_base(find_base("tiny", world), options), options, world)
+
+
+def stirred(model: Any) -> Any:
+    """With an adapter that says something else than the base."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            if tensor.requires_grad:
+                tensor.add_(torch.randn_like(tensor) * 0.05)
+    return model
+
+
+def test_the_first_loss_is_the_logarithm_of_two(world):
+    train(world, CONFIG)
+    first = events(world, "step")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert first["reward_margin"] == pytest.approx(0, abs=1e-4)
+
+
+def test_the_better_answer_becomes_the_likelier_one(world):
+    result = train(world, CONFIG + "eval_data: pairs.jsonl\n")
+    last = events(world, "step")[-1]
+    assert result.losses[-1] < 0.4
+    assert last["reward_accuracy"] == 1
+    assert last["reward_margin"] > 0.5
+    assert events(world, "eval")[-1]["reward_accuracy"] == 1
+
+
+def test_going_on_from_an_adapter_starts_at_the_logarithm_of_two_too(world):
+    """The reference is the start, not the base; with `reference: base` it is the base."""
+    train(world, CONFIG)
+    more = CONFIG.replace("r: 4", "r: 4, start_from: adapters/mine")
+    places = {"output": world / "adapters" / "more", "run": world / "runs" / "more"}
+    assert train(world, more, **places).losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    base = more + "dpo: {reference: base}\n"
+    assert train(world, base, replace=True, **places).losses[0] < 0.6
+
+
+def pair_loss(model: Any, pairs: list[Pair], **options: Any) -> float:
+    return accumulate(model, [collate(pairs)], Preference(DpoOptions(**options))).loss
+
+
+def by_hand(model: Any, base: Any, pairs: list[Pair]) -> list[tuple[float, float, int, int]]:
+    """Of each pair: both log-ratios and both answers' lengths, with transformers alone."""
+
+    def log_probability(of: Any, example: Example) -> float:
+        ids = torch.tensor([example.ids])
+        logits = of(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        said = logits.gather(1, ids[0, 1:, None])[:, 0]
+        return float(said[example.num_prompt_tokens - 1 :].sum())
+
+    with torch.no_grad():
+        return [
+            (
+                log_probability(model, p.chosen) - log_probability(base, p.chosen),
+                log_probability(model, p.rejected) - log_probability(base, p.rejected),
+                p.chosen.num_answer_tokens,
+                p.rejected.num_answer_tokens,
+            )
+            for p in pairs
+        ]
+
+
+def test_every_loss_is_its_formula(world):
+    base = AutoModelForCausalLM.from_pretrained(world / "tiny")
+    model = model_of(world)
+    pairs = with_reference(model, PAIRS, rows=3, base_alone=True)
+    stirred(model)
+    ratios = by_hand(model, base, PAIRS)
+
+    def mean(of: Any) -> float:
+        return sum(of(*ratio) for ratio in ratios) / len(ratios)
+
+    def sigmoid(x: float) -> float:
+        return 1 / (1 + math.exp(-x))
+
+    plain = mean(lambda c, r, _m, _n: -math.log(sigmoid(0.3 * (c - r))))
+    assert pair_loss(model, pairs, beta=0.3) == pytest.approx(plain, rel=1e-4)
+    smooth = mean(
+        lambda c, r, _m, _n: (
+            -0.9 * math.log(sigmoid(0.3 * (c - r))) - 0.1 * math.log(sigmoid(-0.3 * (c - r)))
+        )
+    )
+    found = pair_loss(model, pairs, beta=0.3, label_smoothing=0.1)
+    assert found == pytest.approx(smooth, rel=1e-4)
+    ipo = mean(lambda c, r, m, n: (c / m - r / n - 1 / 0.6) ** 2)
+    assert pair_loss(model, pairs, beta=0.3, loss="ipo") == pytest.approx(ipo, rel=1e-4)
+    labels = collate([pair.chosen for pair in PAIRS])
+    own = model(input_ids=labels.ids, labels=labels.labels).loss.item()
+    weighted = pair_loss(model, pairs, beta=0.3, sft_weight=2.0)
+    assert weighted == pytest.approx(plain + 2 * own, rel=1e-4)
+
+
+def test_pairs_accumulate_exactly(world):
+    """Two by two is eight at once, with the better answers' own loss too."""
+    objective = Preference(DpoOptions(sft_weight=1.0))
+
+    def gradients(width: int) -> tuple[float, torch.Tensor]:
+        model = model_of(world)
+        pairs = with_reference(model, PAIRS, rows=8, base_alone=True)
+        stirred(model)
+        batches = [collate(pairs[i : i + width]) for i in range(0, 8, width)]
+        loss = accumulate(model, batches, objective).loss
+        found = [tensor.grad for tensor in model.parameters() if tensor.grad is not None]
+        return loss, torch.cat([gradient.flatten() for gradient in found])
+
+    (loss, whole), (split_loss, split) = gradients(8), gradients(2)
+    assert math.isclose(loss, split_loss, rel_tol=1e-5)
+    torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_the_reference_is_taken_without_dropout_and_draws_nothing(world):
+    text = CONFIG.replace("r: 4", "r: 4, dropout: 0.5")
+    model = stirred(model_of(world, text)).train()
+    state = torch.get_rng_state()
+    first = with_reference(model, PAIRS, rows=2, base_alone=False)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+    again = with_reference(model, PAIRS, rows=2, base_alone=False)
+    assert [pair.reference for pair in first] == [pair.reference for pair in again]
+    loss = evaluate(model, [collate(first)], Preference(DpoOptions())).loss
+    assert loss == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_folder_of_openai_pairs_trains(world):
+    def said(text: str) -> list[dict[str, str]]:
+        return [{"role": "assistant", "content": text}]
+
+    rows = [
+        {
+            "input": {"messages": [{"role": "user", "content": a}]},
+            "preferred_output": said("y"),
+            "non_preferred_output": said("z"),
+        }
+        for a in "abcdefgh"
+    ]
+    write_rows(world / "pairs.jsonl", *rows)
+    text = "".join(line + "\n" for line in CONFIG.splitlines() if "template" not in line)
+    result = train(world, text)
+    assert result.losses[-1] < result.losses[0]
+    manifest = json.loads((result.output / "adapter_manifest.json").read_text())
+    assert (manifest["chat"], manifest["template"]) == (True, None)
+
+
+@pytest.mark.full
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ({}, {"loss_type": ["sigmoid"]}),
+        ({"loss": "ipo"}, {"loss_type": ["ipo"]}),
+        ({"sft_weight": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
+    ],
+)
+def test_loss_and_gradients_are_trls(world, tmp_path, ours, theirs):
+    """TRL's trainer on the same ids, the adapter stirred alike."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    from lory_trainer.base import lora_config
+    from trainer_world import char_tokenizer
+
+    model = model_of(world)
+    pairs = with_reference(model, PAIRS, rows=8, base_alone=True)
+    stirred(model)
+    loss = pair_loss(model, pairs, beta=0.2, **ours)
+
+    rows = [
+        {
+            "prompt_ids": list(p.chosen.ids[: p.chosen.num_prompt_tokens]),
+            "chosen_ids": list(p.chosen.ids[p.chosen.num_prompt_tokens :]),
+            "rejected_ids": list(p.rejected.ids[p.rejected.num_prompt_tokens :]),
+        }
+        for p in PAIRS
+    ]
+    torch.manual_seed(0)
+    trainer = trl.DPOTrainer(
+        model=AutoModelForCausalLM.from_pretrained(world / "tiny"),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path / "trl"), beta=0.2, use_cpu=True, report_to=[], **theirs
+        ),
+        # Its own tokens of these are not looked at: it takes no rows of ids.
+        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
+        processing_class=char_tokenizer(),
+        peft_config=lora_config(parse_options(CONFIG).lora),
+    )
+    with torch.no_grad():
+        for mine, other in zip(model.parameters(), trainer.model.parameters(), strict=True):
+            other.copy_(mine)
+    batch = trainer.data_collator(rows)
+    found = trainer.compute_loss(trainer.model, batch)
+    found.backward()
+    assert loss == pytest.approx(found.item(), rel=1e-5)
+    for mine, other in zip(model.parameters(), trainer.model.parameters(), strict=True):
+        if mine.requires_grad:
+            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)

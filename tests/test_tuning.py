@@ -1,0 +1,596 @@
+"""Fine-tuning jobs from a caller's wish to a served adapter, with a trainer that trains nothing."""
+
+import asyncio
+import json
+import os
+import sqlite3
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import fake_trainer
+from lory_router.app import create_app
+from lory_router.errors import Invalid
+from lory_router.keys import Caller, Keyring
+from lory_router.metrics import Metrics
+from lory_router.registry import Registry
+from lory_router.settings import RouterSettings
+from lory_router.tuning.handover import Handover
+from lory_router.tuning.service import Tuning
+from lory_router.tuning.settings import TuningSettings
+from lory_router.tuning.shapes import CreateJob
+from lory_router.tuning.store import TuningStore, TuningStoreError
+from lory_server.messages import Failure, OrderDone, OrderKind
+from scripted_engine import BASE, TEXT, ScriptedEngine
+
+FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+PAIR = {
+    "input": {"messages": [{"role": "user", "content": "hi"}]},
+    "preferred_output": [{"role": "assistant", "content": "ho"}],
+    "non_preferred_output": [{"role": "assistant", "content": "ha"}],
+}
+WAIT_S = 20.0
+
+
+@dataclass
+class World:
+    client: httpx.AsyncClient
+    tuning: Tuning
+    settings: TuningSettings
+    running: asyncio.Task[None]
+
+    async def upload(self, *rows: Any, name: str = "rows.jsonl") -> str:
+        reply = await self.send("".join(json.dumps(row) + "\n" for row in rows).encode(), name)
+        assert reply.status_code == 200, reply.text
+        return reply.json()["id"]
+
+    async def send(self, content: bytes, name: str = "rows.jsonl", **fields: str) -> httpx.Response:
+        data = {"purpose": "fine-tune", **fields}
+        return await self.client.post(FILES, data=data, files={"file": (name, content)})
+
+    async def create(self, **fields: Any) -> dict[str, Any]:
+        body = {"model": BASE, "seed": 1, **fields}
+        body.setdefault("training_file", await self.upload(CHAT))
+        reply = await self.client.post(JOBS, json=body)
+        assert reply.status_code == 200, reply.text
+        return reply.json()
+
+    async def job(self, job_id: str) -> dict[str, Any]:
+        return (await self.client.get(f"{JOBS}/{job_id}")).json()
+
+    async def until(self, job_id: str, *statuses: str) -> dict[str, Any]:
+        async with asyncio.timeout(WAIT_S):
+            while (job := await self.job(job_id))["status"] not in statuses:
+                await asyncio.sleep(0.02)
+        return job
+
+    async def until_step(self, job_id: str) -> None:
+        async with asyncio.timeout(WAIT_S):
+            while not (await self.events(job_id, "metrics")):
+                await asyncio.sleep(0.02)
+
+    async def events(self, job_id: str, kind: str = "message") -> list[str]:
+        """Oldest first."""
+        data = (await self.client.get(f"{JOBS}/{job_id}/events?limit=100")).json()["data"]
+        return [event["message"] for event in data[::-1] if event["type"] == kind]
+
+
+KEYS = """
+- {key: root, tenant: default, role: admin}
+- {key: of-acme, tenant: acme}
+- {key: of-other, tenant: other}
+"""
+
+
+def keyring(folder: Path) -> Keyring:
+    path = folder / "keys.yaml"
+    path.write_text(KEYS)
+    return Keyring((), str(path))
+
+
+def key(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {name}"}
+
+
+def settings_in(folder: Path, **changes: Any) -> TuningSettings:
+    (folder / "adapters").mkdir(exist_ok=True)
+    found = TuningSettings(
+        folder=folder / "tuning",
+        adapters=folder / "adapters",
+        base="/base",
+        model_names=(BASE, "also"),
+        command=(sys.executable, fake_trainer.__file__),
+        stop_grace_s=5.0,
+    )
+    return replace(found, **changes)
+
+
+class RefusingEngine(ScriptedEngine):
+    async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
+        failure = Failure(code="adapter_invalid", message="a tensor matches nothing")
+        return OrderDone(call_id=1, entry=None, failure=failure)
+
+
+class ServingEngine(ScriptedEngine):
+    """Knows whatever is asked for."""
+
+    async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
+        return OrderDone(call_id=1, entry=None, revision="r")
+
+
+@asynccontextmanager
+async def world(
+    folder: Path, engine: type[ScriptedEngine] = ServingEngine, **changes: Any
+) -> AsyncIterator[World]:
+    settings = settings_in(folder, **changes)
+    registry = Registry(str(folder / "registry"))
+    handover = Handover(engine(), registry)
+    tuning = Tuning(settings, dict(os.environ), handover, price_per_hour=3600.0)
+    metrics = Metrics(model=BASE, price_per_hour=3600.0)
+    metrics.add(tuning.meter)
+    front = create_app(
+        engine(),
+        RouterSettings(model_names=(BASE,)),
+        TEXT,
+        metrics,
+        registry,
+        keys=keyring(folder),
+        tuning=tuning,
+    )
+    transport = httpx.ASGITransport(app=front)
+    running = asyncio.create_task(tuning.run())
+    async with httpx.AsyncClient(
+        transport=transport, base_url="http://test", headers=key("root")
+    ) as client:
+        yield World(client, tuning, settings, running)
+        tuning.stop()
+        await running
+    tuning.close()
+    registry.close()
+
+
+def run(folder: Path, story: Callable[[World], Awaitable[None]], **changes: Any) -> None:
+    async def whole() -> None:
+        async with world(folder, **changes) as found:
+            await story(found)
+
+    asyncio.run(whole())
+
+
+# -- files ----------------------------------------------------------------------------------
+
+
+def test_a_file_is_kept_shown_and_deleted(tmp_path: Path):
+    async def story(world: World) -> None:
+        file_id = await world.upload(CHAT, CHAT, name="größe.jsonl")
+        shown = (await world.client.get(f"{FILES}/{file_id}")).json()
+        assert (shown["object"], shown["purpose"], shown["status"]) == (
+            "file",
+            "fine-tune",
+            "processed",
+        )
+        content = (await world.client.get(f"{FILES}/{file_id}/content")).content
+        assert len(content) == shown["bytes"]
+        assert [json.loads(line) for line in content.splitlines()] == [CHAT, CHAT]
+        listed = (await world.client.get(FILES)).json()
+        assert [one["id"] for one in listed["data"]] == [file_id]
+        gone = (await world.client.delete(f"{FILES}/{file_id}")).json()
+        assert gone == {"id": file_id, "object": "file", "deleted": True}
+        for path in ("", "/content"):
+            assert (await world.client.get(f"{FILES}/{file_id}{path}")).status_code == 404
+        assert list(world.settings.files.iterdir()) == []
+
+    run(tmp_path, story)
+
+
+def test_files_are_listed_in_pages_either_way_round(tmp_path: Path):
+    async def story(world: World) -> None:
+        ids = [await world.upload(CHAT) for _ in range(3)]
+        one = (await world.client.get(f"{FILES}?limit=2")).json()
+        assert ([f["id"] for f in one["data"]], one["has_more"]) == (ids[:0:-1], True)
+        two = (await world.client.get(f"{FILES}?limit=2&after={one['last_id']}")).json()
+        assert ([f["id"] for f in two["data"]], two["has_more"]) == (ids[:1], False)
+        up = (await world.client.get(f"{FILES}?order=asc&purpose=fine-tune")).json()
+        assert [f["id"] for f in up["data"]] == ids
+        assert (await world.client.get(f"{FILES}?purpose=batch")).json()["data"] == []
+        for query in ("order=up", "limit=0", "limit=x", "after=file-none", "nonsense=1"):
+            assert (await world.client.get(f"{FILES}?{query}")).status_code == 400
+
+    run(tmp_path, story)
+
+
+def test_what_is_no_training_file_is_refused_and_leaves_nothing(tmp_path: Path):
+    async def story(world: World) -> None:
+        wrong = [
+            await world.send(b"{}", purpose="assistants"),
+            await world.send(b""),
+            await world.send(b"{}", expires_after="1"),
+            await world.client.post(FILES, data={"purpose": "fine-tune"}),
+            await world.client.post(FILES, json={"file": "x"}),
+        ]
+        assert [reply.status_code for reply in wrong] == [400, 400, 400, 415, 415]
+        assert (await world.send(b"x" * 2000)).status_code == 413
+        assert (await world.send(b"x" * 900)).status_code == 200
+        assert (await world.send(b"x" * 900)).status_code == 507
+        assert len(list(world.settings.files.iterdir())) == 1
+
+    run(tmp_path, story, max_file_bytes=1000, max_files_bytes=1500)
+
+
+# -- a job that goes well -------------------------------------------------------------------
+
+
+def test_a_job_ends_in_an_adapter_and_tells_every_step(tmp_path: Path):
+    async def story(world: World) -> None:
+        job = await world.create(suffix="Support Desk!", metadata={"team": "a"})
+        assert (job["object"], job["fine_tuned_model"]) == ("fine_tuning.job", None)
+        assert job["method"] == {"type": "supervised", "supervised": {"hyperparameters": AUTO}}
+        done = await world.until(job["id"], "succeeded", "failed")
+        assert (done["status"], done["error"]) == ("succeeded", None)
+        name = done["fine_tuned_model"]
+        assert name.startswith("ft-support-desk-")
+        assert (world.settings.adapters / name / "adapter_config.json").is_file()
+        assert (done["trained_tokens"], done["seed"], done["metadata"]) == (40, 1, {"team": "a"})
+        assert done["finished_at"] >= done["created_at"] > 0
+        assert done["estimated_finish"] is None
+        assert await world.events(job["id"]) == [
+            f"Created fine-tuning job: {job['id']}",
+            "Fine-tuning job started",
+            f"New fine-tuned model created: {name}",
+            "The job has successfully completed",
+        ]
+        steps = await world.events(job["id"], "metrics")
+        assert steps[0] == "Step 1/4: training loss=1.0000"
+        assert len(steps) == 4
+        [result] = done["result_files"]
+        table = (await world.client.get(f"{FILES}/{result}/content")).text.splitlines()
+        assert table[0] == "step,train_loss,valid_loss,learning_rate,grad_norm,tokens"
+        assert table[4] == "4,0.25,,0.001,0.5,40"
+        told = (await world.client.get("/metrics")).text
+        assert 'lory_training_seconds_total{tenant="default"}' in told
+        assert 'lory_training_cost_total{tenant="default"}' in told
+
+    run(tmp_path, story)
+
+
+AUTO = {"n_epochs": "auto", "batch_size": "auto", "learning_rate_multiplier": "auto"}
+
+
+def test_the_last_checkpoints_are_served_beside_it(tmp_path: Path):
+    async def story(world: World) -> None:
+        job = await world.create()
+        done = await world.until(job["id"], "succeeded", "failed")
+        reply = (await world.client.get(f"{JOBS}/{job['id']}/checkpoints")).json()
+        found = [(c["step_number"], c["fine_tuned_model_checkpoint"]) for c in reply["data"]]
+        name = done["fine_tuned_model"]
+        assert found == [(step, f"{name}-step-{step}") for step in (4, 3, 2)]
+        assert reply["data"][0]["metrics"]["train_loss"] == 0.25
+        folders = sorted(path.name for path in world.settings.adapters.iterdir())
+        assert folders == [name, *(f"{name}-step-{step}" for step in (2, 3, 4))]
+        kept = world.settings.adapters / f"{name}-step-4"
+        assert {path.name for path in kept.iterdir()} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+
+    run(tmp_path, story)
+
+
+def test_a_trainer_gets_the_job_in_its_own_words(tmp_path: Path):
+    async def story(world: World) -> None:
+        dpo = {"n_epochs": 2, "batch_size": 4, "learning_rate_multiplier": 0.5, "beta": 0.3}
+        pairs = await world.upload(PAIR)
+        method = {"type": "dpo", "dpo": {"hyperparameters": dpo}}
+        job = await world.create(
+            model="also", training_file=pairs, validation_file=pairs, method=method
+        )
+        assert job["method"] == method
+        await world.until(job["id"], "succeeded")
+        config = json.loads((world.settings.runs / job["id"] / "config.yaml").read_text())
+        assert config["base"] == "/base"
+        assert config["quantization"] == {"bits": 4, "double": True}
+        assert config["data"] == config["eval_data"] == str(world.settings.file(pairs))
+        assert (config["method"], config["epochs"]) == ("dpo", 2)
+        assert config["dpo"] == {"beta": 0.3, "sft_weight": 1.0}
+        assert (config["batch_size"], config["learning_rate_multiplier"]) == (4, 0.5)
+
+    run(tmp_path, story, quantize="nf4", double_quant=True)
+
+
+# -- a job that does not --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        (b'{"messages": []}', "line 1: messages must be a list"),
+        (b"\n\nnonsense", "line 3: is not JSON"),
+        (b"[1]", "line 1: is not a JSON object"),
+        (b'{"prompt": "a"}', "line 1: messages must be a list"),
+        (b'{"messages": [{"role": "user", "content": "a"}]}', "the last message must be"),
+        (b'{"messages": [{"role": "boss", "content": "a"}]}', "each needs a role"),
+        (b'{"messages": [{"role": "user", "content": 3}]}', "each needs a content"),
+        (b"\n\n", "holds no rows"),
+        (b"\xff\xfe", "is not JSON"),
+        (b"[" * 100_000, "is not JSON"),
+    ],
+)
+def test_a_wrong_row_is_named_before_anything_runs(tmp_path: Path, rows: bytes, why: str):
+    async def story(world: World) -> None:
+        sent = await world.send(rows)
+        job = await world.create(training_file=sent.json()["id"])
+        failed = await world.until(job["id"], "failed", "succeeded")
+        error = failed["error"]
+        assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
+        assert why in error["message"]
+        assert not (world.settings.runs / job["id"]).exists()
+
+    run(tmp_path, story)
+
+
+def test_preferences_are_asked_for_by_dpo_alone(tmp_path: Path):
+    async def story(world: World) -> None:
+        pairs, chat = await world.upload(PAIR), await world.upload(CHAT)
+        for file_id, kind in ((pairs, "supervised"), (chat, "dpo")):
+            job = await world.create(training_file=file_id, method={"type": kind})
+            assert (await world.until(job["id"], "failed", "succeeded"))["status"] == "failed"
+
+    run(tmp_path, story)
+
+
+@pytest.mark.parametrize(
+    ("seed", "code", "message"),
+    [
+        (fake_trainer.FAILING, "training_failed", "row 7 is too long"),
+        (fake_trainer.DYING, "training_failed", "was ended by signal 9: about to die"),
+        (fake_trainer.HUNGRY, "memory_exceeded", "more than 209715200 bytes"),
+    ],
+)
+def test_a_run_that_fails_says_why_and_the_next_one_runs(
+    tmp_path: Path, seed: int, code: str, message: str
+):
+    async def story(world: World) -> None:
+        bad, good = await world.create(seed=seed), await world.create()
+        error = (await world.until(bad["id"], "failed"))["error"]
+        assert error["code"] == code
+        assert message in error["message"]
+        assert (await world.job(bad["id"]))["fine_tuned_model"] is None
+        await world.until(good["id"], "succeeded")
+
+    run(tmp_path, story, max_memory_bytes=200 * 2**20)
+
+
+def test_an_adapter_that_the_server_refuses_is_a_failure(tmp_path: Path):
+    async def story(world: World) -> None:
+        job = await world.create()
+        error = (await world.until(job["id"], "failed", "succeeded"))["error"]
+        assert error["code"] == "adapter_refused"
+        assert "a tensor matches nothing" in error["message"]
+
+    run(tmp_path, story, engine=RefusingEngine)
+
+
+# -- cancel, pause, restart -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [fake_trainer.SLOW, fake_trainer.DEAF])
+def test_a_running_job_is_cancelled_and_makes_nothing(tmp_path: Path, seed: int):
+    async def story(world: World) -> None:
+        job = await world.create(seed=seed)
+        await world.until_step(job["id"])
+        assert (await world.client.post(f"{JOBS}/{job['id']}/cancel")).status_code == 200
+        done = await world.until(job["id"], "cancelled", "succeeded", "failed")
+        assert (done["status"], done["fine_tuned_model"]) == ("cancelled", None)
+        assert not (world.settings.adapters / "nothing").exists()
+        again = await world.client.post(f"{JOBS}/{job['id']}/cancel")
+        assert again.status_code == 409
+
+    run(tmp_path, story, stop_grace_s=0.1)
+
+
+def test_a_waiting_job_is_cancelled_at_once_and_never_runs(tmp_path: Path):
+    async def story(world: World) -> None:
+        first = await world.create(seed=fake_trainer.SLOW)
+        second = await world.create()
+        reply = (await world.client.post(f"{JOBS}/{second['id']}/cancel")).json()
+        assert reply["status"] == "cancelled"
+        assert reply["finished_at"] is not None
+        await world.until(first["id"], "succeeded")
+        assert (await world.job(second["id"]))["status"] == "cancelled"
+
+    run(tmp_path, story)
+
+
+def test_a_paused_job_goes_on_from_its_checkpoint(tmp_path: Path):
+    async def story(world: World) -> None:
+        job = await world.create(seed=fake_trainer.SLOW)
+        await world.until_step(job["id"])
+        await world.client.post(f"{JOBS}/{job['id']}/pause")
+        await world.until(job["id"], "paused")
+        before = len(await world.events(job["id"], "metrics"))
+        other = await world.create()
+        await world.until(other["id"], "succeeded")
+        assert (await world.client.post(f"{JOBS}/{job['id']}/resume")).status_code == 200
+        await world.until(job["id"], "succeeded")
+        steps = await world.events(job["id"], "metrics")
+        assert 0 < before < len(steps) == fake_trainer.NUM_STEPS
+        assert (await world.client.post(f"{JOBS}/{job['id']}/resume")).status_code == 409
+
+    run(tmp_path, story)
+
+
+def test_a_job_outlives_its_server(tmp_path: Path):
+    job: dict[str, Any] = {}
+
+    async def begin(world: World) -> None:
+        job.update(await world.create(seed=fake_trainer.SLOW))
+        await world.until_step(job["id"])
+
+    async def go_on(world: World) -> None:
+        done = await world.until(job["id"], "succeeded", "failed")
+        assert done["status"] == "succeeded"
+        assert len(await world.events(job["id"], "metrics")) == fake_trainer.NUM_STEPS
+
+    run(tmp_path, begin)
+    run(tmp_path, go_on)
+
+
+def test_a_job_whose_server_was_killed_goes_on(tmp_path: Path):
+    """Even one that had made its adapter, and was killed before it could say so."""
+
+    async def begin(world: World) -> None:
+        for _ in range(2):
+            job = await world.create()
+            ids.append(job["id"])
+            names.append((await world.until(job["id"], "succeeded"))["fine_tuned_model"])
+
+    async def go_on(world: World) -> None:
+        for job_id in ids:
+            assert (await world.until(job_id, "succeeded", "failed"))["status"] == "succeeded"
+
+    ids: list[str] = []
+    names: list[str] = []
+    run(tmp_path, begin)
+    with sqlite3.connect(tmp_path / "tuning" / "jobs.sqlite") as db:
+        db.execute("UPDATE jobs SET status = 'running', finished_at = 0")
+    made = tmp_path / "adapters" / names[1]
+    made.rename(tmp_path / "lost")
+    run(tmp_path, go_on)
+    assert made.is_dir()
+
+
+def test_a_database_is_one_servers(tmp_path: Path):
+    settings = settings_in(tmp_path)
+    settings.folder.mkdir()
+    store = TuningStore(settings.database)
+    with pytest.raises(TuningStoreError, match="another server uses it"):
+        TuningStore(settings.database)
+    store.close()
+    settings.database.write_bytes(b"nonsense" * 100)
+    with pytest.raises(TuningStoreError, match="is damaged"):
+        TuningStore(settings.database)
+
+
+# -- what is refused ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"model": "gpt-4o"}, "model"),
+        ({"training_file": "file-none"}, "training_file"),
+        ({"validation_file": "file-none"}, "validation_file"),
+        ({"suffix": ""}, "suffix"),
+        ({"suffix": "x" * 65}, "suffix"),
+        ({"seed": -1}, "seed"),
+        ({"integrations": [{"type": "wandb"}]}, "integrations"),
+        ({"metadata": {"k" * 65: "v"}}, "metadata"),
+        ({"method": {"type": "reinforcement"}}, "method.type"),
+        ({"method": {"type": "supervised", "dpo": {}}}, "method.dpo"),
+        ({"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs"),
+        ({"hyperparameters": {"beta": 0.1}}, "hyperparameters.beta"),
+        ({"hyperparameters": {"n_epoch": 1}}, "hyperparameters.n_epoch"),
+        ({"method": {"type": "dpo"}, "hyperparameters": {}}, "hyperparameters"),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 9.0}}}},
+            "method.dpo.hyperparameters.beta",
+        ),
+        (
+            {"method": {"type": "dpo", "dpo": {"hyperparameters": {"lr": 9.0}}}},
+            "method.dpo.hyperparameters.lr",
+        ),
+        ({"models": "x"}, "models"),
+    ],
+)
+def test_a_wish_is_checked_field_by_field(tmp_path: Path, fields: dict[str, Any], param: str):
+    async def story(world: World) -> None:
+        body = {"model": BASE, "training_file": await world.upload(CHAT), **fields}
+        reply = await world.client.post(JOBS, json=body)
+        assert (reply.status_code, reply.json()["error"]["param"]) == (400, param)
+        assert (await world.client.get(JOBS)).json()["data"] == []
+
+    run(tmp_path, story)
+
+
+def test_jobs_are_listed_in_pages_and_by_metadata(tmp_path: Path):
+    async def story(world: World) -> None:
+        file_id = await world.upload(CHAT)
+        ids = [
+            (await world.create(training_file=file_id, metadata={"n": str(n)}))["id"]
+            for n in range(3)
+        ]
+        one = (await world.client.get(f"{JOBS}?limit=2")).json()
+        assert ([job["id"] for job in one["data"]], one["has_more"]) == (ids[:0:-1], True)
+        picked = (await world.client.get(JOBS, params={"metadata[n]": "1"})).json()["data"]
+        assert [job["id"] for job in picked] == [ids[1]]
+        for path in (f"{JOBS}/ftjob-none", f"{JOBS}/ftjob-none/events"):
+            assert (await world.client.get(path)).status_code == 404
+
+    run(tmp_path, story)
+
+
+def test_only_so_many_jobs_wait_and_their_files_stay(tmp_path: Path):
+    async def story(world: World) -> None:
+        job = await world.create(seed=fake_trainer.SLOW)
+        body = {"model": BASE, "training_file": job["training_file"]}
+        assert (await world.client.post(JOBS, json=body)).status_code == 429
+        gone = await world.client.delete(f"{FILES}/{job['training_file']}")
+        assert gone.status_code == 409
+        await world.until(job["id"], "succeeded")
+        assert (await world.client.delete(f"{FILES}/{job['training_file']}")).status_code == 200
+
+    run(tmp_path, story, max_jobs=1)
+
+
+# -- tenants --------------------------------------------------------------------------------
+
+
+def test_a_tenants_files_jobs_and_adapters_are_its_own(tmp_path: Path):
+    async def story(world: World) -> None:
+        world.client.headers.update(key("of-acme"))
+        job = await world.create()
+        done = await world.until(job["id"], "succeeded", "failed")
+        assert (done["status"], done["organization_id"]) == ("succeeded", "acme")
+        name = done["fine_tuned_model"]
+        assert name.startswith("acme/ft-")
+        assert (world.settings.adapters / name / "adapter_config.json").is_file()
+        paths = [f"{JOBS}/{job['id']}", f"{JOBS}/{job['id']}/events"]
+        paths += [f"{FILES}/{job['training_file']}", f"{FILES}/{job['training_file']}/content"]
+        world.client.headers.update(key("of-other"))
+        for path in paths:
+            assert (await world.client.get(path)).status_code == 404
+        assert (await world.client.get(JOBS)).json()["data"] == []
+        assert (await world.client.get(FILES)).json()["data"] == []
+        body = {"model": BASE, "training_file": job["training_file"]}
+        assert (await world.client.post(JOBS, json=body)).status_code == 400
+        world.client.headers.update(key("root"))
+        for path in paths:
+            assert (await world.client.get(path)).status_code == 200
+
+    run(tmp_path, story)
+    registry = Registry(str(tmp_path / "registry"))
+    owners = registry.state.owners
+    assert len(owners) == 1 + fake_trainer.NUM_STEPS
+    assert set(owners.values()) == {"acme"}
+    registry.close()
+
+
+def test_a_tenants_job_needs_a_registry_that_is_kept(tmp_path: Path):
+    async def whole() -> None:
+        registry = Registry()
+        handover = Handover(ServingEngine(), registry)
+        tuning = Tuning(settings_in(tmp_path), {}, handover, price_per_hour=0.0)
+        wish = CreateJob(model=BASE, training_file="file-x")
+        with pytest.raises(Invalid, match="--registry"):
+            await tuning.create(Caller("acme"), wish)
+        tuning.close()
+        registry.close()
+
+    asyncio.run(whole())

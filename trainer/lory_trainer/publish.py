@@ -1,0 +1,81 @@
+"""Hands a finished adapter to a server: uploads it, or copies it into the folder it serves.
+
+This module must not know training.
+"""
+
+import shutil
+from pathlib import Path
+from urllib.parse import quote, urlsplit
+
+import httpx
+
+from lory_trainer.destination import CONFIG_FILE, check_output
+from lory_trainer.errors import OutputError, PublishError
+from lory_trainer.export import TENSORS_FILE
+from lory_trainer.folders import draft_of, publish
+
+TIMEOUT_S = 120.0
+
+
+def deliver(output: Path, name: str, *, target: str, api_key: str, replace: bool) -> str:
+    """`target` is a server's URL or an adapters folder; returns what requests should name there."""
+    if target.startswith(("http://", "https://")):
+        return _upload(output, name, target.rstrip("/"), api_key)
+    return _copy(output, name, Path(target), replace=replace)
+
+
+def check_target(target: str) -> None:
+    """Before a run that may take hours: raises PublishError if it could only fail."""
+    if "://" in target:
+        parts = urlsplit(target)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise PublishError(f"--publish: {target!r} is no http URL")
+        try:
+            httpx.get(f"{target.rstrip('/')}/health", timeout=TIMEOUT_S)
+        except httpx.HTTPError as error:
+            raise PublishError(f"--publish: no server answers at {target}: {error}") from error
+    elif not Path(target).is_dir():
+        raise PublishError(f"--publish: {target} is neither a URL nor an adapters folder")
+
+
+def _upload(output: Path, name: str, url: str, api_key: str) -> str:
+    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+    files = {file: (output / file).read_bytes() for file in (CONFIG_FILE, TENSORS_FILE)}
+    path = f"{url}/v1/adapters/{quote(name, safe='/')}/files"
+    try:
+        reply = httpx.put(path, files=files, headers=headers, timeout=TIMEOUT_S)
+    except httpx.HTTPError as error:
+        raise PublishError(
+            f"{output} is written, but {url} did not take it: {error}; send it again with the "
+            "adapter routes"
+        ) from error
+    if reply.status_code == httpx.codes.NOT_FOUND:
+        raise PublishError(
+            f"{output} is written, but {url} takes no uploads: start it with --adapter-uploads, "
+            "or give --publish its adapters folder"
+        )
+    if reply.is_error:
+        raise PublishError(f"{output} is written, but {url} refused it: {_reason(reply)}")
+    return f"{reply.json()['id']} at {url}"
+
+
+def _reason(reply: httpx.Response) -> str:
+    try:
+        return str(reply.json()["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return f"{reply.status_code} {reply.text[:200]}"
+
+
+def _copy(output: Path, name: str, folder: Path, *, replace: bool) -> str:
+    place = folder / name
+    if place.resolve() == output.resolve():
+        return str(place)
+    try:
+        check_output(place, replace=replace)
+    except OutputError as error:
+        raise PublishError(f"{output} is written, but {error}") from error
+    with draft_of(place) as draft:
+        for path in output.iterdir():
+            shutil.copyfile(path, draft / path.name)
+        publish(draft, place)
+    return str(place)
