@@ -88,8 +88,19 @@ def read_options(config: Path | None, flags: Mapping[str, Any]) -> EvaluationOpt
     given = {name: value for name, value in flags.items() if value is not None}
     nested = {"prompt_only", "judge"} & given.keys() & values.keys()
     merged = {**values, **given, **{name: {**values[name], **given[name]} for name in nested}}
+    return _validated(merged)
+
+
+def check_section(section: Any) -> None:
+    """Of a training file, before the run. Raises EvaluationError naming each wrong key."""
+    if not isinstance(section, dict):
+        raise EvaluationError(f"expected `key: value` lines (given: {section!r})")
+    _validated(_plain(section))
+
+
+def _validated(values: Mapping[str, Any]) -> EvaluationOptions:
     try:
-        return EvaluationOptions.model_validate(merged)
+        return EvaluationOptions.model_validate(values)
     except ValidationError as error:
         raise EvaluationError("\n".join(_explained(error))) from error
 
@@ -104,8 +115,9 @@ def _section(path: Path) -> dict[str, Any]:
     if not isinstance(section, dict):
         raise EvaluationError(f"{path}: has no `{SECTION}:` section")
     found = _plain(section)
-    if "adapters" not in found and isinstance(values.get("adapter_id"), str):
-        found["adapters"] = [values["adapter_id"]]
+    name = values.get("adapter_id") or values.get("name")
+    if "adapters" not in found and isinstance(name, str):
+        found["adapters"] = [name]
     return _from_folder(found, path.parent)
 
 
