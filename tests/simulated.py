@@ -141,14 +141,16 @@ class SimulatedTier:
             slot = min(set(range(self.num_slots)) - set(self.resident.values()))
             self.resident[revision] = slot
         self.loading.clear()
-        for revision in demand.wanted:
+        for place, revision in enumerate(demand.wanted):
             if revision in self.resident or revision in self.loading:
                 continue
             if not self._free:
                 idle = [r for r in self.resident if r not in (*demand.in_use, *demand.wanted)]
-                if not idle:
+                behind = [r for r in reversed(demand.wanted[place:]) if r in self.resident]
+                may_go = [r for r in (*idle, *behind) if r not in demand.in_use]
+                if not may_go:
                     return
-                del self.resident[idle[0]]
+                del self.resident[may_go[0]]
             self.loading.append(revision)
             self.loads += 1
 

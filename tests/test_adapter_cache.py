@@ -253,7 +253,8 @@ def test_files_that_stall_hold_up_no_other_adapter(
     gate.open()
     world.until(lambda: all(ticket in world.answers for ticket in stuck))
     world.until(lambda: not [t for t in threading.enumerate() if t.name.endswith("-spare")])
-    assert len(world.cache._all_readers) == world.cache._readers.qsize() == 2
+    lane = world.cache._loaders.plain
+    assert len(lane.readers) == lane.free.qsize() == 2
 
 
 def test_a_folder_that_hangs_holds_up_no_other_name(
@@ -838,12 +839,26 @@ def test_whom_others_wait_for_is_evicted_last_however_long_unused(make: MakeCach
     world.bring(soon, later, idle)
     for revision in (soon, later, idle):
         world.cache.demand(AdapterDemand(frozenset({revision}), ()))
-    world.cache.demand(AdapterDemand(frozenset(), (wanted,), queued=(soon, later)))
+    world.cache.demand(AdapterDemand(frozenset(), (wanted, soon, later)))
     world.until(lambda: wanted in world.cache.residency().resident)
     assert world.cache.residency().resident.keys() == {soon, later, wanted}
-    world.cache.demand(AdapterDemand(frozenset({wanted}), (idle,), queued=(soon, later)))
+    world.cache.demand(AdapterDemand(frozenset({wanted}), (idle, soon, later)))
     world.until(lambda: idle in world.cache.residency().resident)
     assert world.cache.residency().resident.keys() == {soon, idle, wanted}
+
+
+def test_nobody_makes_room_for_who_is_behind_in_line(make: MakeCache) -> None:
+    """What had been fetched ahead for one was evicted to fetch ahead for the next."""
+    world = make(max_slots=2)
+    waits, idle, first, last = (world.hold(f"a{index}").revision for index in range(4))
+    world.bring(waits, idle)
+    for _ in range(20):
+        world.cache.demand(AdapterDemand(frozenset(), (first, waits, last)))
+        world.settle()
+    assert world.cache.residency().resident.keys() == {first, waits}
+    world.cache.demand(AdapterDemand(frozenset({first}), (last, waits)))
+    world.settle()
+    assert world.cache.residency().resident.keys() == {first, last}
 
 
 def test_a_large_adapter_is_not_starved_by_small_ones(make: MakeCache) -> None:

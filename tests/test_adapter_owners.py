@@ -129,6 +129,19 @@ def test_a_hidden_adapter_is_looked_for_as_one_that_is_not_there(
     assert asked[2] == "absent"
 
 
+def test_no_merge_leads_to_what_is_not_ours(tmp_path: Path, keys: Keyring) -> None:
+    front = owned(tmp_path, keys)
+
+    def merged(who: str, name: str) -> httpx.Response:
+        wish = {"ids": ["french", name], "weights": [0.5, 0.5]}
+        return front.post("/generate", lorax(merged_adapters=wish), **as_(who))
+
+    for name, absent in NAMES.items():
+        hidden, missing = merged("beta", name), merged("beta", absent)
+        assert hidden.status_code == 404
+        assert told(hidden, name) == told(missing, absent)
+
+
 def test_it_takes_as_long_to_say_no_either_way(tmp_path: Path, keys: Keyring) -> None:
     front = owned(tmp_path, keys)
 

@@ -3,10 +3,16 @@
 import os
 import subprocess
 import sys
+import threading
+import time
+import weakref
+from functools import partial
 from queue import SimpleQueue
 
+import pytest
 import torch
 
+from lory_server.adapters import workers as workers_module
 from lory_server.adapters.workers import JobFailed, Workers
 
 
@@ -74,3 +80,45 @@ def test_an_exception_ends_the_job_and_not_the_thread() -> None:
     assert outcomes.get(timeout=30) == "done"
     workers.stop()
     workers.join(30)
+
+
+def test_spare_threads_are_few_and_end_when_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "STALL_S", 0.0)
+    opened, outcomes = threading.Event(), SimpleQueue[object]()
+    workers = Workers("test", 1, outcomes, lambda: None, max_spares=2)
+    for _ in range(5):
+        workers.submit(Call(lambda: opened.wait(20)))
+    workers.submit(Call(lambda: "last"))
+    most, end_s = 0, time.monotonic() + 0.3
+    while time.monotonic() < end_s:
+        workers.relieve()
+        most = max(most, sum(thread.name == "test-spare" for thread in threading.enumerate()))
+        time.sleep(0.005)
+    assert most == 2
+    assert outcomes.empty()
+    opened.set()
+    assert [outcomes.get(timeout=20) for _ in range(6)].count("last") == 1
+    workers.stop()
+    workers.join(20)
+    assert not [t for t in (*workers.threads, *workers._spares) if t.is_alive()]
+
+
+def test_what_a_job_held_is_free_when_it_has_ended() -> None:
+    """An adapter that was evicted stayed in memory until the next one was copied."""
+
+    class Held:
+        """Something large."""
+
+    held = Held()
+    alive = weakref.ref(held)
+    outcomes = SimpleQueue[object]()
+    workers = Workers("test", 1, outcomes, lambda: None)
+    workers.submit(Call(partial(isinstance, held, Held)))
+    assert outcomes.get(timeout=20) is True
+    del held
+    end_s = time.monotonic() + 20
+    while alive() is not None:
+        assert time.monotonic() < end_s, "a thread that waits for work keeps the last one"
+        time.sleep(0.005)
+    workers.stop()
+    workers.join(20)

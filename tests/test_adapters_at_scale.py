@@ -28,8 +28,8 @@ from lory_server.adapters.reader_process import Looked, ProcessReader, can_read_
 from lory_server.adapters.store import AdapterFiles, AdapterStore
 from lory_server.blocks import BlockPool
 from lory_server.messages import Sampling
-from lory_server.plan import AdapterDemand
-from lory_server.scheduler import Scheduler, SchedulerLimits
+from lory_server.plan import AdapterDemand, Residency, ResidentAdapter
+from lory_server.scheduler import MAX_PREFETCH, Scheduler, SchedulerLimits
 from lory_server.sequence import Sequence
 from parity_world import ParityWorld, Reference, Session, compare
 
@@ -419,3 +419,24 @@ def test_the_collector_does_not_walk_what_is_known_of_thousands() -> None:
     gc.collect()
     assert len(gc.get_objects()) - before < 10 * len(kept)
     assert kept[0] == manifest
+
+
+# -- ahead of their turn --------------------------------------------------------------------------
+
+
+def test_adapters_are_asked_for_in_the_order_of_the_line() -> None:
+    """Those who could run now keep theirs; from the first that needs a load on, all stand in line,
+    a bounded number of loads among them."""
+    scheduler = Scheduler(BlockPool(64, 16), SchedulerLimits(1, 64), [0])
+    loads = [f"load{index:02d}" for index in range(MAX_PREFETCH + 4)]
+    line = ["runs", "next", loads[0], "behind", "", *loads[1:], "behind", "last"]
+    for index, revision in enumerate(line):
+        sampling = Sampling(max_new_tokens=8, seed=0)
+        scheduler.add(Sequence(index, sampling, [1, 2, 3], "", "w", revision=revision))
+    resident = {
+        r: ResidentAdapter(i, 1, 1) for i, r in enumerate(("runs", "next", "behind", "last"))
+    }
+    plan, demand = scheduler.plan(Residency(resident=resident))
+    assert [row.sequence_id for row in plan.rows] == [0]
+    assert demand.in_use == {"runs", "next"}
+    assert demand.wanted == (loads[0], "behind", *loads[1:MAX_PREFETCH], "last")

@@ -123,7 +123,5 @@ class AdapterDemand:
     in_use: frozenset[str]
     """Revisions that running or in-flight rows use: never evicted."""
     wanted: tuple[str, ...]
-    """Revisions that waiting sequences need, most urgent first."""
-    queued: tuple[str, ...] = ()
-    """Resident revisions that sequences behind those wait for, first in line first: the last to
-    be evicted."""
+    """Revisions that waiting sequences need, first in line first, resident ones among them: such
+    a one makes room for those before it at the last, and for nobody behind it."""

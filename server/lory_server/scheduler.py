@@ -377,20 +377,21 @@ class Scheduler:
         in_use = {s.revision for s in self.running if s.revision}
         for flights in self._in_flight.values():
             in_use.update(f.sequence.revision for f in flights if f.sequence.revision)
-        wanted: dict[str, None] = {}
-        queued: dict[str, None] = {}
+        line: dict[str, None] = {}
+        num_loads = 0
         for sequence in islice(self.waiting, LOOK_AHEAD):
             revision = sequence.revision
-            if not revision or revision in wanted:
+            if not revision or revision in line:
                 continue
-            if revision in residency.resident:
-                if not wanted and revision not in draining:
-                    in_use.add(revision)  # its turn comes before anybody's who needs a load
-                else:
-                    queued[revision] = None
-            elif len(wanted) < MAX_PREFETCH:
-                wanted[revision] = None
-        return AdapterDemand(frozenset(in_use), tuple(wanted), tuple(queued))
+            if revision not in residency.resident:
+                if num_loads < MAX_PREFETCH:
+                    num_loads += 1
+                    line[revision] = None
+            elif line or revision in draining:
+                line[revision] = None
+            else:
+                in_use.add(revision)  # its turn comes before anybody's who needs a load
+        return AdapterDemand(frozenset(in_use), tuple(line))
 
     # -- commit -----------------------------------------------------------------------------
 

@@ -102,7 +102,7 @@ class DeviceTier:
         kept = {*demand.in_use, *self.pinned}
         for urgency, revision in enumerate(demand.wanted):
             placed = revision in self._resident or revision in self._loading
-            less_urgent = (*demand.wanted[urgency + 1 :], *demand.queued)
+            less_urgent = demand.wanted[urgency + 1 :]
             if not placed and not self._try_load(revision, kept, less_urgent):
                 break
             kept.add(revision)
