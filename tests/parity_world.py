@@ -163,6 +163,7 @@ class Session:
         *,
         revision: str = "",
         tenant: str = "default",
+        manner: str = "",
         **fields: Any,
     ) -> None:
         sampling = Sampling(**{"max_new_tokens": 12, "seed": request_id, **fields})
@@ -172,6 +173,7 @@ class Session:
             sampling=sampling,
             adapter_id=adapter_id,
             adapter_revision=revision,
+            manner=manner,
             tenant=tenant,
         )
         self.prompts[request_id] = command

@@ -284,6 +284,7 @@ def test_an_adapter_is_uploaded_whole_under_its_name(world, monkeypatch):
     tensors = (world / "adapters/mine/adapter_model.safetensors").read_bytes()
     assert tensors in put.content
     assert b"adapter_config.json" in put.content
+    assert (world / "adapters/mine/adapter_manifest.json").read_bytes() in put.content
     assert events(world)[-1]["published"] == "upload:mine at http://there:1"
 
 

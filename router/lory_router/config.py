@@ -26,11 +26,9 @@ from lory_router.tuning.settings import TuningSettings
 from lory_router.tuning_config import TuningConfig
 from lory_router.values import (
     comma_list,
-    first_key,
     is_switch,
     parse_number,
     parse_whole,
-    with_scheme,
 )
 from lory_server.messages import DeviceName, DtypeName, EngineOptions, LogLevel, Quantization
 
@@ -72,6 +70,9 @@ class ModelConfig:
     )
     allow_base_mismatch: bool = flag(
         False, "Serve adapters that name another base of equal shapes."
+    )
+    strict_base: bool = flag(
+        False, "Refuse adapters whose manifest says that they were trained on another base."
     )
     served_model_name: str = flag(
         "", "Names the base answers to, comma-separated; empty: the model's own name."
@@ -254,6 +255,7 @@ class ServeConfig:
         return RouterSettings(
             model_names=self.model_names,
             adapters_dir=self.model.adapters,
+            strict_base=self.model.strict_base,
             adapter_sources=sources.kinds if sources else frozenset(),
             api_keys=comma_list(self.keys.api_key),
             max_concurrent_requests=self.step.max_queued,
@@ -278,35 +280,11 @@ def environment_names() -> frozenset[str]:
     return frozenset(_variable(item.name) for _, item in _leaves())
 
 
-def server_url_option() -> Any:
-    """The `--url` of commands that talk to a running server."""
-    return typer.Option(
-        "http://127.0.0.1:8080",
-        "--url",
-        help="Where the server listens.",
-        parser=with_scheme,
-        metavar="URL",
-    )
-
-
 _PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     int: (parse_whole, "INTEGER"),
     float: (parse_number, "NUMBER"),
 }
 """How a flag without a parser of its own is read, and called in the help."""
-
-
-def caller_key_option() -> Any:
-    """The `--api-key` of commands that talk to a running server."""
-    return typer.Option(
-        "",
-        "--api-key",
-        help="Bearer key to send, if the server asks for one; of several with commas, the first.",
-        parser=first_key,
-        metavar="KEY",
-        envvar=_variable("api_key"),
-        show_default=False,
-    )
 
 
 def serve_option(name: str, **changes: Any) -> Any:

@@ -15,7 +15,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
 from math import prod
 from typing import Literal
@@ -33,6 +33,7 @@ from lory_server.adapters.manifest import (
     AdapterSlice,
     ChunkKind,
 )
+from lory_server.messages import NO_MANNER, Manner
 
 REVISION_CHARS = 32
 BATCH_BYTES = 256 * 1024
@@ -56,6 +57,7 @@ class AdapterBlob:
     full_starts: tuple[int, ...]
     """The same of each full weight; they follow the chunks."""
     num_bytes: int
+    manner: Manner = NO_MANNER
 
     @property
     def pool_numel(self) -> int:
@@ -72,6 +74,14 @@ def read_blob(weights_fd: int, manifest: AdapterManifest, dtype: torch.dtype) ->
 def new_blob(revision: str, manifest: AdapterManifest, data: Tensor) -> AdapterBlob:
     starts, full_starts = _starts(manifest, data.element_size())
     return AdapterBlob(revision, manifest, data, starts, full_starts, data.nbytes)
+
+
+def with_manner(blob: AdapterBlob, manner: Manner) -> AdapterBlob:
+    """The same numbers, asked in that way, which makes another revision of them."""
+    if not manner.digest:
+        return blob
+    digest = hashlib.sha256(f"{blob.revision} {manner.digest}".encode()).hexdigest()
+    return replace(blob, revision=digest[:REVISION_CHARS], manner=manner)
 
 
 def read_numbers(weights_fd: int, manifest: AdapterManifest, data: Tensor) -> str:

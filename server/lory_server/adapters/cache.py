@@ -411,6 +411,7 @@ class AdapterCache:
             max_rank=entry.max_rank,
             invocation_tokens=entry.facts.invocation_tokens,
             load_seconds=time.monotonic() - asked.asked_s,
+            manner=entry.blob.manner,
         )
 
     def _failed(self, ticket: int, error: Exception) -> ResolveFailed:

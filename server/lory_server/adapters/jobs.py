@@ -12,12 +12,13 @@ from queue import Empty, SimpleQueue
 
 import torch
 
-from lory_server.adapters.blob import AdapterBlob
+from lory_server.adapters.blob import AdapterBlob, with_manner
 from lory_server.adapters.errors import AdapterCapacityError
 from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.full_weights import FullWeights
 from lory_server.adapters.host import HostBudget
 from lory_server.adapters.manifest import AdapterManifest
+from lory_server.adapters.manner import read_manner_file
 from lory_server.adapters.merge_sources import locate
 from lory_server.adapters.reader import Reader
 from lory_server.adapters.store import AdapterStore, Signature
@@ -165,11 +166,12 @@ class LoadJob:
         started_s = time.monotonic()
         with locate(self.store, self.key.adapter_id) as files:
             manifest = reader.manifest(files)
+            manner = read_manner_file(files.manifest_fd)
             self.limits.check(manifest, self.budget)
             num_bytes = manifest.num_bytes(self.limits.dtype.itemsize)
             if not reservation.cover(num_bytes):
                 return NeedsRoom(self.key, num_bytes)
-            blob = reader.blob(files, manifest)
+            blob = with_manner(reader.blob(files, manifest), manner)
             files.check_unchanged()
             seconds = time.monotonic() - started_s
             return Loaded(self.key, blob, files.signature, files.is_settled, seconds)

@@ -5,7 +5,7 @@ It must not know how an answer was found.
 
 from dataclasses import dataclass
 
-from lory_server.messages import AdapterEntry, FailureCode
+from lory_server.messages import NO_MANNER, AdapterEntry, FailureCode, Manner
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +25,7 @@ class Resolved:
     invocation_tokens: tuple[int, ...]
     load_seconds: float
     """From `resolve` to now."""
+    manner: Manner = NO_MANNER
 
 
 @dataclass(frozen=True, slots=True)
