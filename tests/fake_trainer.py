@@ -12,8 +12,9 @@ from pathlib import Path
 from types import FrameType
 
 NUM_STEPS = 4
-SLOW, FAILING, DYING, HUNGRY, DEAF = 1001, 1002, 1003, 1004, 1005
-"""Seeds: steps that take 0.4 s; ends in an error; kills itself; takes 300 MB; hears no SIGTERM."""
+SLOW, FAILING, DYING, HUNGRY, DEAF, TELLING = 1001, 1002, 1003, 1004, 1005, 1006
+"""Seeds: steps that take 0.4 s; ends in an error; kills itself; takes 300 MB; hears no SIGTERM;
+names its folder in what it says."""
 
 
 class Run:
@@ -56,6 +57,12 @@ class Run:
         time.sleep(0.4 if self.seed in (SLOW, DEAF) else 0.0)
         if step == 2 and self.seed == FAILING:
             self.say("failed", step, code="data", error="row 7 is too long", checkpoint=None)
+            sys.exit(1)
+        if step == 2 and self.seed == TELLING:
+            self.say("message", step, level="warning", text=f"look at {self.run}/log")
+            self.say(
+                "failed", step, code="output", error=f"no room: {self.output}/x and {self.run}"
+            )
             sys.exit(1)
         if step == 2 and self.seed == DYING:
             print("about to die", flush=True)

@@ -16,6 +16,7 @@ import pytest
 
 import fake_trainer
 from lory_router.app import create_app
+from lory_router.engine import Unavailable
 from lory_router.errors import Invalid
 from lory_router.keys import Caller, Keyring
 from lory_router.metrics import Metrics
@@ -116,6 +117,11 @@ class RefusingEngine(ScriptedEngine):
     async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
         failure = Failure(code="adapter_invalid", message="a tensor matches nothing")
         return OrderDone(call_id=1, entry=None, failure=failure)
+
+
+class AbsentEngine(ScriptedEngine):
+    async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
+        raise Unavailable("it starts")
 
 
 class ServingEngine(ScriptedEngine):
@@ -224,6 +230,43 @@ def test_what_is_no_training_file_is_refused_and_leaves_nothing(tmp_path: Path):
     run(tmp_path, story, max_file_bytes=1000, max_files_bytes=1500)
 
 
+def test_a_slow_upload_holds_nobody_up_but_its_bytes_count(tmp_path: Path):
+    async def story(world: World) -> None:
+        begun, go = asyncio.Event(), asyncio.Event()
+        head = b'--B\r\ncontent-disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+        parts = head % (b"purpose", b"", b"fine-tune") + head % (
+            b"file",
+            b'; filename="a"',
+            b"x" * 800,
+        )
+
+        async def body() -> AsyncIterator[bytes]:
+            yield parts
+            begun.set()
+            await go.wait()
+            yield b"--B--\r\n"
+
+        form = {"content-type": "multipart/form-data; boundary=B"}
+        slow = asyncio.create_task(world.client.post(FILES, content=body(), headers=form))
+        await begun.wait()
+        assert (await world.send(b"x" * 900)).status_code == 507
+        assert (await world.send(b"x" * 500)).status_code == 200
+        go.set()
+        assert (await slow).status_code == 200
+
+    run(tmp_path, story, max_file_bytes=1000, max_files_bytes=1500)
+
+
+def test_what_a_killed_server_left_of_an_upload_is_removed(tmp_path: Path):
+    async def story(world: World) -> None:
+        assert not leftover.exists()
+
+    leftover = settings_in(tmp_path).files / ".file-x.part"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"x")
+    run(tmp_path, story)
+
+
 # -- a job that goes well -------------------------------------------------------------------
 
 
@@ -246,6 +289,8 @@ def test_a_job_ends_in_an_adapter_and_tells_every_step(tmp_path: Path):
             f"New fine-tuned model created: {name}",
             "The job has successfully completed",
         ]
+        run_folder = world.settings.runs / job["id"]
+        assert not [path for path in run_folder.iterdir() if path.is_dir()]
         steps = await world.events(job["id"], "metrics")
         assert steps[0] == "Step 1/4: training loss=1.0000"
         assert len(steps) == 4
@@ -367,6 +412,41 @@ def test_a_run_that_fails_says_why_and_the_next_one_runs(
     run(tmp_path, story, max_memory_bytes=200 * 2**20)
 
 
+def test_no_folder_of_the_machine_is_told(tmp_path: Path):
+    async def story(world: World) -> None:
+        job = await world.create(seed=fake_trainer.TELLING)
+        failed = await world.until(job["id"], "failed", "succeeded")
+        told = json.dumps(failed) + (await world.client.get(f"{JOBS}/{job['id']}/events")).text
+        assert "look at" in told
+        assert "no room" in told
+        assert str(tmp_path) not in told
+
+    run(tmp_path, story)
+
+
+def test_events_are_listed_in_pages(tmp_path: Path):
+    async def story(world: World) -> None:
+        job = await world.create()
+        await world.until(job["id"], "succeeded", "failed")
+        other = await world.create()
+        await world.until(other["id"], "succeeded", "failed")
+        path = f"{JOBS}/{job['id']}/events"
+        whole = (await world.client.get(f"{path}?limit=100")).json()
+        assert (len(whole["data"]), whole["has_more"]) == (4 + fake_trainer.NUM_STEPS, False)
+        found: list[Any] = []
+        more, after = True, ""
+        while more:
+            page = (await world.client.get(f"{path}?limit=3{after}")).json()
+            assert len(page["data"]) <= 3
+            found += page["data"]
+            more, after = page["has_more"], f"&after={page['last_id']}"
+        assert found == whole["data"]
+        stranger = (await world.client.get(f"{JOBS}/{other['id']}/events")).json()["last_id"]
+        assert (await world.client.get(f"{path}?after={stranger}")).status_code == 400
+
+    run(tmp_path, story)
+
+
 def test_an_adapter_that_the_server_refuses_is_a_failure(tmp_path: Path):
     async def story(world: World) -> None:
         job = await world.create()
@@ -393,6 +473,126 @@ def test_a_running_job_is_cancelled_and_makes_nothing(tmp_path: Path, seed: int)
         assert again.status_code == 409
 
     run(tmp_path, story, stop_grace_s=0.1)
+
+
+@pytest.mark.parametrize(("deed", "status"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_a_job_that_waits_for_the_engine_is_still_heard(tmp_path: Path, deed: str, status: str):
+    async def story(world: World) -> None:
+        job = await world.create()
+        made = world.settings.adapters / name_of(job)
+        await until(made.is_dir)
+        assert (await world.client.post(f"{JOBS}/{job['id']}/{deed}")).status_code == 200
+        assert (await world.until(job["id"], status, "succeeded"))["status"] == status
+        assert made.exists() == (status == "paused")
+        assert (await world.client.post(f"{JOBS}/{job['id']}/{deed}")).status_code == 409
+
+    run(tmp_path, story, engine=AbsentEngine)
+
+
+@pytest.mark.parametrize("seed", [fake_trainer.DEAF, 1])
+def test_a_server_stops_though_a_new_adapter_waits_for_the_engine(tmp_path: Path, seed: int):
+    """Whether it was made before the server was told to stop, or after."""
+    job: dict[str, Any] = {}
+
+    async def begin(world: World) -> None:
+        job.update(await world.create(seed=seed))
+        made = world.settings.adapters / name_of(job)
+        await (until(made.is_dir) if seed == 1 else world.until_step(job["id"]))
+
+    async def within_time() -> None:
+        async with asyncio.timeout(WAIT_S), world(tmp_path, engine=AbsentEngine) as found:
+            await begin(found)
+
+    async def go_on(world: World) -> None:
+        done = await world.until(job["id"], "succeeded", "failed")
+        assert done["fine_tuned_model"] == name_of(job)
+
+    asyncio.run(within_time())
+    run(tmp_path, go_on)
+
+
+def test_a_job_is_not_begun_by_a_server_that_stops(tmp_path: Path):
+    async def story() -> None:
+        registry = Registry()
+        tuning = Tuning(settings_in(tmp_path), {}, Handover(ServingEngine(), registry), 0.0)
+        caller = Caller("root", is_admin=True)
+        file = await tuning._files.add("root", "rows.jsonl", "fine-tune", b"{}")
+        job = await tuning.create(caller, CreateJob(model=BASE, training_file=file.id))
+        next_job = tuning._store.next_job
+
+        async def told_to_stop() -> Any:
+            found = await next_job()
+            tuning.stop()
+            return found
+
+        tuning._store.next_job = told_to_stop
+        await tuning.run()
+        assert (await tuning.job(caller, job.id)).status == "validating_files"
+        tuning.close()
+        registry.close()
+
+    asyncio.run(story())
+
+
+def test_a_job_that_is_paused_as_it_begins_is_paused(tmp_path: Path):
+    """Nothing is done to it, and nothing said of it, that was not asked for."""
+
+    async def story(world: World) -> None:
+        next_job, held = world.tuning._store.next_job, asyncio.Event()
+
+        async def slowly() -> Any:
+            found = await next_job()
+            if found is not None:
+                held.set()
+                await asyncio.sleep(0.1)
+            return found
+
+        world.tuning._store.next_job = slowly
+        job = await world.create()
+        await held.wait()
+        assert (await world.client.post(f"{JOBS}/{job['id']}/pause")).json()["status"] == "paused"
+        await asyncio.sleep(0.3)
+        assert (await world.job(job["id"]))["status"] == "paused"
+        assert await world.events(job["id"]) == [
+            f"Created fine-tuning job: {job['id']}",
+            "Fine-tuning job paused",
+        ]
+
+    run(tmp_path, story)
+
+
+def test_jobs_go_on_after_a_database_that_could_not_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    async def story(world: World) -> None:
+        job = await world.create(seed=fake_trainer.SLOW)
+        await world.until_step(job["id"])
+        await query_only(world, "ON")
+        reply = await world.client.post(JOBS, json={"model": BASE, "training_file": "file-x"})
+        assert reply.status_code == 500
+        assert "database of jobs" in reply.json()["error"]["message"]
+        async with asyncio.timeout(WAIT_S):
+            while "fine-tuning goes on" not in caplog.text:
+                await asyncio.sleep(0.05)
+        await query_only(world, "OFF")
+        assert (await world.until(job["id"], "succeeded", "failed"))["status"] == "succeeded"
+
+    run(tmp_path, story)
+
+
+async def query_only(world: World, value: str) -> None:
+    """What a full disk does, as far as statements go."""
+    await asyncio.to_thread(world.tuning._store._connection.execute, f"PRAGMA query_only = {value}")
+
+
+def name_of(job: dict[str, Any]) -> str:
+    return f"ft-{BASE}-{job['id'].partition('-')[2][:12]}"
+
+
+async def until(holds: Callable[[], bool]) -> None:
+    async with asyncio.timeout(WAIT_S):
+        while not holds():
+            await asyncio.sleep(0.02)
 
 
 def test_a_waiting_job_is_cancelled_at_once_and_never_runs(tmp_path: Path):
@@ -580,6 +780,20 @@ def test_a_tenants_files_jobs_and_adapters_are_its_own(tmp_path: Path):
     assert len(owners) == 1 + fake_trainer.NUM_STEPS
     assert set(owners.values()) == {"acme"}
     registry.close()
+
+
+def test_a_tenant_takes_no_more_than_its_share(tmp_path: Path):
+    async def story(world: World) -> None:
+        world.client.headers.update(key("of-acme"))
+        job = await world.create(seed=fake_trainer.SLOW)
+        body = {"model": BASE, "training_file": job["training_file"]}
+        assert (await world.client.post(JOBS, json=body)).status_code == 429
+        assert (await world.send(b"x" * 950)).status_code == 507
+        world.client.headers.update(key("of-other"))
+        assert (await world.send(b"x" * 900)).status_code == 200
+        await world.create()
+
+    run(tmp_path, story, max_jobs_per_tenant=1, max_files_bytes_per_tenant=1000)
 
 
 def test_a_tenants_job_needs_a_registry_that_is_kept(tmp_path: Path):
