@@ -5,6 +5,7 @@ What it does is told by the seed of its configuration: see PLANS.
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -15,6 +16,7 @@ NUM_STEPS = 4
 SLOW, FAILING, DYING, HUNGRY, DEAF, TELLING = 1001, 1002, 1003, 1004, 1005, 1006
 """Seeds: steps that take 0.4 s; ends in an error; kills itself; takes 300 MB; hears no SIGTERM;
 names its folder in what it says."""
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class Run:
@@ -78,8 +80,9 @@ class Run:
 
 def write_adapter(folder: Path) -> None:
     draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in FILES:
         (draft / name).write_text("{}")
     draft.rename(folder)
 
