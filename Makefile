@@ -66,7 +66,7 @@ bench: setup ## Compare with transformers + PEFT on this machine, in one run
 SECTION ?= parity
 # With SECTION=kernels: a folder of others' unpacked wheels (kernels/lory_kernels/bench/peers.py).
 KERNEL_PEERS ?=
-gpu-check: ## GPU paths against their references, and their times (SECTION=parity|step|kernels)
+gpu-check: ## GPU paths against their references, and their times (SECTION=parity|step|kernels|train)
 	PYTHONPATH=.gpu-site:server:kernels:router:clients/python:trainer $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(SECTION) $(if $(KERNEL_PEERS),--peers $(KERNEL_PEERS))
 
 clean: ## Remove the environment and caches

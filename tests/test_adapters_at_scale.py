@@ -8,6 +8,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ class Standing:
         """One adapter more, as if it had been loaded; seconds of the step's work to bring it."""
         revision, blob, cache = f"{self.num_put:032x}", self.blob, self.cache
         self.num_put += 1
-        copy = AdapterBlob(revision, blob.manifest, blob.data, blob.chunk_starts, blob.num_bytes)
+        copy = replace(blob, revision=revision)
         assert cache.budget.try_reserve(blob.num_bytes)
         cache.host.put(revision, copy, 0.01, self.pool.needed_bytes(blob.manifest))
         cache.host.use(revision)

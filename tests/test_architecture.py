@@ -54,6 +54,7 @@ LAYERS = [
         "host_memory",
     },
     {"sequence", "accounting", "adapters", "channel", "model.spec"},
+    {"head_turns"},
     {"scheduler", "model"},
     {"engine"},
     {"build", "merge_folder"},

@@ -103,9 +103,8 @@ class MemoryConfig:
     memory: int = size_flag(0, "All device memory the engine may use; 0: derived.")
     kv_memory: int = size_flag(0, "Device memory of the KV cache; 0: derived.")
     adapter_memory: int = size_flag(0, "Device memory of resident adapters; 0: derived.")
-    adapter_host_memory: int = size_flag(
-        0, "Host memory of adapters loaded but not resident; 0: derived."
-    )
+    full_weights_memory: int = size_flag(0, "Device memory of adapters' own heads; 0: derived.")
+    adapter_host_memory: int = size_flag(0, "Host memory of all loaded adapters; 0: derived.")
     max_resident_adapters: int = flag(
         0, "Most adapters on the device at once; 0: as many as its memory holds.", at_least=0
     )
@@ -238,6 +237,7 @@ class ServeConfig:
             memory_bytes=self.memory.memory,
             kv_bytes=self.memory.kv_memory,
             adapter_pool_bytes=self.memory.adapter_memory,
+            full_weight_bytes=self.memory.full_weights_memory,
             adapter_host_bytes=self.memory.adapter_host_memory,
             max_resident_adapters=self.memory.max_resident_adapters,
             reader_processes=self.memory.reader_processes,
@@ -492,9 +492,9 @@ def _check_steps(config: ServeConfig) -> None:
 
 def _check_memory(config: ServeConfig) -> None:
     memory = config.memory
-    pools = memory.kv_memory + memory.adapter_memory
+    pools = memory.kv_memory + memory.adapter_memory + memory.full_weights_memory
     if memory.memory and pools > memory.memory:
         raise ConfigError(
-            f"--memory: {memory.memory} bytes cannot hold --kv-memory and --adapter-memory "
-            f"({pools} bytes together)"
+            f"--memory: {memory.memory} bytes cannot hold --kv-memory, --adapter-memory and "
+            f"--full-weights-memory ({pools} bytes together)"
         )

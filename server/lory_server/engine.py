@@ -440,6 +440,8 @@ def _sequence(command: Submit, adapter: Resolved | None) -> Sequence:
         revision=acting.revision if acting else "",
         adapter_id=command.adapter_id,
         adapter_bytes=acting.num_bytes if acting else 0,
+        full_bytes=acting.full_bytes if acting else 0,
+        has_own_head=acting.has_own_head if acting else False,
     )
 
 

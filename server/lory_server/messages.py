@@ -79,6 +79,8 @@ class EngineOptions(Message, frozen=True):
     kv_bytes: int = 0
     adapter_pool_bytes: int = 0
     """Device bytes for resident adapters."""
+    full_weight_bytes: int = 0
+    """Device bytes for adapters' own embeddings, heads and norms, beside the pool."""
     adapter_host_bytes: int = 0
     """Host bytes for adapters that are loaded but not resident."""
     max_resident_adapters: int = 0

@@ -213,6 +213,7 @@ LUDWIG: tuple[Key, ...] = (
     Noted("ludwig_version", "Ludwig", "configurations are read by their keys"),
     Alias("adapter_id", "name", "others"),
     Alias("dataset", "data", "others"),
+    Noted("evaluation", "others", "it is read by lory eval --config"),
 )
 
 AXOLOTL: tuple[Key, ...] = (

@@ -15,8 +15,9 @@ import torch
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.errors import AdapterCapacityError
 from lory_server.adapters.fold import BaseFolder
-from lory_server.adapters.format import AdapterManifest
+from lory_server.adapters.full_weights import FullWeights
 from lory_server.adapters.host import HostBudget
+from lory_server.adapters.manifest import AdapterManifest
 from lory_server.adapters.merge_sources import locate
 from lory_server.adapters.reader import Reader
 from lory_server.adapters.store import AdapterStore, Signature
@@ -82,6 +83,7 @@ class Limits:
     dtype: torch.dtype
     pool_bytes: int
     needed_bytes: Callable[[AdapterManifest], int]
+    full: FullWeights
 
     def check(self, manifest: AdapterManifest, budget: HostBudget) -> None:
         needed_bytes = self.needed_bytes(manifest)
@@ -90,7 +92,19 @@ class Limits:
                 f"takes {needed_bytes} bytes on the device, the whole pool holds"
                 f" {self.pool_bytes}; raise adapter_pool_bytes or train a smaller rank"
             )
+        if not manifest.needs_base:
+            self.check_full(manifest)
         self.check_host(manifest.num_bytes(self.dtype.itemsize), budget)
+
+    def check_full(self, manifest: AdapterManifest) -> None:
+        """Of what is left of its full weights when those that repeat others have been dropped."""
+        needed_bytes = self.full.needed_bytes(manifest)
+        if needed_bytes > self.full.total_bytes:
+            names = ", ".join(dict.fromkeys(weight.module for weight in manifest.full[:4]))
+            raise AdapterCapacityError(
+                f"takes {needed_bytes} bytes on the device for weights of its own ({names}), all"
+                f" adapters together may take {self.full.total_bytes}; raise --full-weights-memory"
+            )
 
     def check_host(self, num_bytes: int, budget: HostBudget) -> None:
         if num_bytes > budget.total_bytes:
@@ -165,6 +179,8 @@ class LoadJob:
 class Folded:
     loaded: Loaded
     """Ready for the device."""
+    freed_bytes: int
+    """Of those that were reserved for it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -172,6 +188,7 @@ class FoldJob:
     """Fold the base into an adapter that has been loaded."""
 
     folder: BaseFolder
+    limits: Limits
     loaded: Loaded
 
     @property
@@ -180,9 +197,11 @@ class FoldJob:
 
     def run(self) -> Folded:
         started_s = time.monotonic()
-        self.folder.fold(self.loaded.blob)
+        blob = self.folder.fold(self.loaded.blob)
+        self.limits.check_full(blob.manifest)
         seconds = self.loaded.seconds + time.monotonic() - started_s
-        return Folded(replace(self.loaded, seconds=seconds))
+        freed_bytes = self.loaded.blob.num_bytes - blob.num_bytes
+        return Folded(replace(self.loaded, blob=blob, seconds=seconds), freed_bytes)
 
 
 class _Reservation:

@@ -18,7 +18,9 @@ class Resolved:
     is_latest: bool
     """Whether it is what the name stands for on disk; else it was asked for by its digest."""
     num_bytes: int
-    """What it takes in the device's pool."""
+    """What it takes in the device's pool, and its full weights beside it."""
+    full_bytes: int
+    has_own_head: bool
     max_rank: int
     invocation_tokens: tuple[int, ...]
     load_seconds: float
