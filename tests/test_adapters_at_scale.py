@@ -359,6 +359,7 @@ def parity(tmp_path_factory: pytest.TempPathFactory) -> ParityWorld:
         adapters[name] = Path(shutil.copytree(like, root / name))
         config = json.loads((root / name / "adapter_config.json").read_text())
         (root / name / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": index}))
+    time.sleep(0.15)  # old enough that their signatures are remembered, and none is read again
     return ParityWorld("llama", base, root, adapters)
 
 
