@@ -95,8 +95,8 @@ NAMED_LATER = "rows.jsonl"
 
 
 def check_section(section: Any) -> None:
-    """Of a training file, before the run. Raises EvaluationError naming each wrong key; the rows may
-    be named when it is evaluated."""
+    """Of a training file, before the run. Raises EvaluationError naming each wrong key; its rows
+    may be named later."""
     if not isinstance(section, dict):
         raise EvaluationError(f"expected `key: value` lines (given: {section!r})")
     _validated({"data": NAMED_LATER} | _plain(section))
