@@ -72,6 +72,28 @@ def test_a_gate_that_fails_is_exit_code_3_and_publishes_nothing(url, tmp_path, r
     assert "loud@best" not in registry.state.names
 
 
+@pytest.mark.parametrize(
+    "gate", ["exact_mach >= 0.9", "exact_match > nobody", "cost_per_correct < 1"]
+)
+def test_a_gate_that_cannot_be_looked_at_loses_no_answers(url, tmp_path, registry, gate):
+    report = tmp_path / "report.json"
+    done = lory_eval(
+        url,
+        write_rows(tmp_path),
+        *("--adapter", "loud", "--gate", gate, "--publish", "loud@best"),
+        *("--output", str(report)),
+    )
+    assert (done.exit_code, "error: gate: " in done.output) == (1, True)
+    assert len(json.loads(report.read_text())["rows"]) == 4
+    assert "loud@best" not in registry.state.names
+
+
+def test_nothing_is_published_whose_report_cannot_be_written(url, tmp_path, registry):
+    flags = ("--adapter", "loud", "--publish", "loud@best", "--output", "/dev/null/x")
+    assert lory_eval(url, write_rows(tmp_path), *flags).exit_code == 1
+    assert "loud@best" not in registry.state.names
+
+
 def test_what_is_not_better_is_not_published_and_what_is_is(url, tmp_path, registry):
     data = write_rows(tmp_path)
     assert lory_eval(url, data, "--adapter", "meek", "--publish", "meek@live").exit_code == 3

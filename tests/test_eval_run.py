@@ -12,8 +12,11 @@ import yaml
 
 from eval_world import ARROW, Around, Oracle, make_front, run, write_rows
 from lory_trainer.evaluation.errors import EvaluationError
+from lory_trainer.evaluation.facts import AdapterFacts
 from lory_trainer.evaluation.options import read_options
 from lory_trainer.evaluation.results import Evaluation
+from lory_trainer.evaluation.rows import Row
+from lory_trainer.evaluation.variants import Sampling, adapter_variant, base_variant, request
 from scripted_engine import Front
 
 
@@ -131,6 +134,17 @@ def test_an_adapter_of_chats_is_compared_with_the_base_in_a_chat(tmp_path):
     assert prompts(front, "loud") == prompts(front, "") != {"one ->"}
     with pytest.raises(EvaluationError, match="perplexity: is not to be had"):
         run(front, data=data, template="{text}", metrics=["exact_match", "perplexity"])
+
+
+def test_the_base_ends_where_the_adapter_does():
+    """Or what it goes on to say would count against it alone."""
+    like = adapter_variant(AdapterFacts("loud", template="{text} ->", stop=("\n",)), "")
+    row, sampling = Row("line 1", {"text": "one"}, "ONE"), Sampling(0, 8, is_greedy=True)
+    _, body = request(base_variant("tiny", like), row, sampling)
+    assert body["parameters"]["stop"] == ["\n"]
+    assert "stop" not in request(like, row, sampling)[1]["parameters"]
+    _, body = request(base_variant("tiny", replace(like, stop=())), row, sampling)
+    assert "stop" not in body["parameters"]
 
 
 def test_two_adapters_are_compared_without_a_base(tmp_path):

@@ -286,6 +286,8 @@ def test_an_adapter_is_uploaded_whole_under_its_name(world, monkeypatch):
     assert b"adapter_config.json" in put.content
     assert (world / "adapters/mine/adapter_manifest.json").read_bytes() in put.content
     assert events(world)[-1]["published"] == "upload:mine at http://there:1"
+    assert "published: upload:mine at http://there:1" in done.output
+    assert "serve it" not in done.output
 
 
 @pytest.mark.parametrize(

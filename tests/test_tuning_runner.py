@@ -31,7 +31,7 @@ from tuning_world import (
     name_of,
     run,
     settings_in,
-    until,
+    until_made,
     world,
 )
 
@@ -57,8 +57,7 @@ def test_a_running_job_is_cancelled_and_makes_nothing(tmp_path: Path, seed: int)
 def test_a_job_that_waits_for_the_engine_is_still_heard(tmp_path: Path, deed: str, status: str):
     async def story(world: World) -> None:
         job = await world.create()
-        made = world.settings.adapters / name_of(job)
-        await until(made.is_dir)
+        made = await until_made(world, job)
         assert (await world.client.post(f"{JOBS}/{job['id']}/{deed}")).status_code == 200
         assert (await world.until(job["id"], status, "succeeded"))["status"] == status
         assert made.exists() == (status == "paused")
@@ -74,8 +73,7 @@ def test_a_server_stops_though_a_new_adapter_waits_for_the_engine(tmp_path: Path
 
     async def begin(world: World) -> None:
         job.update(await world.create(seed=seed))
-        made = world.settings.adapters / name_of(job)
-        await (until(made.is_dir) if seed == 1 else world.until_step(job["id"]))
+        await (until_made(world, job) if seed == 1 else world.until_step(job["id"]))
 
     async def within_time() -> None:
         async with asyncio.timeout(WAIT_S), world(tmp_path, engine=AbsentEngine) as found:

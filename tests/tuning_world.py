@@ -116,7 +116,7 @@ class RefusingEngine(ScriptedEngine):
 
 class AbsentEngine(ScriptedEngine):
     async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
-        raise Unavailable("it starts")
+        raise Unavailable("loading", "it starts")
 
 
 class ServingEngine(ScriptedEngine):
@@ -167,6 +167,19 @@ def run(folder: Path, story: Callable[[World], Awaitable[None]], **changes: Any)
 
 def name_of(job: dict[str, Any]) -> str:
     return f"ft-{BASE}-{job['id'].partition('-')[2][:12]}"
+
+
+async def until_made(world: World, job: dict[str, Any]) -> Path:
+    """The adapter, once its run is over and it waits to be handed over."""
+    made = world.settings.adapters / name_of(job)
+    await until(lambda: made.is_dir() and not num_running(world))
+    await asyncio.sleep(0.2)
+    return made
+
+
+def num_running(world: World) -> float:
+    [sample] = next(iter(world.tuning.meter.collect())).samples
+    return sample.value
 
 
 async def until(holds: Callable[[], bool]) -> None:

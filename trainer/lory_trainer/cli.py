@@ -243,7 +243,15 @@ def summary(result: "TrainResult") -> str:
         f"{result.output}: {result.num_steps} steps on {result.num_rows} rows{dropped}, "
         f"loss {result.losses[0]:.3f} -> {result.losses[-1]:.3f}{held_out}, "
         f"{result.num_trainable:,} trainable parameters ({share:.2f} %), {result.elapsed_s:.0f} s\n"
-        f"serve it: put the folder under the server's adapters folder; "
+        + _whereabouts(result)
+    )
+
+
+def _whereabouts(result: "TrainResult") -> str:
+    if result.published is not None:
+        return f"published: {result.published}"
+    return (
+        "serve it: put the folder under the server's adapters folder; "
         f"its adapter_id is {result.output.name}"
     )
 

@@ -81,6 +81,8 @@ class TrainResult:
     num_tokens: int
     num_learned_tokens: int
     elapsed_s: float
+    published: str | None = None
+    """Where it was handed to, and what requests should name there."""
 
     @property
     def final_loss(self) -> float:
@@ -110,7 +112,8 @@ def train_adapter(
             log.message(note)
         try:
             result = _train(options, places, log, should_stop)
-            log.say("finished", **_ending(result, deliver(result.output, result.name)))
+            result = replace(result, published=deliver(result.output, result.name))
+            log.say("finished", **_ending(result))
         except TrainerError as error:
             _tell_failure(log, places.run, error.code, str(error))
             raise
@@ -367,7 +370,7 @@ def _prompt(data: LoadedData) -> dict[str, Any]:
     }
 
 
-def _ending(result: TrainResult, published: str | None) -> dict[str, Any]:
+def _ending(result: TrainResult) -> dict[str, Any]:
     return {
         "output": str(result.output),
         "adapter_id": result.name,
@@ -377,5 +380,5 @@ def _ending(result: TrainResult, published: str | None) -> dict[str, Any]:
         "learned_tokens": result.num_learned_tokens,
         "seconds": round(result.elapsed_s, 3),
         "num_rows": result.num_rows,
-        "published": published,
+        "published": result.published,
     }

@@ -67,7 +67,6 @@ def run(flags: EvalFlags, url: str, api_key: str) -> int:
         _check(flags)
         with _server_of(flags, url) as served:
             result, verdicts = asyncio.run(_evaluate(options, gates, flags, served, api_key))
-        _write(result, verdicts, flags)
     except TrainerError as error:
         Console(stderr=True).print(
             f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
@@ -117,12 +116,22 @@ async def _evaluate(
             judge = await stack.enter_async_context(own)
         with _progress() as watch:
             result = await evaluate(options, server, judge, watch)
-        verdicts = [gate.check(result) for gate in gates]
+        verdicts = _judged(result, gates, flags)
         if flags.publish and all(verdict.holds for verdict in verdicts):
             revision = await publish(server, result, flags.publish)
             told = f"{flags.publish} stands for revision {revision}"
             Console(stderr=True).print(told, markup=False, highlight=False)
         return result, verdicts
+
+
+def _judged(result: Evaluation, gates: list[Gate], flags: EvalFlags) -> list[GateResult]:
+    """Written before anything is published; what was answered is kept though a gate is wrong."""
+    verdicts: list[GateResult] = []
+    try:
+        verdicts.extend(gate.check(result) for gate in gates)
+    finally:
+        _write(result, verdicts, flags)
+    return verdicts
 
 
 @contextmanager

@@ -77,8 +77,8 @@ class Answer:
 
 
 def base_variant(model: str, like: Variant) -> Variant:
-    """Asked as the adapter `like` is."""
-    return Variant(BASE, "base", model, like.template, is_chat=like.is_chat)
+    """Asked as the adapter `like` is, and ended where its answers end."""
+    return Variant(BASE, "base", model, like.template, stop=like.stop, is_chat=like.is_chat)
 
 
 def prompt_only_variant(model: str, template: str, prompting: Prompting) -> Variant:
@@ -118,7 +118,7 @@ def request(variant: Variant, row: Row, sampling: Sampling) -> tuple[str, Json]:
         parameters["do_sample"] = False
     if variant.kind == "adapter":
         parameters["adapter_id"] = variant.model
-    if variant.kind == "prompt_only":
+    elif variant.stop:  # an adapter's own are the server's to add
         parameters["stop"] = list(variant.stop)
     if variant.is_chat and not variant.sends_fields:
         parameters["apply_chat_template"] = True
