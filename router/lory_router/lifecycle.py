@@ -195,9 +195,12 @@ class Lifecycle:
 
     async def _check_free(self, caller: Caller, name: str, field: str) -> None:
         self._listing.expire()
-        if self._rights.sees(caller, name) and await self._listing.find(name) is not None:
+        is_taken = name in self._registry.state.merges  # by who may give this name, seen or not
+        if self._rights.sees(caller, name) and not is_taken:
+            is_taken = await self._listing.find(name) is not None
+        if is_taken:
             raise Conflict(
-                f"An adapter in the folder is called {shown(name)}; take another name, or an alias"
+                f"An adapter is called {shown(name)}; take another name, or an alias"
                 f" as {name}@alias",
                 param=field,
             )

@@ -80,7 +80,7 @@ class Rights:
         if target is not None:
             return target
         adapter_id, suffix = split(name)
-        if not suffix or self._target(caller, adapter_id) is None:
+        if not (adapter_id and suffix) or self._target(caller, adapter_id) is None:
             raise adapter_not_found(name)
         raise RevisionNotFound(
             f"Adapter {shown(adapter_id)} has no alias {shown(suffix)}; GET /v1/adapters/{{id}}"
