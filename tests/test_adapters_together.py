@@ -167,6 +167,21 @@ def test_a_merge_of_several_hidden_adapters_blames_the_first_as_if_none_were_the
     assert told(replies[0], hidden[first]) == told(replies[1], absent[first])
 
 
+def test_a_tenant_gives_aliases_of_what_it_was_given_and_of_nothing_else(front: Front) -> None:
+    assert post(front, ACME, ADAPTERS, {"name": "secret@prod"}).status_code == 201
+    assert ask(front, ACME, "secret@prod").status_code == 200
+    assert front.registry.state.owners["secret@prod"] == ACME
+    for who, name in ((BETA, "secret@mine"), (ACME, "french@mine"), (ACME, "absent@mine")):
+        assert post(front, who, ADAPTERS, {"name": name}).status_code == 403
+    replies = [
+        post(front, BETA, ADAPTERS, {"name": name, "adapter_id": "french"})
+        for name in ("secret@prod", "absent@prod")
+    ]
+    assert told(replies[0], "secret@prod") == told(replies[1], "absent@prod")
+    assert post(front, ADMIN, ADAPTERS, {"name": "hidden@ours", "owner": ""}).status_code == 201
+    assert post(front, ACME, ADAPTERS, {"name": "hidden@ours"}).status_code == 403
+
+
 # -- merges, whatever becomes of their sources ----------------------------------------------
 
 

@@ -108,7 +108,9 @@ class Rights:
         """Whether the caller may give that name, which may be taken."""
         if caller.is_admin or self.owner(name) == caller.tenant:
             return
-        _check_begins(caller, field, name)
+        adapter_id, alias = split(name)
+        if not (alias and self.owner(adapter_id) == caller.tenant):
+            _check_begins(caller, field, name)
         if self.owner(name) or name in self._registry.state.names:
             self.check_owns(caller, name)
             return
