@@ -276,6 +276,16 @@ def test_a_source_that_is_missing_or_refused_is_told(
     assert world.refusal(AB).source == "b"
 
 
+@pytest.mark.parametrize("name", ["+", "+x", "+{}", '+{"sources": 3}', "+[]"])
+def test_a_name_that_only_begins_as_a_merges_is_not_there(
+    make: Callable[..., World], name: str
+) -> None:
+    """The engine ended."""
+    world = make()
+    assert world.refusal(name).code == "adapter_not_found"
+    assert world.hold("a").adapter_id == "a"
+
+
 # -- in the engine --------------------------------------------------------------------------
 
 
