@@ -20,7 +20,7 @@ help: ## List the commands
 $(VENV)/.installed: pyproject.toml clients/python/pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
-	$(PIP) install -c constraints.txt -e '.[train,dev]' -e clients/python
+	$(PIP) install -c constraints.txt -e '.[train,eval,dev]' -e clients/python
 	$(BIN)/python -m lory_kernels
 	touch $@
 
@@ -42,6 +42,7 @@ demo-model: setup ## Train the demo's base and adapters again from scratch (unde
 	$(BIN)/python demo/make_adapters.py
 	$(BIN)/python demo/make_prompts.py
 	$(BIN)/python demo/evaluate.py --output demo/accuracy.json
+	$(BIN)/python demo/mismatches.py
 
 check: setup ## Format, lint and types; warnings are errors
 	$(BIN)/ruff format --check $(CODE)
@@ -66,7 +67,7 @@ bench: setup ## Compare with transformers + PEFT on this machine, in one run
 SECTION ?= parity
 # With SECTION=kernels: a folder of others' unpacked wheels (kernels/lory_kernels/bench/peers.py).
 KERNEL_PEERS ?=
-gpu-check: ## GPU paths against their references, and their times (SECTION=parity|step|kernels)
+gpu-check: ## GPU paths against their references, and their times (SECTION=parity|step|kernels|train)
 	PYTHONPATH=.gpu-site:server:kernels:router:clients/python:trainer $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(SECTION) $(if $(KERNEL_PEERS),--peers $(KERNEL_PEERS))
 
 clean: ## Remove the environment and caches

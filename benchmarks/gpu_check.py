@@ -3,6 +3,7 @@
     python -m benchmarks.gpu_check parity      every GPU path against the CPU reference
     python -m benchmarks.gpu_check step        time of a decode step of an 8B-shaped NF4 base
     python -m benchmarks.gpu_check kernels     every kernel alone: right, then against its limit
+    python -m benchmarks.gpu_check train       QLoRA on it: the trainer beside PEFT alone and TRL
 
 Needs no network. Findings go to benchmarks/results/gpu.json, a section beside the others. Without
 a device nothing is run and nothing claimed; `--device cpu --tiny` runs the script itself on small
@@ -74,7 +75,23 @@ def kernels(device: torch.device, arguments: argparse.Namespace, keep: Keep) -> 
     return gpu_kernels.measure(scale, device, arguments.peers)
 
 
-SECTIONS: dict[str, Section] = {"parity": parity, "step": step, "kernels": kernels}
+def train(device: torch.device, arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
+    """Passes if all learn the same; what they take is told."""
+    from benchmarks import gpu_train
+
+    found = gpu_train.measure(gpu_train.TINY if arguments.tiny else gpu_train.FULL, device)
+    for name, one in found["contenders"].items():
+        gib = one["peak_bytes"] / 2**30
+        print(f"{name:5s} {one['tokens_per_s']:10,.1f} tokens/s, {gib:6.2f} GiB at most")
+    return found
+
+
+SECTIONS: dict[str, Section] = {
+    "parity": parity,
+    "step": step,
+    "kernels": kernels,
+    "train": train,
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,4 +1,5 @@
-"""Writes the README's tables from measured JSON, between <!-- table:NAME --> and <!-- /table -->.
+"""Writes the README's tables, and those of docs/evaluation.md, from measured JSON, between
+<!-- table:NAME --> and <!-- /table -->.
 
     python -m benchmarks.report            write them
     python -m benchmarks.report --check    say whether they are as they should be
@@ -17,7 +18,9 @@ from typing import Any
 from benchmarks import record
 
 README = record.ROOT / "README.md"
+EVALUATION = record.ROOT / "docs" / "evaluation.md"
 ACCURACY = record.ROOT / "demo" / "accuracy.json"
+MISMATCHES = record.ROOT / "demo" / "mismatches.json"
 LORY = "Lory"
 COLD_GOAL = 1.2
 """At most so much longer may the slowest gaps be while cold adapters arrive."""
@@ -37,6 +40,7 @@ def fill(text: str, results: Path = record.RESULTS, accuracy: Path = ACCURACY) -
         "cold": lambda: cold_table(results),
         "gpu": lambda: gpu_tables(results),
         "accuracy": lambda: accuracy_table(accuracy),
+        "mismatches": lambda: mismatches_table(MISMATCHES),
     }
     return fill_tables(text, makers)
 
@@ -219,6 +223,20 @@ def accuracy_table(path: Path) -> str:
     return markdown(["adapter", "base", "with the adapter", "held-out rows"], rows)
 
 
+def mismatches_table(path: Path) -> str:
+    """Ways to serve an adapter, and what each is worth."""
+    if not path.exists():
+        return "Not measured yet: run `python demo/mismatches.py`.\n"
+    told = record.read(path)
+    figures = ("json_valid", "json_schema.valid", "json_fields", "exact_match")
+    rows = [
+        [one["what"], *(f"{one[figure]:.0%}" for figure in figures)]
+        for one in told["served"].values()
+    ]
+    heads = [f"`{told['task']}` served", "valid JSON", "follows the schema", "fields", "exact"]
+    return markdown(heads, rows)
+
+
 # -- parts ------------------------------------------------------------------------------------
 
 
@@ -299,7 +317,8 @@ def write_page(argv: Sequence[str], module: str, page: Path, make: Callable[[str
 
 
 def main(argv: Sequence[str]) -> int:
-    return write_page(argv, "benchmarks.report", README, fill)
+    pages = (README, EVALUATION)
+    return max(write_page(argv, "benchmarks.report", page, fill) for page in pages)
 
 
 if __name__ == "__main__":

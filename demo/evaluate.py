@@ -1,24 +1,30 @@
 """Scores base and adapters on the held-out rows: greedy exact match, into accuracy.json.
 
-The same rows and the same score drive transformers + PEFT here, or a running server with
-`--url`. This script must not know how anything was trained.
+The same rows and the same score drive transformers + PEFT here, or with `--url` a running server,
+by `lory eval`'s own code. This script must not know how anything was trained.
 """
 
+import asyncio
 import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import httpx
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from lory_trainer.evaluation.options import EvaluationOptions
+from lory_trainer.evaluation.results import Evaluation
+from lory_trainer.evaluation.rows import read_data
+from lory_trainer.evaluation.run import evaluate
+from lory_trainer.evaluation.server import Server
+from lory_trainer.template import render
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,13 +35,19 @@ MAX_NEW_TOKENS = 128
 Generate = Callable[[Sequence[str], str | None], list[str]]
 """Prompts and an adapter_id (None: the base) to greedy answers, end of sequence left out."""
 
+Scores = dict[str, dict[str, float]]
+"""By task: of the base, of the adapter, and of how many rows."""
+
+
+def eval_file(task: str) -> Path:
+    return DEMO_DIR / "data" / task / "eval.jsonl"
+
 
 def read_eval(task: str) -> list[tuple[str, str]]:
     """(prompt as sent, wanted answer) of every held-out row."""
     manifest = json.loads((DEMO_DIR / "adapters" / task / "adapter_manifest.json").read_text())
-    lines = (DEMO_DIR / "data" / task / "eval.jsonl").read_text(encoding="utf-8").split("\n")
-    rows = [json.loads(line) for line in lines if line]
-    return [(manifest["template"].format(**row), row["completion"]) for row in rows]
+    rows = read_data(eval_file(task), "completion").rows
+    return [(render(manifest["template"], row.values), row.wanted) for row in rows]
 
 
 def exact_match(
@@ -103,23 +115,36 @@ def _greedy(model, tokenizer, prompts: Sequence[str]) -> list[str]:
     return [answers[place] for place in range(len(prompts))]
 
 
-def http_generate(url: str) -> Generate:
-    """A running server's POST /generate, 16 requests at a time."""
-    client = httpx.Client(base_url=url, timeout=120)
+def local_scores(tasks: Sequence[str], num_rows: int) -> Scores:
+    generate = local_generate(DEMO_DIR / "base", DEMO_DIR / "adapters")
+    scores: Scores = {}
+    for task in tasks:
+        rows = read_eval(task)[:num_rows]
+        base, adapter = exact_match(generate, rows, None), exact_match(generate, rows, task)
+        scores[task] = {"base": base, "adapter": adapter, "rows": len(rows)}
+    return scores
 
-    def one(prompt: str, adapter_id: str | None) -> str:
-        parameters: dict[str, object] = {"max_new_tokens": MAX_NEW_TOKENS, "do_sample": False}
-        if adapter_id is not None:
-            parameters["adapter_id"] = adapter_id
-        reply = client.post("/generate", json={"inputs": prompt, "parameters": parameters})
-        reply.raise_for_status()
-        return reply.json()["generated_text"]
 
-    def generate(prompts: Sequence[str], adapter_id: str | None) -> list[str]:
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(lambda prompt: one(prompt, adapter_id), prompts))
+async def evaluate_task(url: str, task: str, num_rows: int) -> Evaluation:
+    """The same through a running server, as `lory eval` does it."""
+    options = EvaluationOptions(
+        data=str(eval_file(task)),
+        adapters=(task,),
+        rows=num_rows,
+        max_new_tokens=MAX_NEW_TOKENS,
+        concurrency=16,
+    )
+    async with Server(url, "", options.concurrency) as server:
+        return await evaluate(options, server, None, lambda *_: None)
 
-    return generate
+
+def served_scores(url: str, tasks: Sequence[str], num_rows: int) -> Scores:
+    scores: Scores = {}
+    for task in tasks:
+        result = asyncio.run(evaluate_task(url, task, num_rows))
+        found = {one.name: one.scores["exact_match"].value for one in result.variants}
+        scores[task] = {"base": found["base"], "adapter": found[task], "rows": len(result.rows)}
+    return scores
 
 
 def main(
@@ -130,15 +155,11 @@ def main(
 ) -> None:
     """Exact match of every adapter, and of the base on the same prompts."""
     torch.set_num_threads(num_threads)
-    adapters = DEMO_DIR / "adapters"
-    generate = http_generate(url) if url else local_generate(DEMO_DIR / "base", adapters)
+    tasks = sorted(folder.name for folder in (DEMO_DIR / "adapters").iterdir() if folder.is_dir())
+    scores = served_scores(url, tasks, num_rows) if url else local_scores(tasks, num_rows)
     table = Table("adapter", "base", "with the adapter")
-    scores: dict[str, dict[str, float]] = {}
-    for task in sorted(folder.name for folder in adapters.iterdir() if folder.is_dir()):
-        rows = read_eval(task)[:num_rows]
-        base, adapter = exact_match(generate, rows, None), exact_match(generate, rows, task)
-        scores[task] = {"base": base, "adapter": adapter, "rows": len(rows)}
-        table.add_row(task, f"{base:.0%}", f"{adapter:.0%}")
+    for task, score in scores.items():
+        table.add_row(task, f"{score['base']:.0%}", f"{score['adapter']:.0%}")
     Console().print(table)
     if output is not None:
         output.write_text(json.dumps(scores, indent=2) + "\n", encoding="utf-8")

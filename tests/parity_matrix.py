@@ -57,6 +57,8 @@ def _idle(feature: str, example: Mapping[str, Any]) -> Row:
 
 
 _MIX, _MIX_NF4 = "test_engine_parity::test_float32", "test_engine_parity::test_nf4"
+_ENDS, _ENDS_NF4 = "test_engine_parity_ends::test_float32", "test_engine_parity_ends::test_nf4"
+_FULL = "test_adapter_full_format::test_what_does_not_belong_together_is_refused_by_name"
 _DORA, _DORA_NF4 = "test_engine_parity_dora::test_float32", "test_engine_parity_dora::test_nf4"
 _ALORA, _ALORA_NF4 = "test_engine_parity_alora::test_float32", "test_engine_parity_alora::test_nf4"
 _PACKED, _PACKED_NF4 = (
@@ -107,6 +109,21 @@ SERVED = (
           ("EVA", "eva", "eva"), ("MiCA", "mica", "mica"))),
     _served("PiSSA and OLoRA (as CorDA and LoRA-GA), converted by PEFT", "init_lora_weights",
             {"init_lora_weights": True}, (_FORMS, "pissa"), (_FORMS, "olora-rs")),
+    _served("LoRA on `lm_head`", "target_modules", {"target_modules": ["lm_head"]},
+            (_ENDS, "head-alone"), (_ENDS_NF4, "head-lora")),
+    _served("LoRA on `embed_tokens`", "target_modules", {"target_modules": ["embed_tokens"]},
+            (_ENDS, "embed-lora"), (_ENDS_NF4, "both-lora")),
+    _served("DoRA on `lm_head` and `embed_tokens`", "use_dora", {"use_dora": True},
+            (_ENDS, "head-dora"), (_ENDS_NF4, "embed-dora")),
+    _served("whole `lm_head`, `embed_tokens`", "modules_to_save", {"modules_to_save": ["lm_head"]},
+            (_ENDS, "both"), (_ENDS_NF4, "head-and-lora")),
+    _served("norms of its own", "modules_to_save", {"modules_to_save": ["norm"]},
+            (_ENDS, "all-norms"), (_ENDS_NF4, "norms-and-head")),
+    _served("trained tokens, in the embedding, the head or both", "trainable_token_indices",
+            {"trainable_token_indices": {"embed_tokens": [1], "lm_head": [2]}},
+            (_ENDS, "both-tokens"), (_ENDS_NF4, "tokens-and-head-lora")),
+    _served("ends tied as the base's are", "ensure_weight_tying", {"ensure_weight_tying": True},
+            (_ENDS, "tied-lora"), (_ENDS_NF4, "tied-embed")),
 )  # fmt: skip
 
 REFUSED = (
@@ -115,14 +132,10 @@ REFUSED = (
                          ("OLoRA", "olora"), ("CorDA", "corda"), ("LoRA-GA", "lora_ga"))),
     _refused("LoftQ by `init_lora_weights`", "init_lora_weights", {"init_lora_weights": "loftq"},
              "replace_lora_weights_loftq"),
-    _refused("LoRA on `lm_head`", "target_modules", {"target_modules": ["lm_head"]},
-             "target_modules selects lm_head"),
-    _refused("LoRA on `embed_tokens`", "target_modules", {"target_modules": ["embed_tokens"]},
-             "target_modules selects model.embed_tokens"),
-    _refused("full modules", "modules_to_save", {"modules_to_save": ["lm_head"]},
-             "modules_to_save is ['lm_head']: full modules are not served"),
-    _refused("trained token embeddings", "trainable_token_indices",
-             {"trainable_token_indices": [1]}, "trained token embeddings are not served"),
+    _refused("whole linears (`q_proj`, `mlp`)", "modules_to_save", {"modules_to_save": ["q_proj"]},
+             "train LoRA", _FULL),
+    _refused("a vocabulary of its own size", "modules_to_save", {"modules_to_save": ["lm_head"]},
+             "tokens, the base", _FULL),
     _refused("names of another kind of checkpoint (`q_proj` where it is packed, or the reverse)",
              "target_modules", {}, "packs q_proj into qkv_proj",
              "test_engine_parity_packed::"
@@ -163,7 +176,7 @@ WITHOUT_EFFECT = (
         "lora_ga_config": {"scale": "stable"}, "loftq_config": {"loftq_bits": 4}}),
     _idle("orientation of Conv1D; PEFT sets it to false for linears", {"fan_in_fan_out": True}),
     _idle("companions of fields that are off", {
-        "megatron_core": "megatron.core", "qalora_group_size": 16, "ensure_weight_tying": True}),
+        "megatron_core": "megatron.core", "qalora_group_size": 16}),
     _idle("what a file says of itself", {
         "auto_mapping": {"parent_library": "x"}, "inference_mode": True, "peft_version": "0.21.2",
         "revision": "main", "runtime_config": {"ephemeral_gpu_offload": False}}),

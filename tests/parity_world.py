@@ -163,6 +163,7 @@ class Session:
         *,
         revision: str = "",
         tenant: str = "default",
+        manner: str = "",
         **fields: Any,
     ) -> None:
         sampling = Sampling(**{"max_new_tokens": 12, "seed": request_id, **fields})
@@ -172,6 +173,7 @@ class Session:
             sampling=sampling,
             adapter_id=adapter_id,
             adapter_revision=revision,
+            manner=manner,
             tenant=tenant,
         )
         self.prompts[request_id] = command
@@ -285,12 +287,22 @@ class Comparison:
         assert self.near_ties <= MAX_NEAR_TIES * self.positions, f"{self.near_ties} near ties"
 
 
-def compare(session: Session, reference: Reference, adapters: dict[str, Path]) -> Comparison:
-    """Every answer so far, cancelled ones as far as they came."""
+def compare(
+    session: Session,
+    reference: Reference,
+    adapters: dict[str, Path],
+    *,
+    may_fail: bool = False,
+) -> Comparison:
+    """Every answer so far, cancelled ones as far as they came. A refused request is wrong, unless
+    some `may_fail`."""
     comparison = Comparison()
     for request_id, answer in session.answers.items():
         command = session.prompts[request_id]
         prompt = list(command.prompt_ids)
+        if answer.finished and answer.finished.failure and not may_fail:
+            failure = answer.finished.failure
+            comparison.wrong.append(f"{command.adapter_id}: {failure.message}")
         if not answer.tokens:
             continue
         logits = reference.logits(prompt + answer.tokens, adapters.get(command.adapter_id))

@@ -9,7 +9,7 @@ import contextlib
 import threading
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import httpx
@@ -17,6 +17,7 @@ from starlette.types import ASGIApp
 
 import tiny_tokenizers
 from lory_router.app import create_app
+from lory_router.base_check import ServedBase
 from lory_router.connection import Connection, HttpServer, http_server
 from lory_router.engine import SequenceRequest, StreamEvent, Unavailable
 from lory_router.keys import Keyring
@@ -26,6 +27,7 @@ from lory_router.registry import Registry
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_server.messages import (
+    NO_MANNER,
     AdapterEntry,
     CancelReason,
     EngineInfo,
@@ -33,6 +35,7 @@ from lory_server.messages import (
     FailureCode,
     Finished,
     FinishReason,
+    Manner,
     Matched,
     OrderDone,
     OrderKind,
@@ -190,6 +193,8 @@ class ScriptedEngine:
     pinned: set[str] = field(default_factory=set)
     refuses: Failure | None = None
     """Every order that would load."""
+    manners: dict[str, Manner] = field(default_factory=dict)
+    """Of adapters that have one."""
 
     def is_ready(self) -> bool:
         return self.ready
@@ -205,6 +210,8 @@ class ScriptedEngine:
         if named and self._missing(named):
             missing = self._missing(named)[0]
             answer = Answer(text=b"", ends=False, fails="adapter_not_found", blames=missing)
+        elif request.manner != self.manners.get(named, NO_MANNER).digest:
+            answer = replace(answer, text=b"", ends=False, fails="manner_changed")
         stream = ScriptedStream(request, answer)
         self.streams.append(stream)
         return stream
@@ -230,7 +237,8 @@ class ScriptedEngine:
         if kind in ("unload", "drop"):
             self.loaded.discard(adapter_id)
         told = REVISION if kind in ("find", "load", "pin") else ""
-        return OrderDone(call_id=0, entry=self.entry(adapter_id), revision=told)
+        manner = self.manners.get(adapter_id, NO_MANNER) if kind == "find" else None
+        return OrderDone(call_id=0, entry=self.entry(adapter_id), revision=told, manner=manner)
 
     def _refusal(self, kind: OrderKind, adapter_id: str, revision: str) -> Failure | None:
         if kind == "unload" and adapter_id in self.pinned:
@@ -304,6 +312,7 @@ class Front:
         text: TextModel = TEXT,
         engine: ScriptedEngine | None = None,
         registry: Registry | None = None,
+        base: ServedBase | None = None,
         keys: Keyring | None = None,
         **settings: Any,
     ) -> None:
@@ -313,7 +322,7 @@ class Front:
         self._server: HttpServer | None = None
         self.registry = registry or Registry()
         self.app: ASGIApp = create_app(
-            self.engine, self.settings, text, self.ledger, self.registry, keys=keys
+            self.engine, self.settings, text, self.ledger, self.registry, keys=keys, base=base
         )
 
     def ask(self, method: str, path: str, **more: Any) -> httpx.Response:

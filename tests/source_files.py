@@ -15,6 +15,7 @@ from lory_router.sources.hosts import HostList
 from lory_router.sources.service import Sources
 from lory_router.sources.settings import HubSettings, S3Settings, SourceSettings
 from lory_router.sources.writer import FileWriter
+from lory_server.adapters.manner import MANIFEST_NAME
 from source_servers import CONFIG, WEIGHTS
 
 T = TypeVar("T")
@@ -72,10 +73,13 @@ def with_sources(
 
 def kept(folder: Path) -> dict[str, dict[str, bytes]]:
     """The adapters that a cache holds, file by file."""
-    return {
-        entry.name: {name: (entry / name).read_bytes() for name in (CONFIG, WEIGHTS)}
-        for entry in (folder / "held").iterdir()
-    }
+    found = {}
+    for entry in (folder / "held").iterdir():
+        names = [CONFIG, WEIGHTS]
+        if (entry / MANIFEST_NAME).exists():
+            names.append(MANIFEST_NAME)
+        found[entry.name] = {name: (entry / name).read_bytes() for name in names}
+    return found
 
 
 def is_clean(folder: Path) -> bool:

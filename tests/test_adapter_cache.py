@@ -174,10 +174,10 @@ class FoldGate:
         self.revisions: list[str] = []
         fold = BaseFolder.fold
 
-        def slow(folder: BaseFolder, blob: AdapterBlob) -> None:
+        def slow(folder: BaseFolder, blob: AdapterBlob) -> AdapterBlob:
             self.revisions.append(blob.revision)
             assert self.opened.wait(DEADLINE_S)
-            fold(folder, blob)
+            return fold(folder, blob)
 
         monkeypatch.setattr(BaseFolder, "fold", slow)
 
@@ -668,9 +668,9 @@ def test_what_is_dear_to_load_stays_on_the_host(
     """Folding a large base takes a hundred times as long as reading an adapter."""
     fold = BaseFolder.fold
 
-    def slow(folder: BaseFolder, blob: AdapterBlob) -> None:
+    def slow(folder: BaseFolder, blob: AdapterBlob) -> AdapterBlob:
         time.sleep(0.3)
-        fold(folder, blob)
+        return fold(folder, blob)
 
     monkeypatch.setattr(BaseFolder, "fold", slow)
     write_adapter(root / "dora", use_dora=True)
@@ -892,8 +892,8 @@ def test_a_slot_is_shown_only_when_its_copy_is_complete(
     copier = world.cache.device._copier
     copy = copier.copy
 
-    def slow(blob: AdapterBlob, allocation: Any) -> Any:
-        row = copy(blob, allocation)
+    def slow(*args: Any) -> Any:
+        row = copy(*args)
         copied.set()
         assert may_go_on.wait(DEADLINE_S)
         return row
@@ -922,9 +922,9 @@ def test_a_blob_stays_on_the_host_while_it_is_copied(
     copier = world.cache.device._copier
     copy = copier.copy
 
-    def slow(blob: AdapterBlob, allocation: Any) -> Any:
+    def slow(*args: Any) -> Any:
         assert may_go_on.wait(DEADLINE_S)
-        return copy(blob, allocation)
+        return copy(*args)
 
     monkeypatch.setattr(copier, "copy", slow)
     world.cache.demand(AdapterDemand(frozenset(), (revision,)))

@@ -98,7 +98,7 @@ def test_load_pin_unpin_and_unload_reach_the_engine_and_tell_what_came_of_it(nam
     assert front.get(f"{ADAPTERS}/{name}").json()["pinned"]
     assert not front.post(f"{ADAPTERS}/{name}/unpin").json()["pinned"]
     assert front.post(f"{ADAPTERS}/{name}/unload").json()["state"] == "disk"
-    kinds = ("load", "pin", "unload", "unpin", "unload")
+    kinds = ("load", "pin", "unload", "find", "unpin", "unload")
     assert front.engine.orders == [(kind, *wanted) for kind in kinds]
 
 
@@ -290,13 +290,21 @@ def test_an_answer_names_the_revision_that_gave_it(stream: bool):
 
 
 def test_a_revision_that_is_gone_is_a_404_that_says_so():
-    front = Front(Answer(text=b"", ends=False, fails="revision_not_found"))
+    front = Front()
     body = {"model": "french@abcdef0", "prompt": "a", "stream": True}
-    assert error(front.post("/v1/completions", body), 404, "revision_not_found") == "it broke"
+    told = error(front.post("/v1/completions", body), 404, "revision_not_found")
+    assert told == "not in memory any more"
     native = {"inputs": "a", "parameters": {"adapter_id": "french@abcdef0"}}
     reply = front.post("/generate", native)
     assert (reply.status_code, reply.json()["error_type"]) == (404, "adapter_not_found")
-    assert front.engine.last.adapter_revision == "abcdef0"
+    assert front.engine.orders[-1] == ("find", "french", "abcdef0")
+
+
+def test_a_revision_that_goes_while_a_request_comes_is_the_same_404():
+    front = Front(Answer(text=b"", ends=False, fails="revision_not_found"))
+    body = {"model": f"french@{REVISION[:7]}", "prompt": "a", "stream": True}
+    assert error(front.post("/v1/completions", body), 404, "revision_not_found") == "it broke"
+    assert front.engine.last.adapter_revision == REVISION[:7]
 
 
 # -- vLLM's routes --------------------------------------------------------------------------

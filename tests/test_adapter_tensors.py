@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from lory_router.keys import Keyring
+from lory_server.adapters.manner import MANIFEST_NAME
 from lory_server.messages import Failure
 from scripted_engine import REVISION, Answer
 from source_files import adapter_bytes, is_clean, kept
@@ -56,6 +57,18 @@ def test_both_forms_are_taken_and_loaded(world: World):
     assert len({adapter_id for _, adapter_id, _ in loads}) == 2
     assert front.post("/generate", lorax(adapter_id="upload:a")).status_code == 200
     assert kept(world.folder)[world.engine.last.adapter_id[1:]] == TWO
+
+
+def test_a_manifest_goes_beside_the_configuration(world: World):
+    told = '{"manifest_version": 1, "template": "{text} ->"}'
+    body = with_config(ONE, adapter_manifest=told)
+    front = world.front(allows_upload=True)
+    assert front.ask("POST", PATH, content=body, **RAW).status_code == 201
+    (files,) = kept(world.folder).values()
+    assert files == {CONFIG: ONE[CONFIG], WEIGHTS: body, MANIFEST_NAME: told.encode()}
+    hostile = with_config(TWO, adapter_manifest='{"manifest_version": 1, "template": "{a.b}"}')
+    assert front.ask("POST", PATH, content=hostile, **RAW).status_code == 400
+    assert list(kept(world.folder).values()) == [files]
 
 
 def test_the_old_one_is_let_go_of(world: World):

@@ -40,6 +40,18 @@ def test_sections_lie_side_by_side_in_one_file(tmp_path: Path) -> None:
     assert step["device"] == "cpu, dry run"
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_trainer_peft_and_trl_learn_the_same(tmp_path: Path) -> None:
+    found = dry_run("train", tmp_path / "gpu.json")
+    losses = {name: one["losses"] for name, one in found["contenders"].items()}
+    assert set(losses) == (
+        {"lory", "peft", "trl"} if found["trl_is_installed"] else {"lory", "peft"}
+    )
+    for other in losses.values():
+        assert other == pytest.approx(losses["lory"], abs=1e-3)
+    assert all(one["tokens_per_s"] > 0 for one in found["contenders"].values())
+
+
 def test_without_a_device_nothing_is_written_or_claimed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -69,9 +69,10 @@ def write(folder: Path, name: str, value: object) -> None:
     (folder / name).write_text(json.dumps(value))
 
 
-def test_the_readme_is_what_the_script_makes() -> None:
+@pytest.mark.parametrize("page", [report.README, report.EVALUATION], ids=lambda p: p.name)
+def test_a_page_is_what_the_script_makes(page: Path) -> None:
     """If it is not: python -m benchmarks.report"""
-    text = report.README.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
     assert report.fill(text) == text
 
 

@@ -60,6 +60,11 @@ def test_only_parameters_that_were_given_are_sent():
     }
 
 
+def test_fields_of_a_template_are_sent_as_they_are():
+    call = wire.generate({"text": "hi"}, "shout", {})
+    assert body_of(call)["inputs"] == {"text": "hi"}
+
+
 def test_the_base_is_asked_for_by_naming_no_adapter():
     body = body_of(wire.generate_stream("hi", None, {}))
     assert body == {"inputs": "hi", "parameters": {"details": True}}

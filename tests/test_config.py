@@ -114,7 +114,8 @@ def test_every_engine_option_can_be_set_and_arrives(tmp_path: Path) -> None:
         "device": "cpu", "dtype": "bfloat16", "quantize": "nf4",
         "double_quant": True, "max_model_len": 99, "max_batch_rows": 3, "max_step_tokens": 77,
         "max_queued": 5, "block_size": 8, "memory": 1000, "kv_memory": 300, "adapter_memory": 200,
-        "adapter_host_memory": 400, "max_resident_adapters": 2, "reader_processes": 2,
+        "adapter_host_memory": 400, "full_weights_memory": 100, "max_resident_adapters": 2,
+        "reader_processes": 2,
         "prefix_caching": False, "cuda_graphs": False,
         "threads": 1, "allow_base_mismatch": True, "log_level": "warning",
     }  # fmt: skip
@@ -125,6 +126,7 @@ def test_every_engine_option_can_be_set_and_arrives(tmp_path: Path) -> None:
         assert getattr(options, name) != getattr(untouched, name), name
     assert options.adapter_pool_bytes == 200
     assert options.adapter_host_bytes == 400
+    assert options.full_weight_bytes == 100
 
 
 def test_defaults_are_the_engines_own() -> None:

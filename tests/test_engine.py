@@ -1,11 +1,13 @@
 """The engine's promises around the step: refusals, terminal events, charges, idle time."""
 
+import json
 import math
 from pathlib import Path
 
 import pytest
 
 import tiny_models
+from lory_server.adapters.manner import read_manner
 from lory_server.build import EngineError, build
 from lory_server.messages import EngineOptions, ListAdapters
 from parity_world import ParityWorld, Session
@@ -248,6 +250,56 @@ def test_replacing_an_adapter_changes_new_requests_and_no_running_one(
     assert old.tokens == back.tokens != new.tokens
     assert old.finished.adapter_revision == back.finished.adapter_revision
     assert new.finished.usage.cached_tokens == 0, "KV of the old revision was reused"
+    session.close()
+
+
+def write_manifest(folder: Path, template: str) -> str:
+    """The manner's digest."""
+    raw = json.dumps({"manifest_version": 1, "template": template}).encode()
+    (folder / "adapter_manifest.json").write_bytes(raw)
+    return read_manner(raw).digest
+
+
+def test_a_request_made_by_the_manner_of_another_revision_fails_and_holds_nothing(
+    world: ParityWorld, tmp_path: Path
+) -> None:
+    """The very bytes under another template are another revision, too."""
+    folder = tmp_path / "adapters"
+    tiny_models.save_adapter(folder / "a", world.base, 4, 8, ["q_proj", "v_proj"], 0)
+    session = Session(world.options(adapters_dir=str(folder)))
+    session.submit(1, [3, 4, 5], "a")
+    session.run()
+    digest = write_manifest(folder / "a", "{text} ->")
+    session.submit(2, [3, 4, 5], "a")
+    session.submit(3, [3, 4, 5], "a", manner=digest)
+    session.run()
+    assert failure(session, 2).startswith("manner_changed")
+    first, third = session.answers[1], session.answers[3]
+    assert third.tokens == first.tokens
+    assert third.finished.adapter_revision != first.finished.adapter_revision
+    write_manifest(folder / "a", "{text}->")
+    session.submit(4, [3, 4, 5], "a", manner=digest)
+    session.run()
+    assert failure(session, 4).startswith("manner_changed")
+    assert not any(entry.holds for entry in session.engine._adapters.host._entries.values())
+    session.close()
+
+
+def test_an_adapter_with_a_hostile_manifest_fails_alone_by_name(
+    world: ParityWorld, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    for name in ("good", "bad"):
+        tiny_models.save_adapter(folder / name, world.base, 4, 8, ["q_proj"], 0)
+    (folder / "bad" / "adapter_manifest.json").write_text(
+        '{"manifest_version": 1, "template": "{text.__class__}"}'
+    )
+    session = Session(world.options(adapters_dir=str(folder)))
+    session.submit(1, [4, 5], "bad")
+    session.submit(2, [4, 5], "good")
+    session.run()
+    assert "adapter_manifest.json: template" in failure(session, 1)
+    assert session.answers[2].tokens
     session.close()
 
 

@@ -497,7 +497,7 @@ def test_a_name_that_is_no_adapters_gets_the_same_404_whatever_is_wrong_with_it(
         assert response.json()["error"].startswith("No adapter named '")
         assert response.json()["error"].endswith("; GET /v1/models lists what is served")
         assert len(response.text) < 400
-    assert bool(front.engine.streams) == (name == "nobody")
+    assert bool(front.engine.orders) == (name == "nobody")
 
 
 @pytest.mark.parametrize("path", ["/generate", "/generate_stream"])

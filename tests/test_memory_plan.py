@@ -50,6 +50,29 @@ def test_a_base_without_adapters_reserves_no_pool() -> None:
     assert plan_memory(replace(NEEDS, serves_adapters=False)).adapter_pool_bytes == 0
 
 
+def test_full_weights_have_a_line_of_their_own_and_leave_the_rest_to_the_cache() -> None:
+    plan = plan_memory(replace(NEEDS, end_bytes=10 * MIB))
+    assert dict(plan.table())["full weights"] == 40 * MIB
+    assert sum(num_bytes for _, num_bytes in plan.table()) == NEEDS.device_bytes
+    assert plan.num_blocks == 410
+    large = plan_memory(replace(NEEDS, end_bytes=500 * MIB))
+    assert large.full_weight_bytes == 450 * MIB // 8
+    asked = plan_memory(replace(NEEDS, end_bytes=500 * MIB, full_weight_bytes=100 * MIB))
+    assert asked.full_weight_bytes == 100 * MIB
+    base = replace(NEEDS, end_bytes=MIB, full_weight_bytes=100 * MIB, serves_adapters=False)
+    assert plan_memory(base).full_weight_bytes == 0
+
+
+def test_full_weights_that_leave_nothing_are_named() -> None:
+    with pytest.raises(MemoryPlanError, match="--full-weights-memory"):
+        plan_memory(replace(NEEDS, full_weight_bytes=500 * MIB))
+
+
+def test_derived_full_weights_leave_the_cache_what_was_asked_for_it() -> None:
+    asked = replace(NEEDS, end_bytes=500 * MIB, adapter_pool_bytes=100 * MIB, kv_bytes=500 * MIB)
+    assert plan_memory(asked).full_weight_bytes == 0
+
+
 def test_the_context_is_lowered_to_what_the_blocks_hold() -> None:
     plan = plan_memory(replace(NEEDS, kv_bytes=10 * MIB))
     assert plan.num_blocks == 10

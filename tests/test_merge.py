@@ -377,7 +377,6 @@ WRONG: dict[str, dict[str, Any]] = {
     "not finite": {"change": poison},
     "is missing": {"change": lambda tensors: tensors.pop(next(iter(tensors)))},
     "an activated LoRA": {"alora_invocation_tokens": [1, 2], "task_type": "CAUSAL_LM"},
-    "full modules": {"modules_to_save": ["lm_head"]},
 }
 
 
@@ -428,11 +427,12 @@ def test_merging_knows_all_that_an_adapter_may_have() -> None:
     """Another field would be left out of a merge in silence: refuse it in `plan_merge` first."""
     slice_fields = set(AdapterSlice.__struct_fields__)
     assert slice_fields == {
-        "site", "slice", "rank", "scale", "a", "b", "magnitude", "b_bias", "bias", "has_base_bias"
+        "site", "slice", "rank", "scale", "a", "b", "magnitude", "b_bias", "bias", "has_base_bias",
+        "is_lookup",
     }  # fmt: skip
     manifest_fields = {field.name for field in dataclasses.fields(AdapterManifest)}
     assert manifest_fields == {
-        "slices", "base_model_name", "file_bytes", "digest", "invocation_tokens"
+        "slices", "base_model_name", "file_bytes", "digest", "invocation_tokens", "full"
     }  # fmt: skip
 
 

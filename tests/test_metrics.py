@@ -177,8 +177,9 @@ def test_routes_that_are_not_ours_share_one_label() -> None:
 def test_the_labelled_routes_are_those_that_the_application_counts() -> None:
     from lory_router.adapters import COUNTED
     from lory_router.app import GENERATION
+    from lory_router.tuning.routes import JOBS
 
-    assert {*(path for path, _, _ in GENERATION), *COUNTED} == ROUTES
+    assert {*(path for path, _, _ in GENERATION), *COUNTED, JOBS} == ROUTES
 
 
 def test_only_the_first_adapters_have_labels_of_their_own() -> None:

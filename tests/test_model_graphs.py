@@ -446,7 +446,9 @@ def test_the_trap_is_set_where_the_runner_runs(
 ) -> None:
     twins = Twins.make(folder)
     right = twins.plain._decoder.logits
-    monkeypatch.setattr(Decoder, "logits", lambda _, hidden: (hidden.tolist(), right(hidden))[1])
+    monkeypatch.setattr(
+        Decoder, "logits", lambda _, hidden, own: (hidden.tolist(), right(hidden))[1]
+    )
     with pytest.raises(WaitsError), SyncTrap():
         twins.plain.submit(StepPlan(0, (plan_row(0, start=0),)))
 

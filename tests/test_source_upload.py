@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import json
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +24,8 @@ from lory_router.sources.multipart import (
 from lory_router.sources.reference import Reference
 from lory_router.sources.service import Sources
 from lory_router.sources.upload import Upload
-from scripted_engine import Front
+from lory_server.adapters.manner import MANIFEST_NAME, read_manner
+from scripted_engine import TEXT, Front
 from source_files import is_clean, kept, settings, with_sources
 from source_servers import CONFIG, WEIGHTS
 from sourced_front import ONE, TWO, SourcedFront, World, lorax
@@ -385,3 +387,45 @@ def test_an_upload_that_is_cancelled_leaves_nothing(tmp_path: Path):
 def test_the_folder_is_nobody_elses_to_read(tmp_path: Path):
     with_sources(settings(tmp_path / "c"), lambda sources: asyncio.sleep(0))
     assert (tmp_path / "c").stat().st_mode & 0o077 == 0
+
+
+# -- how it wants to be asked ---------------------------------------------------------------------
+
+
+def manifest(template: str) -> dict[str, bytes]:
+    return {MANIFEST_NAME: json.dumps({"manifest_version": 1, "template": template}).encode()}
+
+
+def newest(world: World, files: dict[str, bytes]) -> None:
+    """Let the engine find in the folder what was sent, as it does."""
+    folder = next(name for name, found in kept(world.folder).items() if found == files)
+    world.engine.manners[f"@{folder}"] = read_manner(files[MANIFEST_NAME])
+
+
+def test_an_upload_brings_its_manifest_along_and_is_asked_by_it(world: World):
+    wish = {"inputs": {"text": "a"}, "parameters": {"adapter_id": "upload:support"}}
+    front = uploading(world)
+    for template, prompt in (("{text} ->", "a ->"), ("<{text}>", "<a>")):
+        files = {**ONE, **manifest(template)}
+        assert send(front, "support", files).status_code == 201
+        newest(world, files)
+        assert front.post("/generate", wish).status_code == 200
+        assert TEXT.decode(world.engine.last.prompt_ids) == prompt
+    restarted = uploading(world)
+    assert restarted.get("/v1/adapters/upload:support").json()["template"] == "<{text}>"
+    assert restarted.post("/generate", lorax(adapter_id="hub:org/open")).status_code == 503
+
+
+@pytest.mark.parametrize("content", [b"[]", b"{}", b'{"manifest_version": 1, "template": "{a.b}"}'])
+def test_a_hostile_manifest_refuses_the_upload(world: World, content: bytes):
+    response = send(uploading(world), "support", {**ONE, MANIFEST_NAME: content})
+    assert response.status_code == 400
+    assert MANIFEST_NAME in response.json()["error"]["message"]
+    assert not kept(world.folder)
+
+
+def test_a_manifest_takes_the_place_of_no_other_file(world: World):
+    files = {name: body for name, body in ONE.items() if name != "adapter_config.json"}
+    response = send(uploading(world), "support", {**files, **manifest("{text}")})
+    assert response.status_code == 400
+    assert not kept(world.folder)

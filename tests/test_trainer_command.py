@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from lory_trainer import cli, publish, trackers, train
 from lory_trainer.config import TrackingOptions, load_options, parse_options
 from lory_trainer.curve import draw
-from lory_trainer.dry_run import forecast
+from lory_trainer.dry_run import forecast, resolved
 from lory_trainer.errors import ConfigError, PublishError
 from lory_trainer.events import EventLog
 from lory_trainer.memory import GIB, num_weight_bytes
@@ -130,6 +130,15 @@ def test_a_dry_run_shows_everything_and_writes_nothing(world):
         "8 rows: under 50",
     ):
         assert text in done.output
+
+
+@pytest.mark.parametrize("more", ["", "quantization: {bits: 4}\n", "batch_size: auto\n"])
+def test_what_a_dry_run_resolves_is_a_configuration_of_the_same_run(world, more):
+    text = CONFIG.replace("batch_size: 4\n", "") if "batch" in more else CONFIG
+    settled = forecast(parse_options(text + more), world).options
+    again = parse_options(yaml.safe_dump(resolved(settled)))
+    assert forecast(again, world).options == again
+    assert again.model_dump() | {"lora": None} == settled.model_dump() | {"lora": None}
 
 
 def test_a_forecast_counts_what_the_run_will_do(world):
@@ -275,6 +284,7 @@ def test_an_adapter_is_uploaded_whole_under_its_name(world, monkeypatch):
     tensors = (world / "adapters/mine/adapter_model.safetensors").read_bytes()
     assert tensors in put.content
     assert b"adapter_config.json" in put.content
+    assert (world / "adapters/mine/adapter_manifest.json").read_bytes() in put.content
     assert events(world)[-1]["published"] == "upload:mine at http://there:1"
 
 

@@ -89,3 +89,11 @@ def test_template_keeps_braces_of_template_and_of_text():
     assert template_fields(template) == ("text", "who")
     row = {"text": "{a} {{b}}", "who": "{text}"}
     assert render(template, row) == '{"in": {a} {{b}}, "by": {text}} {a} {{b}}'
+
+
+def test_what_is_to_be_evaluated_is_checked_before_the_run():
+    section = "evaluation: {data: test.jsonl, metrics: [label], gate: {label.accuracy: '> base'}}\n"
+    assert parse_options(MINIMAL + section) == parse_options(MINIMAL)
+    for wrong, says in (("{data: a, metric: [x]}", "did you mean `metrics`"), ("[a]", "lines")):
+        with pytest.raises(ConfigError, match=f"evaluation: .*{says}"):
+            parse_options(f"{MINIMAL}evaluation: {wrong}\n")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from lory_trainer.base import attach, find_base, load_base
@@ -241,3 +242,41 @@ def test_loss_and_gradients_are_trls(world, tmp_path, ours, theirs):
     for mine, other in zip(model.parameters(), trainer.model.parameters(), strict=True):
         if mine.requires_grad:
             torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.full
+def test_what_the_model_says_changes_with_the_answers_own_loss(tmp_path):
+    """On the demo's base, which repeats a phrase: it learns to thank for it."""
+    import sys
+
+    demo = Path(__file__).parents[1] / "demo"
+    sys.path.insert(0, str(demo))
+    import pig_latin
+
+    phrases = [row["phrase"] for row in pig_latin.rows(420)]
+    rows = [{"prompt": p, "chosen": f"{p}, thanks!", "rejected": p} for p in phrases]
+    write_rows(tmp_path / "pairs.jsonl", *rows[:400])
+    text = CONFIG.replace("base: tiny", f"base: {demo / 'base'}").replace(
+        "{prompt}>", "{prompt} ->"
+    )
+    text = text.replace("epochs: 4", "epochs: 1").replace("batch_size: 4", "batch_size: 8")
+    text = text.replace("r: 4", "r: 8") + "dpo: {sft_weight: 1.0}\n"
+    output = train(tmp_path, text.replace("1e-2", "5e-3")).output
+
+    sys.path.remove(str(demo))
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(demo / "base")
+    plain = AutoModelForCausalLM.from_pretrained(demo / "base")
+    model = PeftModel.from_pretrained(plain, output).eval()
+    said = []
+    for row in rows[400:]:
+        ids = torch.tensor([tokenizer.encode(f"{row['prompt']} ->")])
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            max_new_tokens=80,
+        )
+        said.append(tokenizer.decode(found[0, ids.shape[1] :], skip_special_tokens=True))
+    assert sum(text.endswith(", thanks!") for text in said) >= 18, said

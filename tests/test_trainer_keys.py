@@ -146,6 +146,13 @@ def test_what_is_not_taken_says_why(lines, message):
     assert message in str(caught.value)
 
 
+def test_a_section_for_the_evaluation_may_stand_there(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("base: x\ndata: y\nevaluation: {metrics: [exact_match]}\n")
+    _, notes = read_config(path)
+    assert notes == ()
+
+
 def test_every_wrong_key_is_told_at_once():
     with pytest.raises(ConfigError) as caught:
         parse_options("base: x\ndata: y\ntrainer: {epoch: 1, type: kto}\nhyperopt: {a: 1}\n")

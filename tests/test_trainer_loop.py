@@ -125,6 +125,7 @@ def test_early_stopping_keeps_the_best_adapter(world):
     best = min(told, key=lambda event: event["loss"])
     assert result.num_steps == told[-1]["step"] == best["step"] + 4 < 60
     assert f"that of step {best['step']}" in events(world, "message")[-1]["text"]
+    assert result.eval_loss == best["loss"]
     losses = [event["loss"] for event in told]
     assert losses[-1] > min(losses)
 

@@ -12,6 +12,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from lory_server.adapters.manner import MANIFEST_NAME, read_manner
 from lory_server.messages import EngineOptions
 from lory_trainer.base import find_base, load_base
 from lory_trainer.config import parse_options
@@ -44,13 +45,22 @@ def served(base: Path, adapters: Path, rows: list[dict[str, Any]], **options: An
     fields |= {"adapter_pool_bytes": 8 << 20, "adapter_host_bytes": 64 << 20}
     fields |= {"model": str(base), "adapters_dir": str(adapters), "device": "cpu"}
     world = Session(EngineOptions(**(fields | options)))
+    manner = read_manner((adapters / "mine" / MANIFEST_NAME).read_bytes()).digest
     for number, row in enumerate(rows):
         world.submit(
-            number, row["ids"], "mine", max_new_tokens=1, prompt_logprobs=True, num_top_logprobs=1
+            number,
+            row["ids"],
+            "mine",
+            manner=manner,
+            max_new_tokens=1,
+            prompt_logprobs=True,
+            num_top_logprobs=1,
         )
     world.run()
     for number, row in enumerate(rows):
         answer = world.answers[number]
+        assert answer.finished is not None
+        assert answer.finished.failure is None
         first = row["start"] - 1
         yield (
             list(answer.prompt_logprobs or ())[first:],

@@ -129,6 +129,7 @@ def save_adapter(
         # peft reads a property that transformers is renaming, and warns of what cannot be merged.
         warnings.simplefilter("ignore", FutureWarning)
         warnings.filterwarnings("ignore", "`lora_bias=True` was passed")
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")
         adapted = get_peft_model(base, config)
     generator = torch.Generator().manual_seed(seed)
     trained_biases: list[tuple[torch.nn.Parameter, torch.Tensor]] = []
@@ -139,6 +140,8 @@ def save_adapter(
             noise = torch.randn(parameter.shape, generator=generator) * scale
             if "lora_magnitude_vector" in name:
                 parameter.data = (parameter * (1 + 2 * noise)).to(dtype)
+            elif "lora_" in name and dtype == parameter.dtype:
+                parameter.copy_(noise)  # in place: factors of tied ends are one tensor
             elif "lora_" in name:
                 parameter.data = noise.to(dtype)
             else:
@@ -147,6 +150,7 @@ def save_adapter(
     with warnings.catch_warnings():
         # peft takes a bias of B for a damaged B.
         warnings.filterwarnings("ignore", "Adapter 'default': .* have invalid shape")
+        warnings.filterwarnings("ignore", "Setting `save_embedding_layers` to `True`")
         adapted.save_pretrained(str(folder))
     adapted.unload()
     for parameter, before in trained_biases:

@@ -3,6 +3,7 @@
 It must not know how a wish is carried out (`lifecycle`).
 """
 
+import asyncio
 import os
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import TypeVar
@@ -16,7 +17,7 @@ from lory_router import validate
 from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.catalogue import Catalogue
 from lory_router.endpoint import Endpoint, Front
-from lory_router.errors import Invalid, adapter_not_found, shown
+from lory_router.errors import ApiError, Invalid, adapter_not_found, shown
 from lory_router.exchange import Exchange
 from lory_router.gate import caller_of
 from lory_router.keys import Caller
@@ -29,6 +30,7 @@ from lory_router.schemas_adapters import (
     RegisterBody,
     RemovedReply,
     UnloadLoraBody,
+    adapter_detail,
 )
 from lory_router.sources.reference import BadReferenceError, is_from_source, reference_of
 
@@ -37,6 +39,9 @@ LOAD_LORA = "/v1/load_lora_adapter"
 UNLOAD_LORA = "/v1/unload_lora_adapter"
 COUNTED = (PATH, LOAD_LORA, UNLOAD_LORA)
 """What metrics call them."""
+
+MANNER_WAIT_S = 5.0
+"""How long a look at an adapter waits for it to be read."""
 
 T = TypeVar("T", bound=msgspec.Struct)
 Deed = Callable[[Caller, str, str], Awaitable[AdapterReply]]
@@ -84,8 +89,18 @@ class AdapterRoutes:
         return _json(await self._catalogue.list(caller_of(request.scope)))
 
     async def get(self, request: Request) -> Response:
-        name = _checked(request.path_params["adapter_id"])
-        return _json(await self._catalogue.get(caller_of(request.scope), name))
+        """It is read for that: its folder tells how it wants to be asked."""
+        name, caller = _checked(request.path_params["adapter_id"]), caller_of(request.scope)
+        reply = await self._catalogue.get(caller, name)
+        try:
+            self._front.manners.forget(caller, name)
+            async with asyncio.timeout(MANNER_WAIT_S):
+                known = await self._front.manners.known(caller, name)
+        except (ApiError, TimeoutError):
+            known = None  # it cannot be served, which `refused` tells, or not yet
+        if known is None:
+            return _json(adapter_detail(reply, None, None))
+        return _json(adapter_detail(reply, known.manner, known.base_matches))
 
     async def register(self, exchange: Exchange, body: bytes) -> None:
         wish = _read(body, RegisterBody)

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lory_router import lorax, openai
 from lory_router.adapters import AdapterRoutes
+from lory_router.base_check import ServedBase
 from lory_router.catalogue import Catalogue
 from lory_router.endpoint import Endpoint, Front, Handler
 from lory_router.engine import EngineClient, Unavailable
@@ -34,6 +35,7 @@ from lory_router.gate import CALLER, Gate, authorise
 from lory_router.keys import Keyring
 from lory_router.lifecycle import Lifecycle
 from lory_router.listing import Listing
+from lory_router.manners import Manners
 from lory_router.merge_routes import MergeRoutes
 from lory_router.merges import Merges
 from lory_router.merging_engine import MergingEngine
@@ -70,6 +72,7 @@ def create_app(
     is_warm: Callable[[], bool] = lambda: True,
     keys: Keyring | None = None,
     tuning: Tuning | None = None,
+    base: ServedBase | None = None,
 ) -> ASGIApp:
     """The front of `engine`, to be served by an ASGI server; healthy once it is warm."""
     registry = registry or Registry()
@@ -77,7 +80,9 @@ def create_app(
     rights = Rights(registry, sourced.sources if sourced else None)
     merging = MergingEngine(engine, registry, rights, settings)
     named = NamedEngine(merging, rights, settings, is_warm)
-    front = Front(named, settings, text, metrics, Gate(settings), registry, rights)
+    orders = sourced.orders if sourced else None
+    manners = Manners(named, rights, settings, base or ServedBase(), orders)
+    front = Front(named, settings, text, metrics, Gate(settings), registry, rights, manners)
     listing = Listing(named)
     catalogue = Catalogue(listing, registry, rights, sourced.sources if sourced else None)
     lifecycle = Lifecycle(named, registry, rights, listing, settings, sourced)

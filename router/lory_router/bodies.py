@@ -74,6 +74,15 @@ def refuse_unknown(
         raise unknown_field(name, kind.__struct_fields__, inside, elsewhere)
 
 
+def refuse_unknown_inside(value: dict[str, object], kind: type[msgspec.Struct], path: str) -> None:
+    """Fields that are null pass: clients send back our own replies with all of theirs."""
+    for name in unknown_fields(value, kind):
+        if value[name] is not None:
+            raise Invalid(
+                f"`{path}`: field {shown(name)} is not supported", param=f"{path}.{name[:80]}"
+            )
+
+
 def unknown_field(
     name: str,
     known: Collection[str],

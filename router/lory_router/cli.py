@@ -13,15 +13,14 @@ import typer
 from typer.core import TyperCommand
 
 from lory_router import __version__
+from lory_router.caller_options import caller_key_option, server_url_option
 from lory_router.config import (
     CommandError,
     ServeConfig,
-    caller_key_option,
     check_environment,
     check_switches,
     serve_option,
     serve_parameters,
-    server_url_option,
 )
 
 RENAMED = {
@@ -261,6 +260,18 @@ def train(context: typer.Context) -> None:
     )
     trainer_app.command()(trainer.train)
     trainer_app(context.args, prog_name="lory train")
+
+
+@app.command("eval", context_settings=PASS_ON)
+def evaluate(context: typer.Context) -> None:
+    """Score adapters on held-out rows (see lory eval --help)."""
+    module = importlib.import_module("lory_trainer.evaluation.cli")
+    eval_app = typer.Typer(
+        add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False
+    )
+    command = module.command(server_url_option("--server"), caller_key_option())
+    eval_app.command()(command)
+    eval_app(context.args, prog_name="lory eval")
 
 
 @app.command(context_settings=PASS_ON)

@@ -26,11 +26,9 @@ from lory_router.tuning.settings import TuningSettings
 from lory_router.tuning_config import TuningConfig
 from lory_router.values import (
     comma_list,
-    first_key,
     is_switch,
     parse_number,
     parse_whole,
-    with_scheme,
 )
 from lory_server.messages import DeviceName, DtypeName, EngineOptions, LogLevel, Quantization
 
@@ -73,6 +71,9 @@ class ModelConfig:
     allow_base_mismatch: bool = flag(
         False, "Serve adapters that name another base of equal shapes."
     )
+    strict_base: bool = flag(
+        False, "Refuse adapters whose manifest says that they were trained on another base."
+    )
     served_model_name: str = flag(
         "", "Names the base answers to, comma-separated; empty: the model's own name."
     )
@@ -103,9 +104,8 @@ class MemoryConfig:
     memory: int = size_flag(0, "All device memory the engine may use; 0: derived.")
     kv_memory: int = size_flag(0, "Device memory of the KV cache; 0: derived.")
     adapter_memory: int = size_flag(0, "Device memory of resident adapters; 0: derived.")
-    adapter_host_memory: int = size_flag(
-        0, "Host memory of adapters loaded but not resident; 0: derived."
-    )
+    full_weights_memory: int = size_flag(0, "Device memory of adapters' own heads; 0: derived.")
+    adapter_host_memory: int = size_flag(0, "Host memory of all loaded adapters; 0: derived.")
     max_resident_adapters: int = flag(
         0, "Most adapters on the device at once; 0: as many as its memory holds.", at_least=0
     )
@@ -238,6 +238,7 @@ class ServeConfig:
             memory_bytes=self.memory.memory,
             kv_bytes=self.memory.kv_memory,
             adapter_pool_bytes=self.memory.adapter_memory,
+            full_weight_bytes=self.memory.full_weights_memory,
             adapter_host_bytes=self.memory.adapter_host_memory,
             max_resident_adapters=self.memory.max_resident_adapters,
             reader_processes=self.memory.reader_processes,
@@ -254,6 +255,7 @@ class ServeConfig:
         return RouterSettings(
             model_names=self.model_names,
             adapters_dir=self.model.adapters,
+            strict_base=self.model.strict_base,
             adapter_sources=sources.kinds if sources else frozenset(),
             api_keys=comma_list(self.keys.api_key),
             max_concurrent_requests=self.step.max_queued,
@@ -278,35 +280,11 @@ def environment_names() -> frozenset[str]:
     return frozenset(_variable(item.name) for _, item in _leaves())
 
 
-def server_url_option() -> Any:
-    """The `--url` of commands that talk to a running server."""
-    return typer.Option(
-        "http://127.0.0.1:8080",
-        "--url",
-        help="Where the server listens.",
-        parser=with_scheme,
-        metavar="URL",
-    )
-
-
 _PARSERS: dict[Any, tuple[Callable[[str], Any], str]] = {
     int: (parse_whole, "INTEGER"),
     float: (parse_number, "NUMBER"),
 }
 """How a flag without a parser of its own is read, and called in the help."""
-
-
-def caller_key_option() -> Any:
-    """The `--api-key` of commands that talk to a running server."""
-    return typer.Option(
-        "",
-        "--api-key",
-        help="Bearer key to send, if the server asks for one; of several with commas, the first.",
-        parser=first_key,
-        metavar="KEY",
-        envvar=_variable("api_key"),
-        show_default=False,
-    )
 
 
 def serve_option(name: str, **changes: Any) -> Any:
@@ -492,9 +470,9 @@ def _check_steps(config: ServeConfig) -> None:
 
 def _check_memory(config: ServeConfig) -> None:
     memory = config.memory
-    pools = memory.kv_memory + memory.adapter_memory
+    pools = memory.kv_memory + memory.adapter_memory + memory.full_weights_memory
     if memory.memory and pools > memory.memory:
         raise ConfigError(
-            f"--memory: {memory.memory} bytes cannot hold --kv-memory and --adapter-memory "
-            f"({pools} bytes together)"
+            f"--memory: {memory.memory} bytes cannot hold --kv-memory, --adapter-memory and "
+            f"--full-weights-memory ({pools} bytes together)"
         )

@@ -11,9 +11,17 @@ from starlette.types import Receive, Scope, Send
 
 from lory_router import validate
 from lory_router.engine import EngineClient, Unavailable
-from lory_router.errors import ApiError, ClientGone, Dialect, ReaderTooSlow, TimedOut
+from lory_router.errors import (
+    AdapterReplaced,
+    ApiError,
+    ClientGone,
+    Dialect,
+    ReaderTooSlow,
+    TimedOut,
+)
 from lory_router.exchange import Exchange
 from lory_router.gate import Gate
+from lory_router.manners import Manners
 from lory_router.observe import MetricsSink, Outcome
 from lory_router.registry import Registry
 from lory_router.rights import Rights
@@ -21,6 +29,9 @@ from lory_router.settings import RouterSettings
 from lory_router.sse import shown_error
 from lory_router.text import TextModel
 from lory_server.messages import EngineInfo
+
+MAX_TRIES = 3
+"""Of a request whose adapter is replaced while it comes in."""
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +47,7 @@ class Front:
     gate: Gate
     registry: Registry
     rights: Rights
+    manners: Manners
 
     def require_ready(self) -> EngineInfo:
         """What the engine is, if a request may come in now."""
@@ -90,7 +102,17 @@ class Endpoint:
         with gate.holding() as hold:
             body = await exchange.read_body(hold)
             with gate.enter():
-                await exchange.until_disconnect(self._handle(self._front, exchange, body))
+                await exchange.until_disconnect(self._handled(exchange, body))
+
+    async def _handled(self, exchange: Exchange, body: bytes) -> None:
+        """Made again where the adapter was replaced on the way, if nothing has been said yet."""
+        for num_tries in range(1, MAX_TRIES + 1):
+            try:
+                return await self._handle(self._front, exchange, body)
+            except AdapterReplaced as error:
+                self._front.manners.forget(exchange.caller, error.adapter_id)
+                if exchange.status or num_tries == MAX_TRIES:
+                    raise
 
 
 async def _unless_gone(reply: Awaitable[None]) -> None:

@@ -62,6 +62,8 @@ class SequenceRequest:
     """Where each of its sources comes from, as `source` says it of one adapter."""
     token: str = field(default="", repr=False)
     """The caller's, for that source."""
+    manner: str = ""
+    """Digest of the manner that the prompt was made by; see `manners`."""
     caller: Caller = Caller()  # noqa: RUF009 - never changes
     """Whose request it is; its tenant pays."""
     room: BufferRoom = field(default_factory=BufferRoom, compare=False, repr=False)

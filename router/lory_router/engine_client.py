@@ -154,6 +154,7 @@ class ChildEngine:
             sampling=request.sampling,
             adapter_id=merged_id(recipe) if recipe else request.adapter_id,
             adapter_revision=request.adapter_revision,
+            manner=request.manner,
             charged_as=request.adapter_id or MERGED if recipe else "",
             tenant=request.caller.tenant,
         )

@@ -10,8 +10,9 @@ ApiError
  |- WrongMediaType 415        |- Invalid 422 / 400                |- EngineUnavailable 503
  |- ClientGone 499                |- ContextTooLong               |- TooManyConnections 503
  |- HostForbidden 403             |- AdapterInvalid               |- SourceUnavailable 503
- |- BadHttp 400                   |- AdapterTooLarge              |- TimedOut 504
-     |- HeaderTooLarge 431    |- AdapterFileTooLarge 413          |- DiskFull 507
+ |- BadHttp 400                   |- AdapterTooLarge              |- AdapterReplaced 503
+     |- HeaderTooLarge 431    |- AdapterFileTooLarge 413          |- TimedOut 504
+                                                                   |- DiskFull 507
 
 Where two statuses stand, the first is on LoRAX's routes and the second on OpenAI's. The body is
 `{"error", "error_type"}` on the first, `{"error": {"message", "type", "param", "code"}}` on the
@@ -128,6 +129,15 @@ class RevisionNotFound(ApiError):
     error_type = "adapter_not_found"
     openai_type = "invalid_request_error"
     code = "revision_not_found"
+
+
+class AdapterReplaced(ApiError):
+    """The request was made for a revision that its name does not stand for any more."""
+
+    status = 503
+    error_type = "adapter_replaced"
+    adapter_id = ""
+    """The name it was asked for by."""
 
 
 class MethodNotAllowed(ApiError):
@@ -280,6 +290,7 @@ FAILURES: dict[str, type[ApiError]] = {
     "adapter_capacity": AdapterTooLarge,
     "adapter_pinned": Conflict,
     "revision_not_found": RevisionNotFound,
+    "manner_changed": AdapterReplaced,
     "context_too_long": ContextTooLong,
     "bad_request": Invalid,
     "overloaded": Overloaded,
@@ -301,9 +312,17 @@ def from_failure(failure: Failure, retry_after_s: int, adapter_id: str = "") -> 
     kind, missing = FAILURES[failure.code], failure.source or adapter_id
     if kind is AdapterNotFound and missing:
         return adapter_not_found(missing)
+    if kind is AdapterReplaced:
+        return _replaced(failure.message, retry_after_s, adapter_id)
     wait = retry_after_s if kind is Overloaded else None
     about = f"adapter {shown(adapter_id)}: " if kind is AdapterInvalid and adapter_id else ""
     return kind(about + failure.message, param=PARAMS.get(failure.code), retry_after_s=wait)
+
+
+def _replaced(message: str, retry_after_s: int, adapter_id: str) -> AdapterReplaced:
+    error = AdapterReplaced(message, retry_after_s=retry_after_s)
+    error.adapter_id = adapter_id
+    return error
 
 
 def from_finished(finished: Finished, retry_after_s: int, adapter_id: str = "") -> ApiError:

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 
 import msgspec
 
-from lory_router import tokenize, validate
+from lory_router import asking, tokenize, validate
+from lory_router.asking import Context, Template
 from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.chat_template import TemplateError
+from lory_router.engine import SequenceRequest
 from lory_router.errors import Invalid
 from lory_router.merging import MergeNamed, asked_of, check_merged
 from lory_router.schemas_lorax import GenerateBody, Json, MergedAdapters, Parameters
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
+from lory_router.transcript import Ending
 from lory_router.validate import Ask, Named
-from lory_server.messages import EngineInfo, Sampling
+from lory_server.messages import EngineInfo, Manner, Sampling
 
 PARAMETER_PLACES = {name: f"parameters.{name}" for name in Parameters.__struct_fields__}
 NOT_SUPPORTED = ("return_k_alternatives",)
@@ -39,6 +42,7 @@ class LoraxJob:
     prompt_text: str
     """Put before the answer; empty unless return_full_text."""
     num_input_chars: int
+    template: Template
     details: bool
     """Told with prefill_details, too."""
     prefill_details: bool
@@ -58,30 +62,36 @@ def read_body(body: bytes) -> GenerateBody:
     return read_struct(value, GenerateBody)
 
 
-async def accept(
-    body: GenerateBody, stream: bool, info: EngineInfo, settings: RouterSettings, text: TextModel
-) -> LoraxJob:
+async def accept(body: GenerateBody, stream: bool, context: Context) -> LoraxJob:
+    info, settings, text = context.info, context.settings, context.text
     wish = body.parameters
     check_parameters(wish, stream, info, settings)
     named = _named(wish, settings)
     if not body.inputs:
         raise Invalid("`inputs` cannot be empty", param="inputs")
+    manner = await context.manners.of(named, context.caller)
+    wish = asking.filled_in(wish, manner)
+    prompt, template = _prompt(body, manner, named)
+    if template == "adapter" and manner.is_chat:
+        wish = msgspec.structs.replace(wish, apply_chat_template=True)
     if wish.truncate is None:
         most = validate.max_input_length(info, settings)
-        tokenize.check_length("inputs", body.inputs, text, most)
-    prompt_ids, is_cut = await _prompt_ids(body, settings, text)
-    shown = text.decode(prompt_ids) if is_cut else body.inputs
+        tokenize.check_length("inputs", prompt, text, most)
+    prompt_ids, is_cut = await _prompt_ids(prompt, wish, settings, text)
+    shown = text.decode(prompt_ids) if is_cut else prompt
     validate.check_prompt("inputs", len(prompt_ids), info, settings)
-    sampling = _sampling(wish, len(prompt_ids), info, settings)
-    stops = validate.check_stops(wish.stop or (), settings)
+    sampling = _sampling(wish, manner, len(prompt_ids), context)
+    stops = asking.all_stops(validate.check_stops(wish.stop or (), settings), manner)
+    first = asked_of(named, prompt_ids, sampling, manner)
     return LoraxJob(
-        asks=_asks(wish, prompt_ids, named, sampling, stops, info),
+        asks=_asks(first, wish, validate.ending_of(sampling, info, stops)),
         adapter_id=named.adapter_id,
         adapter_source=named.source_kind,
         is_merge=isinstance(named, MergeNamed),
         prompt_ids=prompt_ids,
         prompt_text=shown if wish.return_full_text else "",
-        num_input_chars=len(body.inputs),
+        num_input_chars=len(prompt),
+        template=template,
         details=bool(wish.details or wish.decoder_input_details),
         prefill_details=bool(wish.decoder_input_details),
         sampled=_samples(wish),
@@ -165,11 +175,23 @@ def _samples(wish: Parameters) -> bool:
     return bool(wish.do_sample) or warped or narrowed
 
 
+def _prompt(body: GenerateBody, manner: Manner, named: Named | MergeNamed) -> tuple[str, Template]:
+    """The text to answer, and whose template made it."""
+    has_chat_template = bool(body.parameters.apply_chat_template)
+    if isinstance(body.inputs, str):
+        return body.inputs, "base" if has_chat_template else "none"
+    if has_chat_template:
+        raise Invalid(
+            "`apply_chat_template` is for `inputs` as text; fields go into the adapter's template",
+            param="apply_chat_template",
+        )
+    return asking.made_of_fields(body.inputs, manner, named.adapter_id), "adapter"
+
+
 async def _prompt_ids(
-    body: GenerateBody, settings: RouterSettings, text: TextModel
+    prompt: str, wish: Parameters, settings: RouterSettings, text: TextModel
 ) -> tuple[tuple[int, ...], bool]:
     """The prompt, and whether `truncate` took something away."""
-    wish, prompt = body.parameters, body.inputs
     if wish.apply_chat_template:
         prompt = await _templated(prompt, text)
     special = not wish.apply_chat_template
@@ -191,10 +213,10 @@ async def _templated(inputs: str, text: TextModel) -> str:
         raise Invalid(f"chat template: {error}", param="apply_chat_template") from error
 
 
-def _sampling(
-    wish: Parameters, num_prompt: int, info: EngineInfo, settings: RouterSettings
-) -> Sampling:
-    wanted, default = wish.max_new_tokens, settings.default_max_new_tokens
+def _sampling(wish: Parameters, manner: Manner, num_prompt: int, context: Context) -> Sampling:
+    wanted, info = wish.max_new_tokens, context.info
+    default = manner.defaults.max_new_tokens or context.settings.default_max_new_tokens
+    end_ids = () if wish.ignore_eos_token else asking.end_ids(manner, context.text, info)
     return Sampling(
         max_new_tokens=validate.answer_length("max_new_tokens", wanted, num_prompt, info, default),
         seed=validate.pick_seeds(wish.seed, 1)[0],
@@ -205,6 +227,7 @@ def _sampling(
         repetition_penalty=_or(wish.repetition_penalty, 1.0),
         frequency_penalty=_or(wish.frequency_penalty, 0.0),
         presence_penalty=_or(wish.presence_penalty, 0.0),
+        stop_token_ids=end_ids,
         ignore_eos=bool(wish.ignore_eos_token),
         prompt_logprobs=bool(wish.decoder_input_details),
     )
@@ -214,18 +237,9 @@ def _or(value: float | None, default: float) -> float:
     return default if value is None else value
 
 
-def _asks(
-    wish: Parameters,
-    prompt_ids: tuple[int, ...],
-    named: Named | MergeNamed,
-    sampling: Sampling,
-    stops: tuple[str, ...],
-    info: EngineInfo,
-) -> tuple[Ask, ...]:
-    first = asked_of(named, prompt_ids, sampling)
-    ending = validate.ending_of(sampling, info, stops)
+def _asks(first: SequenceRequest, wish: Parameters, ending: Ending) -> tuple[Ask, ...]:
     asks = []
-    for seed in validate.pick_seeds(sampling.seed, wish.best_of or 1):
-        seeded = msgspec.structs.replace(sampling, seed=seed)
+    for seed in validate.pick_seeds(first.sampling.seed, wish.best_of or 1):
+        seeded = msgspec.structs.replace(first.sampling, seed=seed)
         asks.append(Ask(dataclasses.replace(first, sampling=seeded), ending))
     return tuple(asks)

@@ -7,15 +7,22 @@ import asyncio
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import msgspec
 
-from lory_router import tokenize, validate
-from lory_router.bodies import read_object, read_struct, unknown_field, unknown_fields
-from lory_router.chat_template import RESERVED_NAMES, ChatTemplate, TemplateError
-from lory_router.errors import Invalid, adapter_not_found, shown
+from lory_router import asking, tokenize, validate
+from lory_router.asking import Context, Template
+from lory_router.bodies import (
+    read_object,
+    read_struct,
+    refuse_unknown_inside,
+    unknown_field,
+    unknown_fields,
+)
+from lory_router.chat_prompt import chat_prompt
+from lory_router.errors import Invalid, adapter_not_found
 from lory_router.merging import MergeNamed, asked_of, check_merged
 from lory_router.schemas_lorax import MergedAdapters
 from lory_router.schemas_openai import (
@@ -23,18 +30,14 @@ from lory_router.schemas_openai import (
     NOT_SERVED,
     OF_OTHER_ROUTES,
     ChatBody,
-    ChatMessage,
-    ChatMessages,
     CommonBody,
     CompletionBody,
-    Json,
     StreamOptions,
-    TextPart,
 )
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
 from lory_router.validate import Ask, Named
-from lory_server.messages import EngineInfo, Sampling
+from lory_server.messages import Sampling
 
 DEFAULT_COMPLETION_TOKENS = 16
 MAX_STOP_TOKENS = 64
@@ -49,18 +52,8 @@ NAMES_HERE = {
     "max_new_tokens": "max_tokens",
 }
 """What fields of other routes are called."""
-ROLES = ("system", "developer", "user", "assistant")
 
 B = TypeVar("B", bound=CommonBody)
-
-
-@dataclass(frozen=True, slots=True)
-class Context:
-    """What a request is checked against."""
-
-    info: EngineInfo
-    settings: RouterSettings
-    text: TextModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +73,7 @@ class OpenaiJob:
     """How many of a prompt's sequences are shown."""
     num_top_logprobs: int | None
     """None: no log-probabilities at all."""
+    template: Template
     answer: bool
     """False where only the prompt is echoed (max_tokens 0)."""
     stream: bool
@@ -94,10 +88,10 @@ def read_body(body: bytes, kind: type[B]) -> B:
         _check_unused(name, value.pop(name), kind)
     options = value.get("stream_options")
     if isinstance(options, dict):
-        _refuse_unknown_inside(options, StreamOptions, "stream_options")
+        refuse_unknown_inside(options, StreamOptions, "stream_options")
     merged = value.get("merged_adapters")
     if isinstance(merged, dict):
-        _refuse_unknown_inside(merged, MergedAdapters, "merged_adapters")
+        refuse_unknown_inside(merged, MergedAdapters, "merged_adapters")
     return read_struct(value, kind)
 
 
@@ -158,16 +152,21 @@ async def accept_completion(body: CompletionBody, context: Context) -> OpenaiJob
     check_common(body, context)
     _check_completion(body, context)
     prompts = _prompts(body.prompt, context.settings)
+    body, context = await _with_manner(body, context)
     ids = [await _completion_ids(prompt, context) for prompt in prompts]
-    wanted = DEFAULT_COMPLETION_TOKENS if body.max_tokens is None else body.max_tokens
+    wanted = body.max_tokens
+    if wanted is None and context.manner.defaults.max_new_tokens is None:
+        wanted = DEFAULT_COMPLETION_TOKENS
     num = body.best_of or body.n or 1
+    least = 1 if wanted == 0 else wanted
     return _job(
         body,
         context,
-        asks=_all_asks(body, context, ids, num, max(1, wanted), body.logprobs),
+        asks=_all_asks(body, context, ids, num, least, body.logprobs),
         prompt_texts=tuple(_echo_text(p, context.text) for p in prompts) if body.echo else (),
         num_top_logprobs=body.logprobs,
-        answer=wanted > 0,
+        template="none",
+        answer=wanted != 0,
     )
 
 
@@ -178,15 +177,23 @@ async def accept_chat(body: ChatBody, context: Context) -> OpenaiJob:
         wanted = body.max_tokens
     validate.check_answer_length(_answer_length_name(body), wanted, 1, context.info)
     num_top = _chat_logprobs(body, context.settings)
-    ids = await _chat_ids(body, context)
+    body, context = await _with_manner(body, context)
+    ids, template = await _chat_ids(body, context)
     return _job(
         body,
         context,
         asks=_all_asks(body, context, [ids], body.n or 1, wanted, num_top),
         prompt_texts=(),
         num_top_logprobs=num_top,
+        template=template,
         answer=True,
     )
+
+
+async def _with_manner(body: B, context: Context) -> tuple[B, Context]:
+    """The body filled in by the manner of the adapter that it names."""
+    manner = await context.manners.of(_adapter(body, context.settings), context.caller)
+    return asking.filled_in(body, manner), replace(context, manner=manner)
 
 
 def _answer_length_name(body: CommonBody) -> str:
@@ -296,80 +303,17 @@ def _echo_text(prompt: Prompt, text: TextModel) -> str:
     return prompt if isinstance(prompt, str) else text.decode(prompt)
 
 
-async def _chat_ids(body: ChatBody, context: Context) -> tuple[int, ...]:
-    prompt = await asyncio.to_thread(_rendered, body, context.text.chat_template)
+async def _chat_ids(body: ChatBody, context: Context) -> tuple[tuple[int, ...], Template]:
+    adapter_id = _adapter(body, context.settings).adapter_id
+    prompt = await asyncio.to_thread(
+        chat_prompt, body, context.text.chat_template, context.manner, adapter_id
+    )
     most = validate.max_input_length(context.info, context.settings)
-    tokenize.check_length("messages", prompt, context.text, most)
-    ids = await tokenize.encode(context.text, prompt, context.settings, add_special_tokens=False)
+    tokenize.check_length("messages", prompt.text, context.text, most)
+    special = not prompt.has_specials
+    ids = await tokenize.encode(context.text, prompt.text, context.settings, special)
     validate.check_prompt("messages", len(ids), context.info, context.settings)
-    return ids
-
-
-def _rendered(body: ChatBody, template: ChatTemplate | None) -> str:
-    """The messages as one text; off the event loop, for there may be many."""
-    messages = chat_messages(body.messages)
-    if template is None:
-        raise Invalid("this base has no chat template; use /v1/completions", param="messages")
-    try:
-        return template.render(messages, _template_options(body))
-    except TemplateError as error:
-        raise Invalid(f"chat template: {error}", param="messages") from error
-
-
-def _template_options(body: ChatBody) -> Json:
-    options = body.chat_template_kwargs or {}
-    for name in options:
-        if name in RESERVED_NAMES or not name.isidentifier():
-            raise Invalid(
-                f"`chat_template_kwargs` may not set {shown(name)}", param="chat_template_kwargs"
-            )
-    return options
-
-
-def chat_messages(values: Sequence[Json]) -> list[Json]:
-    if not values:
-        raise Invalid("`messages` must hold at least one message", param="messages")
-    for index, value in enumerate(values):
-        _refuse_unknown_inside(value, ChatMessage, f"messages[{index}]")
-    read = read_struct({"messages": values}, ChatMessages).messages
-    return [_message(message, f"messages[{index}]") for index, message in enumerate(read)]
-
-
-def _refuse_unknown_inside(value: Json, kind: type[msgspec.Struct], path: str) -> None:
-    """Fields that are null pass: clients send back our own replies with all of theirs."""
-    for name in unknown_fields(value, kind):
-        if value[name] is not None:
-            raise Invalid(
-                f"`{path}`: field {shown(name)} is not supported", param=f"{path}.{name[:80]}"
-            )
-
-
-def _message(message: ChatMessage, path: str) -> Json:
-    """One message for the template."""
-    if message.role not in ROLES:
-        raise Invalid(f"`{path}.role` must be one of {', '.join(ROLES)}", param=f"{path}.role")
-    role = "system" if message.role == "developer" else message.role
-    read: Json = {"role": role, "content": _content(message, path)}
-    if message.name is not None:
-        read["name"] = message.name
-    return read
-
-
-def _content(message: ChatMessage, path: str) -> str:
-    if message.content is None:
-        raise Invalid(f"`{path}.content` is required", param=f"{path}.content")
-    if isinstance(message.content, str):
-        return message.content
-    parts = enumerate(message.content)
-    return "\n".join([_part(part, f"{path}.content[{index}]") for index, part in parts])
-
-
-def _part(part: Json, path: str) -> str:
-    text = part.get("text")
-    if part.get("type") != "text" or not isinstance(text, str):
-        raise Invalid(f'`{path}`: only {{"type": "text", "text": ...}} is supported', param=path)
-    _refuse_unknown_inside(part, TextPart, path)
-    return text
+    return ids, prompt.template
 
 
 def _job(
@@ -378,6 +322,7 @@ def _job(
     asks: tuple[tuple[Ask, ...], ...],
     prompt_texts: tuple[str, ...],
     num_top_logprobs: int | None,
+    template: Template,
     answer: bool,
 ) -> OpenaiJob:
     options = body.stream_options
@@ -389,6 +334,7 @@ def _job(
         prompt_texts=prompt_texts,
         num_choices=body.n or 1,
         num_top_logprobs=num_top_logprobs,
+        template=template,
         answer=answer,
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
@@ -407,7 +353,7 @@ def _all_asks(
     most_name = "n" if getattr(body, "best_of", None) is None else "best_of"
     validate.check_num_sequences(most_name, len(prompts), num, context.settings)
     stops = [body.stop] if isinstance(body.stop, str) else body.stop or []
-    checked = validate.check_stops(stops, context.settings)
+    checked = asking.all_stops(validate.check_stops(stops, context.settings), context.manner)
     seeds = iter(validate.pick_seeds(body.seed, num * len(prompts)))
     named = _adapter(body, context.settings)
     found = []
@@ -415,7 +361,7 @@ def _all_asks(
         base = _sampling(body, context, len(ids), wanted, num_top)
         ending = validate.ending_of(base, context.info, checked)
         samplings = [msgspec.structs.replace(base, seed=next(seeds)) for _ in range(num)]
-        requests = [asked_of(named, ids, sampling) for sampling in samplings]
+        requests = [asked_of(named, ids, sampling, context.manner) for sampling in samplings]
         found.append(tuple(Ask(request, ending) for request in requests))
     return tuple(found)
 
@@ -423,13 +369,16 @@ def _all_asks(
 def _sampling(
     body: CommonBody, context: Context, num_prompt: int, wanted: int | None, num_top: int | None
 ) -> Sampling:
-    info, default = context.info, context.settings.default_max_new_tokens
+    info, manner = context.info, context.manner
+    default = manner.defaults.max_new_tokens or context.settings.default_max_new_tokens
     stop_ids = body.stop_token_ids or []
     if len(stop_ids) > MAX_STOP_TOKENS:
         raise Invalid(
             f"`stop_token_ids` may hold at most {MAX_STOP_TOKENS} ids", param="stop_token_ids"
         )
     validate.check_token_ids("stop_token_ids", stop_ids, info)
+    ignores_end = bool(body.ignore_eos or body.ignore_eos_token)
+    end_ids = () if ignores_end else asking.end_ids(manner, context.text, info)
     return Sampling(
         max_new_tokens=validate.answer_length(
             _answer_length_name(body), wanted, num_prompt, info, default
@@ -443,8 +392,8 @@ def _sampling(
         frequency_penalty=_or(body.frequency_penalty, 0.0),
         presence_penalty=_or(body.presence_penalty, 0.0),
         logit_bias=_logit_bias(body, context),
-        stop_token_ids=tuple(stop_ids),
-        ignore_eos=bool(body.ignore_eos or body.ignore_eos_token),
+        stop_token_ids=(*stop_ids, *end_ids),
+        ignore_eos=ignores_end,
         num_top_logprobs=num_top or 0,
         prompt_logprobs=bool(getattr(body, "echo", False)) and num_top is not None,
     )

@@ -11,6 +11,7 @@ from contextlib import aclosing
 import msgspec
 
 from lory_router import intake_lorax
+from lory_router.asking import Context
 from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.endpoint import Front
 from lory_router.errors import IncompleteGeneration, Invalid
@@ -97,7 +98,8 @@ async def _accept(
     front: Front, exchange: Exchange, wish: GenerateBody, stream: bool
 ) -> tuple[LoraxJob, EngineInfo]:
     info = front.require_ready()
-    job = await intake_lorax.accept(wish, stream, info, front.settings, front.text)
+    context = Context(info, front.settings, front.text, front.manners, exchange.caller)
+    job = await intake_lorax.accept(wish, stream, context)
     exchange.adapter_id = MERGED if job.is_merge else front.served_as(job.adapter_id)
     exchange.sequences_per_prompt = len(job.asks)
     exchange.ready_at = time.perf_counter()
@@ -223,6 +225,7 @@ def _common_headers(job: LoraxJob, front: Front, info: EngineInfo) -> dict[str, 
         "x-compute-type": info.device,
         "x-compute-characters": str(job.num_input_chars),
         "x-model-id": header_text(front.settings.model_names[0]),
+        "x-template": job.template,
     }
     if job.adapter_id:
         headers |= {

@@ -17,7 +17,7 @@ from lory_router.schemas_lorax import MergedAdapters
 from lory_router.settings import RouterSettings
 from lory_router.sources.reference import Reference
 from lory_router.validate import Named
-from lory_server.messages import Sampling
+from lory_server.messages import Manner, Sampling
 from lory_server.recipes import (
     ELECTING,
     MAX_SOURCES,
@@ -116,9 +116,9 @@ def check_merged(
 
 
 def asked_of(
-    named: Named | MergeNamed, prompt_ids: tuple[int, ...], sampling: Sampling
+    named: Named | MergeNamed, prompt_ids: tuple[int, ...], sampling: Sampling, manner: Manner
 ) -> SequenceRequest:
-    """A sequence of what was named."""
+    """A sequence of what was named, made in its manner."""
     if isinstance(named, MergeNamed):
         return SequenceRequest(
             prompt_ids,
@@ -128,7 +128,12 @@ def asked_of(
             token=named.token,
         )
     return SequenceRequest(
-        prompt_ids, sampling, named.adapter_id, source=named.source, token=named.token
+        prompt_ids,
+        sampling,
+        named.adapter_id,
+        source=named.source,
+        token=named.token,
+        manner=manner.digest,
     )
 
 

@@ -10,10 +10,11 @@ from contextlib import aclosing
 from typing import Protocol
 
 from lory_router import intake_openai
+from lory_router.asking import Context
 from lory_router.endpoint import Front
 from lory_router.exchange import Exchange
 from lory_router.headers import header_text, measured_headers
-from lory_router.intake_openai import Context, OpenaiJob
+from lory_router.intake_openai import OpenaiJob
 from lory_router.openai_shapes import (
     Json,
     Shown,
@@ -58,26 +59,30 @@ class Dressing(Protocol):
 async def completions(front: Front, exchange: Exchange, body: bytes) -> None:
     """POST /v1/completions."""
     wish = intake_openai.read_body(body, CompletionBody)
-    job = await intake_openai.accept_completion(wish, _context(front))
+    job = await intake_openai.accept_completion(wish, _context(front, exchange))
     await _reply(front, exchange, job, CompletionDressing())
 
 
 async def chat_completions(front: Front, exchange: Exchange, body: bytes) -> None:
     """POST /v1/chat/completions."""
     wish = intake_openai.read_body(body, ChatBody)
-    job = await intake_openai.accept_chat(wish, _context(front))
+    job = await intake_openai.accept_chat(wish, _context(front, exchange))
     await _reply(front, exchange, job, ChatDressing())
 
 
-def _context(front: Front) -> Context:
-    return Context(front.require_ready(), front.settings, front.text)
+def _context(front: Front, exchange: Exchange) -> Context:
+    info = front.require_ready()
+    return Context(info, front.settings, front.text, front.manners, exchange.caller)
 
 
 async def _reply(front: Front, exchange: Exchange, job: OpenaiJob, dressing: Dressing) -> None:
     exchange.adapter_id = MERGED if job.is_merge else front.served_as(job.adapter_id)
     exchange.sequences_per_prompt = len(job.asks[0])
     exchange.ready_at = time.perf_counter()
-    headers = {"x-model-id": header_text(front.settings.model_names[0])}
+    headers = {
+        "x-model-id": header_text(front.settings.model_names[0]),
+        "x-template": job.template,
+    }
     if job.adapter_id:
         headers["x-adapter-id"] = header_text(job.adapter_id)
     if job.stream:

@@ -10,7 +10,7 @@ from typing import Literal
 import msgspec
 
 from lory_router.sources.fetching import Progress
-from lory_server.messages import AdapterEntry, RevisionEntry
+from lory_server.messages import AdapterEntry, Manner, RevisionEntry
 from lory_server.recipes import ELECTING, PRUNING, RANDOM, MergeMethod, Recipe, SignMethod
 
 State = Literal["fetching", "disk", "host", "device", "refused"]
@@ -143,6 +143,21 @@ class AdapterReply(msgspec.Struct, frozen=True, kw_only=True):
     """How it is made of others, if it is."""
 
 
+class AdapterDetail(AdapterReply, frozen=True, kw_only=True):
+    """One adapter, with how it wants to be asked; None: that is not known."""
+
+    template: str | None = None
+    fields: tuple[str, ...] | None = None
+    chat: bool | None = None
+    """Whether its prompts go through the base's chat template."""
+    completion_prefix: str | None = None
+    """What its answers begin with."""
+    defaults: dict[str, float] | None = None
+    stop: tuple[str, ...] | None = None
+    base_matches: bool | None = None
+    """Whether the base served is the one it was trained on; None: its manifest does not tell."""
+
+
 class AdapterListReply(msgspec.Struct, frozen=True, kw_only=True):
     object: Literal["list"] = "list"
     data: tuple[AdapterReply, ...]
@@ -196,6 +211,25 @@ def adapter_reply(
         refused=entry.refusal or None,
         owner=owner or None,
         merged=_merge_reply(recipe) if recipe else None,
+    )
+
+
+def adapter_detail(
+    reply: AdapterReply, manner: Manner | None, base_matches: bool | None
+) -> AdapterDetail:
+    known = msgspec.structs.asdict(reply)
+    if manner is None:
+        return AdapterDetail(**known)
+    defaults = msgspec.structs.asdict(manner.defaults)
+    return AdapterDetail(
+        **known,
+        template=manner.template or None,
+        fields=manner.fields,
+        chat=manner.is_chat,
+        completion_prefix=manner.completion_prefix or None,
+        defaults={name: value for name, value in defaults.items() if value is not None},
+        stop=manner.stop,
+        base_matches=base_matches,
     )
 
 

@@ -54,7 +54,8 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
-    inputs: str
+    inputs: str | dict[str, str]
+    """A prompt, or the fields of the adapter's template."""
     parameters: Parameters = Parameters()
     """Unlike its fields it may be left out but not be null."""
     stream: bool | None = None

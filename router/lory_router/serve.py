@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from lory_router.app import create_app
+from lory_router.base_check import ServedBase
 from lory_router.config import (
     ServeConfig,
     StartError,
@@ -180,6 +181,7 @@ def _build(launch: _Launch) -> _Parts:
         warm_up.is_done,
         launch.keys,
         tuning,
+        ServedBase(config.model.model, launch.text.chat_template),
     )
     server = http_server(app, room_for_connections(config.http.max_connections))
     supervisor = Supervisor(engine, metrics, launch.policy)

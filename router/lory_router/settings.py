@@ -18,6 +18,8 @@ class RouterSettings:
     """The adapters folder, as it was given; only compared with, never opened."""
     api_keys: tuple[str, ...] = ()
     """Accepted bearer keys; empty: no authentication."""
+    strict_base: bool = False
+    """Refuse adapters that were trained on another base, as their manifests tell."""
     adapter_sources: frozenset[SourceKind] = frozenset()
     """Where adapters may come from beside the local folder."""
     max_concurrent_requests: int = 256

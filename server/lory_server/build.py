@@ -14,8 +14,10 @@ import torch
 from lory_kernels import Backend, KernelUnavailableError, best_cpu_backend, select
 from lory_server.accounting import CostModel
 from lory_server.adapters.cache import NUM_LOADERS, AdapterCache
+from lory_server.adapters.extents import GRAIN_BYTES
 from lory_server.adapters.fold import BaseFolder
-from lory_server.adapters.format import Base
+from lory_server.adapters.full_weights import FullWeights
+from lory_server.adapters.manifest import Base
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import ThreadReader
 from lory_server.adapters.reader_process import ProcessReader, can_read_apart
@@ -132,9 +134,18 @@ def memory_needs(options: EngineOptions, decoder: Decoder) -> MemoryNeeds:
         asked_model_len=options.max_model_len,
         adapter_pool_bytes=options.adapter_pool_bytes,
         adapter_pool_cap_bytes=CPU_POOL_BYTES if decoder.device.type == "cpu" else 0,
+        full_weight_bytes=options.full_weight_bytes,
+        end_bytes=end_bytes(decoder),
         kv_bytes=options.kv_bytes,
         serves_adapters=options.serves_adapters,
     )
+
+
+def end_bytes(decoder: Decoder) -> int:
+    """Of one head or embedding, as it lies among the full weights."""
+    spec = decoder.spec
+    grains = -(-spec.vocab_size * spec.hidden_size * decoder.dtype.itemsize // GRAIN_BYTES)
+    return grains * GRAIN_BYTES
 
 
 def available_bytes(decoder: Decoder) -> int:
@@ -187,22 +198,14 @@ def assemble(
     options: EngineOptions, decoder: Decoder, plan: MemoryPlan, wake: Callable[[], None]
 ) -> Engine:
     spec, device = decoder.spec, decoder.device
-    pool = AdapterPool(
-        num_bytes=plan.adapter_pool_bytes,
-        dtype=decoder.dtype,
-        device=device,
-        sites=decoder.sites,
-        max_slots=max_slots(options, plan),
-    )
+    pool = make_pool(options, decoder, plan)
     lora.attach(decoder, pool.tables, pool.data)
     adapters = AdapterCache(
         AdapterStore(_folder(options.adapters_dir), fetched=_folder(options.fetched_dir)),
         pool,
-        Base(
-            decoder.sites, base_names(options), options.allow_base_mismatch, decoder.spec.vocab_size
-        ),
+        base_of(options, decoder),
         host_bytes(options, plan),
-        BaseFolder(decoder.sites, decoder.linears, device),
+        BaseFolder(decoder.adapter_sites, decoder.adapter_linears, device),
         on_ready=wake,
         num_loaders=options.reader_processes if reads_apart(options) else NUM_LOADERS,
         make_reader=ProcessReader if reads_apart(options) else ThreadReader,
@@ -210,7 +213,7 @@ def assemble(
     kv = KVCache.allocate(spec, plan.num_blocks, options.block_size, decoder.dtype, device)
     decoder.record(kv, options.max_step_tokens)
     packer = Packer(options.max_batch_rows, blocks_a_sequence(options, plan), options.block_size)
-    runner = Runner(decoder, kv, packer, options.max_batch_rows, device)
+    runner = Runner(decoder, kv, packer, options.max_batch_rows, device, pool.full.by_slot)
     if device.type == "cuda":
         compile_kernels(decoder, kv, options)
     if wants_graphs(options, device):
@@ -235,6 +238,37 @@ def assemble(
             serves_adapters=options.serves_adapters,
         ),
         clock=time.monotonic,
+    )
+
+
+def make_pool(options: EngineOptions, decoder: Decoder, plan: MemoryPlan) -> AdapterPool:
+    unit_offset_norms = decoder.spec.unit_offset_norms
+    full = FullWeights(
+        plan.full_weight_bytes,
+        decoder.dtype,
+        decoder.device,
+        unit_offset_norms=unit_offset_norms,
+    )
+    return AdapterPool(
+        num_bytes=plan.adapter_pool_bytes,
+        dtype=decoder.dtype,
+        device=decoder.device,
+        sites=decoder.adapter_sites,
+        max_slots=max_slots(options, plan),
+        full=full,
+    )
+
+
+def base_of(options: EngineOptions, decoder: Decoder) -> Base:
+    """What adapters must fit."""
+    spec = decoder.spec
+    return Base(
+        decoder.adapter_sites,
+        base_names(options),
+        options.allow_base_mismatch,
+        spec.vocab_size,
+        spec.norms(),
+        spec.tied_head,
     )
 
 

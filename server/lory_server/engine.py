@@ -45,6 +45,7 @@ from lory_server.sequence import BASE_WEIGHTS, Sequence, activation_of
 
 Holders = Counter[tuple[str, str]]
 NO_ADAPTERS = "this server serves the base alone; start it with --adapters"
+MANNER_CHANGED = "the adapter was replaced while the request waited for it; send it again"
 
 
 class StepRunner(Protocol):
@@ -330,7 +331,11 @@ class Engine:
                 self._orders.take_outcome(outcome)
                 continue
             request = self._resolving.pop(outcome.ticket)
-            if isinstance(outcome, Resolved):
+            if isinstance(outcome, Resolved) and outcome.manner.digest != request.command.manner:
+                self._orders.follow(outcome)
+                self._adapters.release(outcome.revision)
+                self._end(request, "error", _failure("manner_changed", MANNER_CHANGED))
+            elif isinstance(outcome, Resolved):
                 self._orders.follow(outcome)
                 request.resolved = self._clock()
                 request.adapter = outcome
@@ -440,6 +445,8 @@ def _sequence(command: Submit, adapter: Resolved | None) -> Sequence:
         revision=acting.revision if acting else "",
         adapter_id=command.adapter_id,
         adapter_bytes=acting.num_bytes if acting else 0,
+        full_bytes=acting.full_bytes if acting else 0,
+        has_own_head=acting.has_own_head if acting else False,
     )
 
 

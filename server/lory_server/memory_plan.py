@@ -6,6 +6,8 @@ Pure arithmetic over the numbers it is given; it must not know torch or any devi
 from dataclasses import dataclass
 
 GIB = 1 << 30
+DEFAULT_ENDS = 4
+"""Heads and embeddings that adapters may have resident together unless told otherwise."""
 
 
 class MemoryPlanError(ValueError):
@@ -33,6 +35,11 @@ class MemoryNeeds:
     """0: a quarter of what weights and workspace leave, up to `adapter_pool_cap_bytes`."""
     adapter_pool_cap_bytes: int = 0
     """0: none."""
+    full_weight_bytes: int = 0
+    """Of adapters' own heads and embeddings. 0: DEFAULT_ENDS of the base's, up to an eighth of
+    what all but the KV cache leave."""
+    end_bytes: int = 0
+    """Of one head or embedding."""
     kv_bytes: int = 0
     """0: the rest, as far as the largest batch can use it."""
     serves_adapters: bool = True
@@ -51,6 +58,7 @@ class MemoryPlan:
     """Tokens; lowered to what the KV pool holds."""
     unused_bytes: int
     graph_bytes: int = 0
+    full_weight_bytes: int = 0
 
     @property
     def kv_bytes(self) -> int:
@@ -63,6 +71,7 @@ class MemoryPlan:
             ("workspace", self.workspace_bytes),
             *graphs,
             ("adapter pool", self.adapter_pool_bytes),
+            ("full weights", self.full_weight_bytes),
             ("KV blocks", self.kv_bytes),
             ("unused", self.unused_bytes),
         )
@@ -81,7 +90,14 @@ def plan_memory(needs: MemoryNeeds) -> MemoryPlan:
             "use --quantize nf4"
         )
     pool = _adapter_pool(needs, left)
-    num_blocks = _num_blocks(needs, left - pool)
+    full = _full_weights(needs, left - pool - needs.kv_bytes)
+    if pool + full >= left:
+        raise MemoryPlanError(
+            f"--adapter-memory ({_mib(pool)}) and --full-weights-memory ({_mib(full)}) leave "
+            f"nothing for the KV cache: weights and workspace leave {_mib(left)}; lower them or "
+            "raise --memory"
+        )
+    num_blocks = _num_blocks(needs, left - pool - full)
     holds = num_blocks * needs.block_size
     if holds < needs.asked_model_len:
         raise MemoryPlanError(
@@ -96,8 +112,9 @@ def plan_memory(needs: MemoryNeeds) -> MemoryPlan:
         num_blocks=num_blocks,
         block_bytes=needs.block_bytes,
         max_model_len=min(needs.max_model_len, holds),
-        unused_bytes=left - pool - num_blocks * needs.block_bytes,
+        unused_bytes=left - pool - full - num_blocks * needs.block_bytes,
         graph_bytes=needs.graph_bytes,
+        full_weight_bytes=full,
     )
 
 
@@ -113,6 +130,12 @@ def _adapter_pool(needs: MemoryNeeds, left: int) -> int:
             f"workspace leave {_mib(left)}; lower it or raise --memory"
         )
     return pool
+
+
+def _full_weights(needs: MemoryNeeds, left: int) -> int:
+    if not needs.serves_adapters:
+        return 0
+    return needs.full_weight_bytes or min(DEFAULT_ENDS * needs.end_bytes, max(left, 0) // 8)
 
 
 def _num_blocks(needs: MemoryNeeds, left: int) -> int:

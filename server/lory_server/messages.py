@@ -33,6 +33,7 @@ FailureCode = Literal[
     "adapter_capacity",  # larger than the whole adapter pool, or than what pins leave of it
     "adapter_pinned",  # it is pinned, and what was asked would put it out
     "revision_not_found",  # the adapter is there, but not in that revision
+    "manner_changed",  # the adapter wants to be asked in another way than the router thought
     "context_too_long",  # prompt + max_new_tokens exceed the context or the KV pool
     "bad_request",  # token ids out of range and the like, found by the engine
     "overloaded",  # the engine's queue is full
@@ -79,6 +80,8 @@ class EngineOptions(Message, frozen=True):
     kv_bytes: int = 0
     adapter_pool_bytes: int = 0
     """Device bytes for resident adapters."""
+    full_weight_bytes: int = 0
+    """Device bytes for adapters' own embeddings, heads and norms, beside the pool."""
     adapter_host_bytes: int = 0
     """Host bytes for adapters that are loaded but not resident."""
     max_resident_adapters: int = 0
@@ -137,6 +140,8 @@ class Submit(Message, frozen=True):
     """Empty: the base. Of merges, what `recipes.merged_id` makes."""
     adapter_revision: str = ""
     """A revision or its beginning, on disk or still in memory; empty: the one on disk now."""
+    manner: str = ""
+    """Digest of the manner that this was made by; a revision with another one fails it."""
     charged_as: str = ""
     """What charges call the adapter; empty: `adapter_id`."""
     tenant: str = "default"
@@ -367,6 +372,53 @@ class AdapterEntry(msgspec.Struct, frozen=True, kw_only=True):
     """Why the last attempt to load it failed; empty after one that did not."""
 
 
+class Defaults(msgspec.Struct, frozen=True, kw_only=True):
+    """What a request is to ask for that does not say so itself; None: nothing."""
+
+    temperature: float | None = None
+    """0 is greedy."""
+    top_k: int | None = None
+    top_p: float | None = None
+    typical_p: float | None = None
+    repetition_penalty: float | None = None
+    max_new_tokens: int | None = None
+
+
+class TrainedOn(msgspec.Struct, frozen=True, kw_only=True):
+    """Which base an adapter was trained on: digests of its parts (`lory_trainer.digests`), as far
+    as they are told."""
+
+    config: str = ""
+    tokenizer: str = ""
+    weights: str = ""
+    chat_template: str = ""
+    """SHA-256; of an adapter that was trained through it."""
+    is_quantized: bool | None = None
+
+
+class Manner(msgspec.Struct, frozen=True, kw_only=True):
+    """How a revision of an adapter wants to be asked, as its trainer wrote it down."""
+
+    digest: str = ""
+    """Of all below; empty where there is nothing."""
+    template: str = ""
+    """The prompt, with `{field}`s in it; empty: callers send prompts as they are."""
+    fields: tuple[str, ...] = ()
+    is_chat: bool = False
+    """It was trained through the base's chat template: a prompt is a user's message."""
+    completion_prefix: str = ""
+    """What its answers begin with, before what is asked of them."""
+    defaults: Defaults = Defaults()
+    stop: tuple[str, ...] = ()
+    eos_token: str = ""
+    """What it learned to end with."""
+    base: TrainedOn | None = None
+
+
+NO_MANNER = Manner()
+"""Of the base, and of adapters whose trainers say nothing."""
+
+
 class AdapterList(Message, frozen=True):
     call_id: int
     adapters: tuple[AdapterEntry, ...]
@@ -378,6 +430,8 @@ class OrderDone(Message, frozen=True):
     """The adapter afterwards; None: it could not be done."""
     revision: str = ""
     """Which one it was done to."""
+    manner: Manner | None = None
+    """Of that revision; told by `find`."""
     failure: Failure | None = None
 
 

@@ -103,6 +103,8 @@ class ResidentAdapter:
     num_bytes: int
     max_rank: int
     has_gain_or_bias: bool = False
+    full_bytes: int = 0
+    """Of weights in place of the base's, beside `num_bytes`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ class Residency:
     loading: frozenset[str] = frozenset()
     free_bytes: int = 0
     free_slots: int = 0
+    free_full_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from itertools import chain, islice
 
 from lory_server.blocks import BlockPool
+from lory_server.head_turns import HeadTurns
 from lory_server.messages import CancelReason, FinishReason
 from lory_server.plan import (
     BASE_SLOT,
@@ -46,6 +47,8 @@ class SchedulerLimits:
     prefix_caching: bool = True
     max_overtakes: int = 32
     """Admissions that may pass a sequence that waits for its adapter before room is made for it."""
+    max_step_heads: int = 8
+    """Most heads of adapters' own that one step reads; more take turns."""
 
     def __post_init__(self) -> None:
         if self.max_step_tokens < self.max_batch_rows:
@@ -96,6 +99,7 @@ class Scheduler:
         self._in_flight: dict[int, tuple[_Flight, ...]] = {}
         self._next_step = 0
         self.counts = StepCounts()
+        self._heads = HeadTurns(limits.max_step_heads)
 
     # -- between steps ----------------------------------------------------------------------
 
@@ -159,9 +163,9 @@ class Scheduler:
         chunk = budget // 2 if self._someone_may_join(residency) else budget
         planned: set[int] = set()
         # A long prompt must not take the budget from sequences that need one token each.
-        for sequence in sorted(self.running, key=lambda s: s.num_wanted > 1):
-            if sequence.lane == NO_LANE or budget == 0:
-                continue  # preempted by an earlier one, or no budget left
+        for sequence in self._heads.begin(sorted(self.running, key=lambda s: s.num_wanted > 1)):
+            if sequence.lane == NO_LANE or budget == 0 or not self._heads.admits(sequence):
+                continue  # preempted by an earlier one, no budget left, or not its head's turn
             num_tokens = min(sequence.num_wanted, budget, max(chunk, 1))
             if num_tokens <= 0 or not self._grow(sequence, num_tokens, planned):
                 continue
@@ -191,6 +195,7 @@ class Scheduler:
             flights.append(_Flight(sequence, sequence.epoch, run, row.sample is not None))
             sequence.num_computed += run
             sequence.num_pending += row.sample is not None
+        self._heads.note(sequence)
 
     def _row(self, sequence: Sequence, num_tokens: int, residency: Residency) -> PlanRow:
         start = sequence.num_computed
@@ -283,8 +288,9 @@ class Scheduler:
                 break  # no blocks: nobody behind it may take the ones it waits for
             self.waiting.remove(sequence)
             self.running.append(sequence)
-            self._append_row(sequence, num_tokens, residency, rows, flights)
-            budget -= num_tokens
+            if self._heads.admits(sequence):  # else its head has the next step's turn
+                self._append_row(sequence, num_tokens, residency, rows, flights)
+                budget -= num_tokens
             for waiting in passed:
                 waiting.overtaken += 1
 
@@ -353,15 +359,21 @@ class Scheduler:
         for sequence in self.running:
             running[sequence.revision] = running.get(sequence.revision, 0) + 1
         free_bytes, free_slots = residency.free_bytes, residency.free_slots
+        free_full = residency.free_full_bytes
         chosen: list[str] = []
+        resident = residency.resident
         # The idle ones as they come: of thousands, no more are looked at than are needed.
-        idle = (r for r in residency.resident if r not in running)
-        busy = sorted(running.keys() & residency.resident.keys(), key=lambda r: (running[r], r))
+        idle = (r for r in resident if r not in running)
+        busy = sorted(running.keys() & resident.keys(), key=lambda r: (running[r], r))
         for revision in (r for r in chain(idle, busy) if r not in ahead):
-            if free_bytes >= head.adapter_bytes and free_slots >= 1:
+            fits = free_bytes >= head.adapter_bytes and free_slots >= 1
+            if fits and free_full >= head.full_bytes:
                 break
+            if fits and not resident[revision].full_bytes:
+                continue  # it has nothing of what is short
             chosen.append(revision)
-            free_bytes += residency.resident[revision].num_bytes
+            free_bytes += resident[revision].num_bytes
+            free_full += resident[revision].full_bytes
             free_slots += 1
         return frozenset(chosen)
 

@@ -47,6 +47,10 @@ class Sequence:
     """Adapter revision that acts on it; empty: none does."""
     adapter_id: str = ""
     adapter_bytes: int = 0
+    full_bytes: int = 0
+    """Of the adapter's weights in place of the base's, beside `adapter_bytes`."""
+    has_own_head: bool = False
+    """Its logits take a product with a head of the adapter's own."""
     prompt_len: int = field(init=False)
     num_computed: int = 0
     num_committed: int = 0

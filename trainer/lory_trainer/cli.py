@@ -21,6 +21,7 @@ EXIT_STOPPED = 130
 INIT_FILE = Path("train.yaml")
 
 if TYPE_CHECKING:
+    from lory_trainer.events import Listener
     from lory_trainer.train import Places, TrainResult
 
 OPTIONAL_KERNELS_LOGGER = "bitsandbytes.backends.cpu.ops"
@@ -109,7 +110,7 @@ def train(
     except KeyboardInterrupt:
         _print(console, "interrupted", "yellow")
         raise typer.Exit(EXIT_STOPPED) from None
-    except TrainerError as error:
+    except (TrainerError, OSError) as error:
         _print(console, f"error: {error}", "red")
         raise typer.Exit(EXIT_FAILED) from error
     _print(console, summary(result))
@@ -192,10 +193,9 @@ def run_training(
     _load_libraries(None)
     from lory_trainer.progress_bar import ProgressBar
     from lory_trainer.signals import stop_wishes
-    from lory_trainer.trackers import trackers
-    from lory_trainer.train import name_of, train_adapter
+    from lory_trainer.train import train_adapter
 
-    listeners = trackers(options.tracking, places.run, name_of(options, places.output))
+    listeners = _trackers(options, places)
     with ProgressBar(console, places.output.name) as bar, stop_wishes() as should_stop:
         return train_adapter(
             options,
@@ -205,6 +205,16 @@ def run_training(
             should_stop=should_stop,
             **more,
         )
+
+
+def _trackers(options: TrainOptions, places: "Places") -> Sequence["Listener"]:
+    """They import transformers' Trainer, and all that it imports: not without need."""
+    if not options.tracking.to:
+        return ()
+    from lory_trainer.trackers import trackers
+    from lory_trainer.train import name_of
+
+    return trackers(options.tracking, places.run, name_of(options, places.output))
 
 
 def _load_libraries(threads: int | None) -> None:

@@ -16,6 +16,7 @@ from lory_trainer.config_turns import (
     base_model,
     bits_of,
     datasets,
+    evaluation,
     init,
     input_features,
     optimizer,
@@ -212,6 +213,7 @@ LUDWIG: tuple[Key, ...] = (
     Only("backend", "Ludwig", (None, "local", {"type": "local"}), _ONE_PROCESS),
     Noted("ludwig_version", "Ludwig", "configurations are read by their keys"),
     Alias("adapter_id", "name", "others"),
+    Several("evaluation", "others", evaluation, "checked, and read by `lory eval --config`"),
     Alias("dataset", "data", "others"),
 )
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from lory_trainer.errors import ConfigError
+from lory_trainer.evaluation.errors import EvaluationError
+from lory_trainer.evaluation.options import check_section
 
 Values = dict[str, Any]
 """Our options by dotted path."""
@@ -216,3 +218,13 @@ def init(value: Any) -> Any:
             "every adapter. Use default, gaussian or orthogonal"
         )
     return _choice(table, "one of: default, gaussian, orthogonal")(value)
+
+
+def evaluation(value: Any) -> Values:
+    """No option of training: what it says is checked, so that a run does not end in a typing
+    error."""
+    try:
+        check_section(value)
+    except EvaluationError as error:
+        raise ConfigError("; ".join(str(error).splitlines())) from error
+    return {}

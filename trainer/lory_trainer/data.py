@@ -30,7 +30,8 @@ class Example:
 
     @property
     def num_answer_tokens(self) -> int:
-        return sum(end - start for start, end in self.learned)
+        """The first token of all cannot be learned: nothing comes before it."""
+        return sum(end - max(start, 1) for start, end in self.learned)
 
     @property
     def learned(self) -> tuple[Span, ...]:

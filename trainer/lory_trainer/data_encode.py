@@ -26,6 +26,8 @@ class Encoder:
     eos_id: int
     stop_ids: frozenset[int]
     """Tokens that end an answer when the base is served, eos_id among them."""
+    known_ids: tuple[int, ...]
+    """One object for each id: rows hold many of the same."""
     learn_prompt: bool = False
 
     def encode(self, sample: Sample) -> Sequence[Row]:
@@ -42,10 +44,13 @@ class Encoder:
         return self._turns(sample, sample.prompt)
 
     def _ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text))
+        return self._shared(self.tokenizer.encode(text))
 
     def _raw_ids(self, text: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(text, add_special_tokens=False))
+        return self._shared(self.tokenizer.encode(text, add_special_tokens=False))
+
+    def _shared(self, ids: Sequence[int]) -> tuple[int, ...]:
+        return tuple(map(self.known_ids.__getitem__, ids))
 
     def _answered(self, sample: Sample, answer: str) -> Example:
         """A prompt and one answer, through the chat template if the plan says so."""
@@ -133,4 +138,5 @@ def make_encoder(
         )
     if plan.chat and not tokenizer.chat_template:
         raise DataError("base: its tokenizer has no chat template; give template: ... instead")
-    return Encoder(tokenizer, plan, eos_id, frozenset((eos_id, *stop_ids)), learn_prompt)
+    known_ids = tuple(range(max(len(tokenizer), eos_id + 1)))
+    return Encoder(tokenizer, plan, eos_id, frozenset((eos_id, *stop_ids)), known_ids, learn_prompt)

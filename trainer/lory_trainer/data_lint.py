@@ -105,11 +105,13 @@ def _leaks(train: Sequence[Sample], held_out: Sequence[Sample]) -> Iterator[Find
             "scores say nothing",
             same,
         )
-    grams = {gram for s in train for gram in _grams(s.text)}
+    wanted = {gram for s in held_out for gram in _grams(s.text)}
+    grams = {gram for s in train for gram in _grams(s.text) if gram in wanted}
+    whole = set(same)
     near = tuple(
         s.place
         for s in held_out
-        if s.place not in same and any(gram in grams for gram in _grams(s.text))
+        if s.place not in whole and any(gram in grams for gram in _grams(s.text))
     )
     if near:
         yield Finding(

@@ -109,8 +109,7 @@ def matmul_speed(device: str) -> float:
 
 
 def show(found: Forecast, console: Console, price_per_hour: float) -> None:
-    resolved = found.options.model_dump(mode="json", exclude_none=True)
-    text = yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(resolved(found.options), sort_keys=False, allow_unicode=True)
     console.print(Panel(Text(text.rstrip()), title="resolved configuration", title_align="left"))
     tokenizer = found.data.encoder.tokenizer
     for number, item in enumerate(found.data.examples[:NUM_SHOWN], start=1):
@@ -121,6 +120,18 @@ def show(found: Forecast, console: Console, price_per_hour: float) -> None:
     for finding in found.data.findings:
         style = "yellow" if finding.level == "warning" else ""
         console.print(f"{finding.level}: {finding}", style=style, highlight=False, markup=False)
+
+
+def resolved(options: TrainOptions) -> dict[str, Any]:
+    """A configuration of the same run; what does not concern it is left out."""
+    values = options.model_dump(mode="json", exclude_none=True)
+    values["lora"]["alpha"] = options.lora.resolved_alpha
+    concerns = {
+        "dpo": options.method == "dpo",
+        "quantization": options.quantization.bits is not None,
+        "tracking": bool(options.tracking.to),
+    }
+    return {name: value for name, value in values.items() if concerns.get(name, True)}
 
 
 def _rendered(item: Item, tokenizer: PreTrainedTokenizerBase) -> Iterator[Text]:

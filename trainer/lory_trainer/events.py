@@ -29,7 +29,7 @@ The file
                seconds (of training so far), tokens_per_second, memory_bytes (peak); DPO adds
                reward_accuracy, reward_margin
   eval         loss, rows, seconds; DPO adds reward_accuracy, reward_margin
-  checkpoint   path (relative to RUN: a plain PEFT folder with the optimizer's state beside it),
+  checkpoint   path (relative to RUN: an adapter folder with the optimizer's state in it),
                loss (of that step), eval_loss (newest, or null)
   message      level (info, warning), text
   finished     output (the adapter's folder), loss (mean of the last steps), eval_loss (or null),

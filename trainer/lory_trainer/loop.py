@@ -180,8 +180,15 @@ def _gradients(job: Job, progress: Progress, step: Step) -> Outcome:
         try:
             return accumulate(job.model, _collated(step, progress.num_parts), job.objective)
         except (RuntimeError, MemoryError) as error:
-            job.optimizer.zero_grad(set_to_none=True)
             _halve(job, progress, step, error)
+        _let_go(job)
+
+
+def _let_go(job: Job) -> None:
+    """Once the error is forgotten: its frames hold the tensors that did not fit."""
+    job.optimizer.zero_grad(set_to_none=True)
+    if job.device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def _collated(step: Step, num_parts: int) -> list[Batch]:
@@ -198,8 +205,6 @@ def _halve(job: Job, progress: Progress, step: Step, error: BaseException) -> No
     if not is_out_of_memory(error):
         raise error
     rows = max(len(part) for batch in step for part in split_batch(batch, progress.num_parts))
-    if job.device.type == "cuda":
-        torch.cuda.empty_cache()
     if rows == 1:
         tokens = max(longest(item) for batch in step for item in batch)
         raise OutOfMemoryError(
@@ -292,6 +297,7 @@ def _held_out_loss(job: Job, progress: Progress) -> Outcome:
             return evaluate(job.model, _collated(step, progress.num_parts), job.objective)
         except (RuntimeError, MemoryError) as error:
             _halve(job, progress, step, error)
+        _let_go(job)
 
 
 def _is_worse_for_long(job: Job, progress: Progress) -> bool:

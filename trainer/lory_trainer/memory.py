@@ -59,7 +59,7 @@ def num_weight_bytes(num_parameters: int, num_linear: int, bits: int | None, wid
 
 def estimate(model: PeftModel, options: TrainOptions, *, rows: int, length: int) -> MemoryParts:
     """Of a step with `rows` rows of `length` tokens; the model may be one without weights."""
-    config: Any = model.get_base_model().config  # pyright: ignore[reportAttributeAccessIssue]
+    config = text_config(model)
     base = [(n, p) for n, p in model.named_parameters() if "lora_" not in n]
     num_trainable = sum(p.numel() for n, p in model.named_parameters() if "lora_" in n)
     width = max((p.element_size() for _, p in base), default=4)
@@ -78,6 +78,12 @@ def estimate(model: PeftModel, options: TrainOptions, *, rows: int, length: int)
     )
 
 
+def text_config(model: PeftModel) -> Any:
+    """The base's shape."""
+    base: Any = model.get_base_model()
+    return base.config.get_text_config()
+
+
 def _is_table(name: str) -> bool:
     return "embed" in name or "lm_head" in name
 
@@ -89,7 +95,8 @@ def _optimizer_bytes(kind: str, num_trainable: int) -> int:
 
 def _values_per_token(config: Any, length: int, options: TrainOptions) -> int:
     """Kept for the backward pass: the whole of a layer, or each layer's input and one layer."""
-    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    hidden, layers = config.hidden_size, config.num_hidden_layers
+    inner = getattr(config, "intermediate_size", 4 * hidden)
     layer = 10 * hidden + 4 * inner
     wished = options.gradient_checkpointing
     is_spared = (

@@ -11,10 +11,11 @@ import httpx
 
 from lory_trainer.destination import CONFIG_FILE, check_output
 from lory_trainer.errors import OutputError, PublishError
-from lory_trainer.export import TENSORS_FILE
+from lory_trainer.export import MANIFEST_FILE, TENSORS_FILE
 from lory_trainer.folders import draft_of, publish
 
 TIMEOUT_S = 120.0
+SENT_FILES = (CONFIG_FILE, TENSORS_FILE, MANIFEST_FILE)
 
 
 def deliver(output: Path, name: str, *, target: str, api_key: str, replace: bool) -> str:
@@ -40,7 +41,7 @@ def check_target(target: str) -> None:
 
 def _upload(output: Path, name: str, url: str, api_key: str) -> str:
     headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
-    files = {file: (output / file).read_bytes() for file in (CONFIG_FILE, TENSORS_FILE)}
+    files = {file: (output / file).read_bytes() for file in SENT_FILES}
     path = f"{url}/v1/adapters/{quote(name, safe='/')}/files"
     try:
         reply = httpx.put(path, files=files, headers=headers, timeout=TIMEOUT_S)

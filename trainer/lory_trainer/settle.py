@@ -4,7 +4,6 @@ This module must not know loops or files of rows.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from peft import PeftModel
 
@@ -12,7 +11,7 @@ from lory_trainer.base import choose_device
 from lory_trainer.config import TrainOptions
 from lory_trainer.data import Item, longest
 from lory_trainer.errors import ConfigError
-from lory_trainer.memory import available_bytes, estimate
+from lory_trainer.memory import available_bytes, estimate, text_config
 from lory_trainer.optimizer import resolve_learning_rate
 
 AUTO_EFFECTIVE = 16
@@ -24,11 +23,10 @@ def settle(
     options: TrainOptions, model: PeftModel, items: Sequence[Item], *, loaded: bool
 ) -> TrainOptions:
     """The options with numbers in place of auto; `loaded`: the weights are in memory already."""
-    config: Any = model.get_base_model().config  # pyright: ignore[reportAttributeAccessIssue]
     rows, steps = _batch(options, model, items, loaded=loaded)
     return options.model_copy(
         update={
-            "learning_rate": resolve_learning_rate(options, config),
+            "learning_rate": resolve_learning_rate(options, text_config(model)),
             "learning_rate_multiplier": 1.0,
             "batch_size": rows,
             "gradient_accumulation_steps": steps,

@@ -117,6 +117,9 @@ def train_adapter(
         except KeyboardInterrupt:
             _tell_failure(log, places.run, "stopped", "interrupted")
             raise
+        except OSError as error:
+            _tell_failure(log, places.run, "output", str(error))
+            raise
         except Exception as error:
             _tell_failure(log, places.run, "internal", f"{type(error).__name__}: {error}")
             raise
@@ -273,7 +276,7 @@ def _write(
         num_trainable=num_trainable,
         num_parameters=num_parameters,
         losses=tuple(progress.losses),
-        eval_loss=progress.eval_loss,
+        eval_loss=progress.best_eval_loss if job.options.early_stop else progress.eval_loss,
         num_tokens=progress.tokens,
         num_learned_tokens=progress.learned_tokens,
         elapsed_s=progress.seconds,

@@ -30,6 +30,7 @@ from .types import (
     GenerateParameters,
     Generation,
     Model,
+    Prompt,
     ServerInfo,
     TextToken,
     Token,
@@ -133,7 +134,7 @@ class AsyncClient:
 
     async def generate(
         self,
-        prompt: str,
+        prompt: Prompt,
         adapter_id: str | None = None,
         *,
         timeout: Timeout | None = None,
@@ -144,7 +145,7 @@ class AsyncClient:
 
     def generate_stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         adapter_id: str | None = None,
         *,
         timeout: Timeout | None = None,

@@ -29,6 +29,7 @@ from .types import (
     GenerateParameters,
     Generation,
     Model,
+    Prompt,
     ServerInfo,
     TextToken,
     Token,
@@ -132,7 +133,7 @@ class Client:
 
     def generate(
         self,
-        prompt: str,
+        prompt: Prompt,
         adapter_id: str | None = None,
         *,
         timeout: Timeout | None = None,
@@ -143,7 +144,7 @@ class Client:
 
     def generate_stream(
         self,
-        prompt: str,
+        prompt: Prompt,
         adapter_id: str | None = None,
         *,
         timeout: Timeout | None = None,

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Union
+
+Prompt = Union[str, Mapping[str, str]]
+"""A text, or the fields of the adapter's template, which the server fills in."""
 
 
 @dataclass(frozen=True)

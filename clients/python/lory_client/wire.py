@@ -23,6 +23,7 @@ from .types import (
     Generation,
     MergedAdapters,
     Model,
+    Prompt,
     ServerInfo,
     TextToken,
     Token,
@@ -58,14 +59,14 @@ AnyCall = Union[Call[Any], StreamCall[Any, Any]]
 
 
 def generate(
-    prompt: str, adapter_id: str | None, parameters: GenerateParameters
+    prompt: Prompt, adapter_id: str | None, parameters: GenerateParameters
 ) -> Call[Generation]:
     body = _native_body(prompt, adapter_id, parameters)
     return Call("POST", "/generate", body, replies.generation)
 
 
 def generate_stream(
-    prompt: str, adapter_id: str | None, parameters: GenerateParameters
+    prompt: Prompt, adapter_id: str | None, parameters: GenerateParameters
 ) -> StreamCall[Token, Generation]:
     body = _native_body(prompt, adapter_id, parameters)
     return StreamCall("POST", "/generate_stream", body, GenerationAssembler)
@@ -103,12 +104,12 @@ def tokenize(text: str, add_special_tokens: bool) -> Call[tuple[TextToken, ...]]
     return Call("POST", "/tokenize", body, replies.text_tokens)
 
 
-def _native_body(prompt: str, adapter_id: str | None, parameters: GenerateParameters) -> bytes:
+def _native_body(prompt: Prompt, adapter_id: str | None, parameters: GenerateParameters) -> bytes:
     given = _given(parameters, GenerateParameters.__annotations__)
     given.setdefault("details", True)
     if adapter_id is not None:
         given["adapter_id"] = adapter_id
-    return _encode({"inputs": prompt, "parameters": given})
+    return _encode({"inputs": _plain(prompt), "parameters": given})
 
 
 def _chat_body(

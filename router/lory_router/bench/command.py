@@ -24,7 +24,7 @@ from lory_router.bench.figures import DEFINITIONS, medians, summarise
 from lory_router.bench.load import CompletionsRoute, GenerateRoute, Load
 from lory_router.bench.machine import CpuWatch, listening_pid, machine_facts, wait_until_quiet
 from lory_router.bench.workload import Popularity, Workload, WorkloadError, adapter_names
-from lory_router.config import caller_key_option, server_url_option
+from lory_router.caller_options import caller_key_option, server_url_option
 
 DEFAULT_CONCURRENCY = 32
 FACTS_TIMEOUT_S = 10.0

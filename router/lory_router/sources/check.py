@@ -7,6 +7,7 @@ when the file is whole. It must not know networks or where the file will lie.
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from lory_server.adapters.config import CONFIG_NAME, MAX_CONFIG_BYTES
 from lory_server.adapters.errors import AdapterInvalidError
@@ -17,10 +18,12 @@ from lory_server.adapters.header import (
     read_header,
     read_header_bytes,
 )
+from lory_server.adapters.manner import MANIFEST_NAME, MAX_MANIFEST_BYTES, read_manner
 from lory_server.adapters.strict_json import parse_object
 
 _LENGTH_BYTES = 8
 CONFIG_KEY = "adapter_config"
+MANIFEST_KEY = "adapter_manifest"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +53,9 @@ def _are_weights(fd: int, num_bytes: int) -> None:
     read_header(read_header_bytes(fd), num_bytes)
 
 
-def _begins_as_config(fd: int, num_bytes: int, total_bytes: int | None) -> bool:
+def _begins_as_object(name: str, fd: int, num_bytes: int, total_bytes: int | None) -> bool:
     if os.pread(fd, 1, 0) not in (b"{", b" ", b"\n", b"\r", b"\t"):
-        raise AdapterInvalidError(f"{CONFIG_NAME}: a JSON object is expected")
+        raise AdapterInvalidError(f"{name}: a JSON object is expected")
     return True
 
 
@@ -60,25 +63,41 @@ def _is_config(fd: int, num_bytes: int) -> None:
     parse_object(read_exactly(fd, num_bytes, 0, CONFIG_NAME), CONFIG_NAME)
 
 
+def _is_manifest(fd: int, num_bytes: int) -> None:
+    read_manner(read_exactly(fd, num_bytes, 0, MANIFEST_NAME))
+
+
 def config_within(fd: int) -> bytes:
     """The configuration that a trainer wrote into the weights' header, beside the tensors."""
-    header = parse_object(read_header_bytes(fd)[_LENGTH_BYTES:], f"{WEIGHTS_NAME} header")
-    metadata = header.get("__metadata__")
-    text = metadata.get(CONFIG_KEY) if isinstance(metadata, dict) else None
-    if not isinstance(text, str):
+    text = _written_within(fd, CONFIG_KEY)
+    if text is None:
         raise AdapterInvalidError(
             f"{WEIGHTS_NAME}: its header's __metadata__ has no {CONFIG_KEY!r}; save with"
             f" metadata={{{CONFIG_KEY!r}: json.dumps(config)}}, or send both files as parts"
         )
-    return text.encode()
+    return text
+
+
+def manifest_within(fd: int) -> bytes | None:
+    """The manifest, if it stands there too."""
+    return _written_within(fd, MANIFEST_KEY)
+
+
+def _written_within(fd: int, key: str) -> bytes | None:
+    header = parse_object(read_header_bytes(fd)[_LENGTH_BYTES:], f"{WEIGHTS_NAME} header")
+    metadata = header.get("__metadata__")
+    text = metadata.get(key) if isinstance(metadata, dict) else None
+    return text.encode() if isinstance(text, str) else None
 
 
 CHECKS = {
-    CONFIG_NAME: FileCheck(_begins_as_config, _is_config),
+    CONFIG_NAME: FileCheck(partial(_begins_as_object, CONFIG_NAME), _is_config),
     WEIGHTS_NAME: FileCheck(_begins_as_weights, _are_weights),
+    MANIFEST_NAME: FileCheck(partial(_begins_as_object, MANIFEST_NAME), _is_manifest),
 }
 
 
 def most_bytes(name: str, adapter_bytes: int) -> int:
     """The most that a file of an adapter may have, if all of it may have `adapter_bytes`."""
-    return min(adapter_bytes, MAX_CONFIG_BYTES) if name == CONFIG_NAME else adapter_bytes
+    limits = {CONFIG_NAME: MAX_CONFIG_BYTES, MANIFEST_NAME: MAX_MANIFEST_BYTES}
+    return min(adapter_bytes, limits.get(name, adapter_bytes))

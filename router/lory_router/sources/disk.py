@@ -25,7 +25,7 @@ import msgspec
 
 from lory_router.errors import AdapterFileTooLarge, DiskFull
 from lory_router.sources.settings import HELD
-from lory_router.sources.source import FILE_NAMES
+from lory_router.sources.source import FILE_NAMES, FURTHER_NAMES
 from lory_router.sources.threads import DiskThreads
 
 MARKER = "lory-adapters"
@@ -333,7 +333,8 @@ def _whole_entries(held: Path) -> Iterator[Entry]:
 def _read_entry(path: Path) -> Entry | None:
     try:
         origin = msgspec.json.decode((path / ORIGIN).read_bytes(), type=Origin)
-        sizes = {name: (path / name).stat().st_size for name in FILE_NAMES}
+        names = (*FILE_NAMES, *(name for name in FURTHER_NAMES if name in origin.files))
+        sizes = {name: (path / name).stat().st_size for name in names}
         used = (path / ORIGIN).stat().st_mtime
     except (OSError, msgspec.DecodeError):
         return None

@@ -11,10 +11,13 @@ from lory_router.sources.client import Ask, SourceClient
 from lory_router.sources.reference import Reference
 from lory_server.adapters.config import CONFIG_NAME
 from lory_server.adapters.header import WEIGHTS_NAME
+from lory_server.adapters.manner import MANIFEST_NAME
 
 _MAX_DIGITS = 18
 
 FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
+FURTHER_NAMES = (MANIFEST_NAME,)
+"""What an upload may bring along."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,15 +23,16 @@ from lory_router.errors import (
     Invalid,
     shown,
 )
-from lory_router.sources.check import CHECKS, config_within, most_bytes
+from lory_router.sources.check import CHECKS, config_within, manifest_within, most_bytes
 from lory_router.sources.disk import Arrival, DiskCache, Origin
 from lory_router.sources.fetching import FULL, OpenWriter, disk_full
 from lory_router.sources.multipart import MultipartError, Part
 from lory_router.sources.reference import Reference
 from lory_router.sources.settings import SourceSettings
-from lory_router.sources.source import CONFIG_NAME, FILE_NAMES, WEIGHTS_NAME
+from lory_router.sources.source import CONFIG_NAME, FILE_NAMES, FURTHER_NAMES, WEIGHTS_NAME
 from lory_router.sources.writer import FileWriter
 from lory_server.adapters.errors import AdapterInvalidError
+from lory_server.adapters.manner import MANIFEST_NAME
 
 log = logging.getLogger(__name__)
 
@@ -181,10 +182,11 @@ class Uploads:
                     else:
                         await self._write(arrival, writers, event, most_in_all)
             if isinstance(upload.reader, WeightsReader) and writers:
-                config = await self._disk.threads.run(_config_of, writers[WEIGHTS_NAME])
-                begin(CONFIG_NAME)
-                await self._write(arrival, writers, config, most_in_all)
-            if not upload.reader.is_whole or set(writers) != set(FILE_NAMES):
+                within = await self._disk.threads.run(_within, writers[WEIGHTS_NAME])
+                for name, data in within.items():
+                    begin(name)
+                    await self._write(arrival, writers, data, most_in_all)
+            if not upload.reader.is_whole or not set(FILE_NAMES) <= set(writers):
                 raise Invalid(f"the body must have the parts {_FILES}, whole", param="file")
             return {
                 name: (writer.num_bytes, await self._disk.threads.run(writer.finish))
@@ -242,11 +244,13 @@ class Uploads:
                 began, num_bytes = time.monotonic(), 0
 
 
-def _config_of(writer: FileWriter) -> bytes:
-    """What stands in the header of weights that have been written."""
-    if writer.num_bytes:
-        return config_within(writer.fd)
-    raise Invalid("the body is empty; send the weights in safetensors", param="file")
+def _within(writer: FileWriter) -> dict[str, bytes]:
+    """The files that stand in the header of weights that have been written."""
+    if not writer.num_bytes:
+        raise Invalid("the body is empty; send the weights in safetensors", param="file")
+    manifest = manifest_within(writer.fd)
+    more = {} if manifest is None else {MANIFEST_NAME: manifest}
+    return {CONFIG_NAME: config_within(writer.fd), **more}
 
 
 @contextmanager
@@ -267,10 +271,11 @@ def _told() -> Iterator[None]:
 
 
 _FILES = " and ".join(f"`{name}`" for name in FILE_NAMES)
+_MORE = "".join(f", and if you like `{name}`" for name in FURTHER_NAMES)
 
 
 def _check_part(name: str, writers: dict[str, FileWriter]) -> None:
     if name not in CHECKS:
-        raise Invalid(f"{shown(name)} is no part of an upload; send {_FILES}", param="file")
+        raise Invalid(f"{shown(name)} is no part of an upload; send {_FILES}{_MORE}", param="file")
     if name in writers:
         raise Invalid(f"`{name}` comes twice", param="file")

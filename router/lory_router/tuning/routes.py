@@ -35,8 +35,6 @@ from lory_router.tuning.shapes import (
 
 FILES = "/v1/files"
 JOBS = "/v1/fine_tuning/jobs"
-COUNTED = (FILES, JOBS)
-"""What metrics call them."""
 METADATA = "metadata["
 
 

@@ -1,9 +1,10 @@
 """An adapter's numbers as one contiguous host tensor in the engine's dtype, in pool order.
 
     blob: | A of slice 0 | B.T of slice 0 | A of slice 1 | B.T of slice 1 | gain of slice 1 | ...
+          | full weight 0 | full weight 1 | ...
 
-Chunks are padded; gains and biases are float32. A blob that needs the base (`fold`) has magnitudes
-in place of gains at first.
+Chunks are padded; gains and biases are float32, the embedding's A is transposed. A blob that needs
+the base (`fold`) has magnitudes in place of gains at first.
 
 The numbers are read once, front to back, through the descriptor that was validated, and hashed on
 the way after the manifest's digest: the revision is that of exactly the bytes that were parsed and
@@ -14,8 +15,10 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, groupby
+from math import prod
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,14 +26,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lory_server.adapters.errors import AdapterInvalidError
-from lory_server.adapters.format import (
+from lory_server.adapters.header import DTYPE_BYTES, WEIGHTS_NAME, TensorSpec
+from lory_server.adapters.manifest import (
     VECTOR_BYTES,
     AdapterManifest,
     AdapterSlice,
     ChunkKind,
-    TensorSpec,
 )
-from lory_server.adapters.header import WEIGHTS_NAME
+from lory_server.messages import NO_MANNER, Manner
 
 REVISION_CHARS = 32
 BATCH_BYTES = 256 * 1024
@@ -50,8 +53,16 @@ class AdapterBlob:
     data: Tensor
     """One dimension, on the host."""
     chunk_starts: tuple[int, ...]
-    """Elements from the start of `data` to each chunk."""
+    """Elements from the start of `data` to each chunk of the pool's."""
+    full_starts: tuple[int, ...]
+    """The same of each full weight; they follow the chunks."""
     num_bytes: int
+    manner: Manner = NO_MANNER
+
+    @property
+    def pool_numel(self) -> int:
+        """Elements that go to the pool."""
+        return self.manifest.pool_bytes(self.data.element_size()) // self.data.element_size()
 
 
 def read_blob(weights_fd: int, manifest: AdapterManifest, dtype: torch.dtype) -> AdapterBlob:
@@ -61,8 +72,16 @@ def read_blob(weights_fd: int, manifest: AdapterManifest, dtype: torch.dtype) ->
 
 
 def new_blob(revision: str, manifest: AdapterManifest, data: Tensor) -> AdapterBlob:
-    starts = _chunk_starts(manifest, data.element_size())
-    return AdapterBlob(revision, manifest, data, starts, data.nbytes)
+    starts, full_starts = _starts(manifest, data.element_size())
+    return AdapterBlob(revision, manifest, data, starts, full_starts, data.nbytes)
+
+
+def with_manner(blob: AdapterBlob, manner: Manner) -> AdapterBlob:
+    """The same numbers, asked in that way, which makes another revision of them."""
+    if not manner.digest:
+        return blob
+    digest = hashlib.sha256(f"{blob.revision} {manner.digest}".encode()).hexdigest()
+    return replace(blob, revision=digest[:REVISION_CHARS], manner=manner)
 
 
 def read_numbers(weights_fd: int, manifest: AdapterManifest, data: Tensor) -> str:
@@ -88,11 +107,12 @@ def read_numbers(weights_fd: int, manifest: AdapterManifest, data: Tensor) -> st
     return digest.hexdigest()[:REVISION_CHARS]
 
 
-def _chunk_starts(manifest: AdapterManifest, itemsize: int) -> tuple[int, ...]:
-    """Elements from the start to each chunk."""
-    chunk_bytes = manifest.chunk_bytes(itemsize)
-    ends = accumulate(num_bytes // itemsize for num_bytes in chunk_bytes)
-    return (0, *ends)[:-1]
+def _starts(manifest: AdapterManifest, itemsize: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Elements from the start to each chunk, and to each full weight."""
+    chunks = manifest.chunk_bytes(itemsize)
+    sizes = (*chunks, *manifest.full_bytes(itemsize))
+    starts = (0, *accumulate(num_bytes // itemsize for num_bytes in sizes))[:-1]
+    return starts[: len(chunks)], starts[len(chunks) :]
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,15 +120,16 @@ class _Chunk:
     """A tensor and the chunk it goes to."""
 
     spec: TensorSpec
-    kind: ChunkKind
+    kind: ChunkKind | Literal["full"]
     start: int
     """In elements of the chunk's own dtype."""
     factor: float = 1.0
     """Of a vector, which is added to what is there: a bias is made of up to two."""
+    is_transposed: bool = False
 
     @property
     def numel(self) -> int:
-        return math.prod(self.spec.shape)
+        return prod(self.spec.shape)
 
     @property
     def is_vector(self) -> bool:
@@ -116,22 +137,35 @@ class _Chunk:
 
 
 def _chunks_in_file_order(manifest: AdapterManifest, itemsize: int) -> list[_Chunk]:
-    starts = _chunk_starts(manifest, itemsize)
-    chunks = (
+    starts, full_starts = _starts(manifest, itemsize)
+    chunks = [
         chunk
         for part, places in manifest.placed(starts)
         for chunk in _chunks_of(part, places, itemsize)
-    )
+    ]
+    for weight, start in zip(manifest.full, full_starts, strict=True):
+        chunks.extend(_pieces(weight.spec, start))
     return sorted(chunks, key=lambda chunk: chunk.spec.offset)
+
+
+def _pieces(spec: TensorSpec, start: int) -> Iterator[_Chunk]:
+    """A full weight, a bounded piece at a time: an embedding is a gigabyte."""
+    size = DTYPE_BYTES[spec.dtype]
+    at_once = BATCH_BYTES // size
+    for done in range(0, prod(spec.shape), at_once):
+        numel = min(at_once, prod(spec.shape) - done)
+        offset = spec.offset + done * size
+        piece = TensorSpec(spec.name, spec.dtype, (numel,), offset, numel * size)
+        yield _Chunk(piece, "full", start + done)
 
 
 def _chunks_of(
     part: AdapterSlice, places: Mapping[ChunkKind, int], itemsize: int
 ) -> Iterator[_Chunk]:
     if part.a is not None:
-        yield _Chunk(part.a, "a", places["a"])
+        yield _Chunk(part.a, "a", places["a"], is_transposed=part.is_lookup)
     if part.b is not None:
-        yield _Chunk(part.b, "b", places["b"])
+        yield _Chunk(part.b, "b", places["b"], is_transposed=True)
     if part.magnitude is not None:
         yield _Chunk(part.magnitude, "gain", places["gain"] * itemsize // VECTOR_BYTES)
     for spec, factor in ((part.b_bias, part.scale), (part.bias, 1.0)):
@@ -188,16 +222,16 @@ def _words(tensor: Tensor) -> Words:
 
 
 def _place(source: Words, run: list[_Chunk], words: Words) -> None:
-    """Each tensor into its chunk, B transposed. numpy's copies, because a view costs it nothing."""
+    """Each tensor into its chunk. numpy's copies, because a view costs it nothing."""
     done = 0
     for chunk in run:
-        rows, columns = chunk.spec.shape
-        matrix = source[done : done + chunk.numel].reshape(rows, columns)
+        numbers = source[done : done + chunk.numel]
         target = words[chunk.start : chunk.start + chunk.numel]
-        if chunk.kind == "b":
-            target.reshape(columns, rows)[...] = matrix.T
+        if chunk.is_transposed:
+            rows, columns = chunk.spec.shape
+            target.reshape(columns, rows)[...] = numbers.reshape(rows, columns).T
         else:
-            target.reshape(rows, columns)[...] = matrix
+            target[...] = numbers
         done += chunk.numel
 
 

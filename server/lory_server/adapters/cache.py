@@ -18,13 +18,8 @@ from queue import Empty, SimpleQueue
 import torch
 
 from lory_server.adapters.device import DeviceTier
-from lory_server.adapters.errors import (
-    AdapterCapacityError,
-    AdapterError,
-    RevisionNotFoundError,
-)
+from lory_server.adapters.errors import AdapterCapacityError, AdapterError, RevisionNotFoundError
 from lory_server.adapters.fold import BaseFolder
-from lory_server.adapters.format import Base
 from lory_server.adapters.host import HostBudget, HostTier
 from lory_server.adapters.jobs import (
     Folded,
@@ -45,6 +40,7 @@ from lory_server.adapters.journal import Journal
 from lory_server.adapters.known import KnownNames
 from lory_server.adapters.loaders import Loaders
 from lory_server.adapters.lookups import Lookups
+from lory_server.adapters.manifest import Base
 from lory_server.adapters.outcomes import AdapterCounts, Listed, Outcome, Resolved, ResolveFailed
 from lory_server.adapters.pins import Pins
 from lory_server.adapters.pool import AdapterPool
@@ -108,7 +104,7 @@ class AdapterCache:
         `make_reader` makes a reader for each loader thread.
         """
         self._store = store
-        self._limits = Limits(pool.dtype, pool.total_bytes, pool.needed_bytes)
+        self._limits = Limits(pool.dtype, pool.total_bytes, pool.needed_bytes, pool.full)
         self._outcomes: SimpleQueue[object] = SimpleQueue()
         self.budget = HostBudget(host_bytes)
         self.host = HostTier(self.budget, base.sites)
@@ -131,9 +127,7 @@ class AdapterCache:
         self._folder = folder
         self._folders = Workers("lory-adapter-fold", 1, self._outcomes, on_ready)
         self._tickets: dict[int, _Ticket] = {}
-        self._lookups = Lookups(
-            lambda tickets, name: self._locators.submit(LocateJob(store, tickets, name))
-        )
+        self._lookups = Lookups(self._look)
         self._loads: dict[LoadKey, _Load] = {}
         self._waiting_for_room: list[NeedsRoom] = []
         self._num_loads = 0
@@ -215,7 +209,7 @@ class AdapterCache:
             host=len(self.host),
             device=len(self.device),
             host_bytes=self.budget.used_bytes,
-            device_bytes=self.device.pool.used_bytes,
+            device_bytes=self.device.used_bytes,
             pins_host=len(self.device.pinned),
             pins_device=sum(revision in self.device for revision in self.device.pinned),
         )
@@ -250,6 +244,7 @@ class AdapterCache:
         elif isinstance(outcome, Loaded):
             yield from self._on_loaded(outcome)
         elif isinstance(outcome, Folded):
+            self.budget.release(outcome.freed_bytes)
             yield from self._on_ready_for_the_device(outcome.loaded)
         elif isinstance(outcome, NeedsRoom):
             yield from self._on_full(outcome)
@@ -270,8 +265,10 @@ class AdapterCache:
         else:
             self._lookups.ask(found.ticket, ticket.adapter_id)
 
+    def _look(self, tickets: tuple[int, ...], adapter_id: str) -> None:
+        self._locators.submit(LocateJob(self._store, tickets, adapter_id, self._lookups.ended))
+
     def _on_located(self, located: Located) -> Iterator[Outcome]:
-        self._lookups.ended(located.adapter_id)
         tickets = [ticket for ticket in located.tickets if ticket in self._tickets]
         if not tickets:
             return
@@ -294,7 +291,7 @@ class AdapterCache:
         """Others load meanwhile: folding has a thread of its own."""
         blob = loaded.blob
         if blob.manifest.needs_base and blob.revision not in self.host:
-            self._folders.submit(FoldJob(self._folder, loaded))
+            self._folders.submit(FoldJob(self._folder, self._limits, loaded))
         else:
             yield from self._on_ready_for_the_device(loaded)
 
@@ -345,7 +342,6 @@ class AdapterCache:
         job, error = failed.job, failed.error
         self._tell(failed)
         if isinstance(job, LocateJob):
-            self._lookups.ended(job.adapter_id)
             tickets = [ticket for ticket in job.tickets if ticket in self._tickets]
             yield from [self._failed(ticket, error) for ticket in tickets]
         elif isinstance(job, LoadJob):
@@ -396,8 +392,9 @@ class AdapterCache:
 
     def _resolved(self, ticket: int, revision: str, is_latest: bool = False) -> Outcome:
         entry = self.host.entry(revision)
+        full_bytes = self._limits.full.needed_bytes(entry.blob.manifest)
         try:
-            self.pins.check_room_beside(revision, entry.device_bytes)
+            self.pins.check_room_beside(revision, entry.device_bytes, full_bytes)
         except AdapterCapacityError as error:
             return self._failed(ticket, error)
         asked = self._tickets.pop(ticket)
@@ -409,9 +406,12 @@ class AdapterCache:
             revision=revision,
             is_latest=is_latest,
             num_bytes=entry.device_bytes,
+            full_bytes=full_bytes,
+            has_own_head=entry.blob.manifest.has_own_head,
             max_rank=entry.max_rank,
             invocation_tokens=entry.facts.invocation_tokens,
             load_seconds=time.monotonic() - asked.asked_s,
+            manner=entry.blob.manner,
         )
 
     def _failed(self, ticket: int, error: Exception) -> ResolveFailed:

@@ -7,13 +7,14 @@ key is ignored unless it is known to change nothing at inference. It must not kn
 import math
 import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.pattern import Pattern, Work
 from lory_server.adapters.strict_json import parse_object
+from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE
 
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1024 * 1024
@@ -28,7 +29,6 @@ _HARMLESS = frozenset(
         "eva_config",
         "loftq_config",
         "lora_ga_config",
-        "ensure_weight_tying",  # acts on embeddings only, and those are refused
         "fan_in_fan_out",  # PEFT sets it to False for any linear that is no Conv1D
         "inference_mode",
         "lora_dropout",
@@ -45,24 +45,25 @@ _READ = frozenset(
         "alpha_pattern",
         "base_model_name_or_path",
         "bias",
+        "ensure_weight_tying",
         "exclude_modules",
         "init_lora_weights",
         "layers_pattern",
         "layers_to_transform",
         "lora_alpha",
         "lora_bias",
+        "modules_to_save",
         "peft_type",
         "r",
         "rank_pattern",
         "target_modules",
         "task_type",
+        "trainable_token_indices",
         "use_dora",
         "use_rslora",
     }
 )
 _UNSUPPORTED = {
-    "modules_to_save": "full modules are not served; train LoRA on linear layers only",
-    "trainable_token_indices": "trained token embeddings are not served",
     "layer_replication": "replicated layers are not served",
     "target_parameters": "LoRA on bare parameters is not served; use target_modules",
     "megatron_config": "Megatron layers are not served",
@@ -77,9 +78,9 @@ _SELF_CONTAINED_INITS = ("gaussian", "eva", "orthogonal", "mica")
 _CONVERTIBLE_INITS = ("pissa", "corda", "olora", "lora_ga")
 """How names begin of those that PEFT converts to LoRA for the base as it was."""
 _ALL_LINEAR = "all-linear"
-_FULL_MODULES = ("lm_head", "model.embed_tokens")
+MAX_TOKEN_IDS = 65_536
+_MODULE_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 _FIRST_INDEX = re.compile(r".*?\.[^.]*\.(?P<index>\d+)\.")
-_LAYER_LIST_NAME = re.compile(r"[A-Za-z0-9_]+(?:\.[A-Za-z0-9_]+)*")
 
 Bias = Literal["none", "all", "lora_only"]
 """Whose biases were trained: nobody's, every linear's, or those of linears with LoRA."""
@@ -109,6 +110,21 @@ class AdapterConfig:
     alpha_patterns: tuple[tuple[Pattern, float], ...]
     is_selected: Matcher
     """True for modules that target_modules and its companions choose."""
+    saved_modules: tuple[str, ...] = ()
+    """modules_to_save: ends of names of modules that are in the file as a whole."""
+    token_ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    """trainable_token_indices: ends of names of modules, and the rows of them that were trained."""
+    ties_ends: bool = False
+    """ensure_weight_tying: where the base's head is its embedding, what is done to that is done to
+    the head."""
+
+    def is_saved(self, module: str) -> bool:
+        """As PEFT matches: 'norm' is every module whose name ends so."""
+        return module.endswith(self.saved_modules)
+
+    def trained_rows(self, module: str) -> tuple[int, ...]:
+        """Of an embedding or a head; none if there are none."""
+        return next((ids for name, ids in self.token_ids.items() if module.endswith(name)), ())
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """By the first pattern that matches, else the defaults."""
@@ -136,6 +152,9 @@ def read_config(raw: bytes) -> AdapterConfig:
         rank_patterns=_patterns(fields, "rank_pattern", _rank, work),
         alpha_patterns=_patterns(fields, "alpha_pattern", _alpha, work),
         is_selected=_selection(fields, work),
+        saved_modules=_saved_modules(fields),
+        token_ids=_token_ids(fields),
+        ties_ends=_flag(fields, "ensure_weight_tying"),
     )
 
 
@@ -261,15 +280,37 @@ def _selection(fields: dict[str, Any], work: Work) -> Matcher:
     targets = fields.get("target_modules")
     is_target = _target_matcher(fields, targets, work)
     is_excluded = _exclusion(fields, work)
-    all_linear = isinstance(targets, str) and targets.lower() == _ALL_LINEAR
+    saved = _saved_modules(fields)
 
     def is_selected(module: str) -> bool:
-        return is_target(module) and not is_excluded(module)
+        in_saved = any(f".{name}." in f".{module}." for name in saved)
+        return is_target(module) and not is_excluded(module) and not in_saved
 
-    full = next((name for name in _FULL_MODULES if is_selected(name)), None)
-    if full is not None and not all_linear:
-        raise _invalid(f"target_modules selects {full}; embeddings and heads are not served")
     return is_selected
+
+
+def _saved_modules(fields: dict[str, Any]) -> tuple[str, ...]:
+    names = fields.get("modules_to_save") or []
+    if not isinstance(names, list) or len(names) > 64:
+        raise _invalid("modules_to_save must be a list of at most 64 module names")
+    for name in names:
+        if not isinstance(name, str) or not _MODULE_NAME.fullmatch(name):
+            raise _invalid(f"modules_to_save: {_shown(name)} is not a module name")
+    return tuple(names)
+
+
+def _token_ids(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    field = "trainable_token_indices"
+    value = fields.get(field) or {}
+    by_name = value if isinstance(value, dict) else {"embed_tokens": value}
+    for name, ids in by_name.items():
+        if not EMBEDDING_MODULE.endswith(name) and not HEAD_MODULE.endswith(name):
+            raise _invalid(f"{field} names {_shown(name)}; it may name embed_tokens and lm_head")
+        if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
+            raise _invalid(f"{field} must be a list of token ids, or map modules to such lists")
+        if not 0 < len(ids) == len(set(ids)) <= MAX_TOKEN_IDS:
+            raise _invalid(f"{field} must hold 1 to {MAX_TOKEN_IDS} token ids, each once")
+    return {name: tuple(ids) for name, ids in by_name.items()}
 
 
 def _target_matcher(fields: dict[str, Any], targets: object, work: Work) -> Matcher:
@@ -278,7 +319,7 @@ def _target_matcher(fields: dict[str, Any], targets: object, work: Work) -> Matc
             if not _is_off(fields.get(field)):
                 raise _invalid(f"{field} needs target_modules to be a list of names")
         if targets.lower() == _ALL_LINEAR:
-            return lambda module: True
+            return lambda module: module not in (EMBEDDING_MODULE, HEAD_MODULE)
         return Pattern("target_modules", targets, work=work).matches
     names = _names("target_modules", targets)
     if not names:
@@ -335,7 +376,7 @@ def _layer_expressions(value: object) -> tuple[re.Pattern[str], ...]:
     if not isinstance(names, list) or len(names) > 64:
         raise _invalid("layers_pattern must be a name or a list of at most 64")
     for name in names:
-        if not isinstance(name, str) or not _LAYER_LIST_NAME.fullmatch(name):
+        if not isinstance(name, str) or not _MODULE_NAME.fullmatch(name):
             raise _invalid(f"layers_pattern: {_shown(name)} is not a module name")
     expressions = (rf"(?:^|.*?\.){name}\.(?P<index>\d+)\." for name in names)
     return tuple(re.compile(expression) for expression in expressions) or (_FIRST_INDEX,)

@@ -4,7 +4,7 @@ Two ways: plain copies for a pool in host memory, and a ring of pinned buffers w
 its own for CUDA. When `copy` returns, the bytes are there. It must not know slots' states.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.extents import Allocation
+from lory_server.adapters.full_weights import NOTHING
 from lory_server.adapters.pool import AdapterPool, SlotRow
 
 PIECE_BYTES = 1024 * 1024
@@ -21,8 +22,11 @@ RING_BUFFER_BYTES = 8 * 1024 * 1024
 
 
 class Copier(Protocol):
-    def copy(self, blob: AdapterBlob, allocation: Allocation) -> SlotRow:
-        """Write the blob and build the row that publishes it."""
+    def copy(
+        self, blob: AdapterBlob, allocation: Allocation, full: Allocation = NOTHING
+    ) -> SlotRow:
+        """Write the blob to its place in the pool, its full weights to theirs, and build the row
+        that publishes it."""
         ...
 
 
@@ -32,7 +36,7 @@ def make_copier(pool: AdapterPool) -> Copier:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Elements that are contiguous both in the blob and in the pool."""
+    """Elements that are contiguous both in the blob and on the device."""
 
     source: int
     target: int
@@ -40,11 +44,24 @@ class Run:
 
 
 def runs(blob: AdapterBlob, allocation: Allocation) -> Iterator[Run]:
-    """The copies of a load; one, when the adapter lies in one extent."""
-    itemsize = blob.data.element_size()
-    ends = (*blob.chunk_starts[1:], blob.data.numel())
-    source, target, end = 0, allocation.chunk_starts[0] // itemsize, 0
-    chunks = zip(blob.chunk_starts, ends, allocation.chunk_starts, strict=True)
+    """The copies of a load to the pool; one, when the adapter lies in one extent."""
+    return _runs(blob.chunk_starts, blob.pool_numel, allocation, blob.data.element_size())
+
+
+def full_runs(blob: AdapterBlob, allocation: Allocation) -> Iterator[Run]:
+    """The copies of its full weights."""
+    if not blob.full_starts:
+        return iter(())
+    return _runs(blob.full_starts, blob.data.numel(), allocation, blob.data.element_size())
+
+
+def _runs(
+    starts: Sequence[int], last_end: int, allocation: Allocation, itemsize: int
+) -> Iterator[Run]:
+    ends = (*starts[1:], last_end)
+    source, target = starts[0], allocation.chunk_starts[0] // itemsize
+    end = source
+    chunks = zip(starts, ends, allocation.chunk_starts, strict=True)
     for chunk, chunk_end, place in chunks:
         place //= itemsize
         if place - target != chunk - source:
@@ -65,16 +82,22 @@ class HostCopier:
     def __init__(self, pool: AdapterPool) -> None:
         self._pool = pool
 
-    def copy(self, blob: AdapterBlob, allocation: Allocation) -> SlotRow:
-        source = blob.data.view(torch.uint8).numpy()
-        target = self._pool.data.view(torch.uint8).numpy()
-        itemsize = blob.data.element_size()
-        for run in runs(blob, allocation):
-            for piece in pieces(run, PIECE_BYTES // itemsize):
-                start, end = piece.source * itemsize, (piece.source + piece.length) * itemsize
-                place = piece.target * itemsize
-                target[place : place + end - start] = source[start:end]
+    def copy(
+        self, blob: AdapterBlob, allocation: Allocation, full: Allocation = NOTHING
+    ) -> SlotRow:
+        _copy_runs(blob.data, self._pool.data, runs(blob, allocation))
+        _copy_runs(blob.data, self._pool.full.data, full_runs(blob, full))
         return self._pool.row(blob.manifest, allocation)
+
+
+def _copy_runs(data: Tensor, there: Tensor, copies: Iterator[Run]) -> None:
+    source, target = (one.view(torch.uint8).numpy() for one in (data, there))
+    itemsize = data.element_size()
+    for run in copies:
+        for piece in pieces(run, PIECE_BYTES // itemsize):
+            start, end = piece.source * itemsize, (piece.source + piece.length) * itemsize
+            place = piece.target * itemsize
+            target[place : place + end - start] = source[start:end]
 
 
 class StagedCopier:
@@ -94,21 +117,27 @@ class StagedCopier:
         self._done = [torch.cuda.Event() for _ in self._ring]
         self._next = 0
 
-    def copy(self, blob: AdapterBlob, allocation: Allocation) -> SlotRow:
+    def copy(
+        self, blob: AdapterBlob, allocation: Allocation, full: Allocation = NOTHING
+    ) -> SlotRow:
         with torch.cuda.device(self._pool.device), torch.cuda.stream(self._stream):
-            for run in runs(blob, allocation):
-                for piece in pieces(run, self._ring[0].numel()):
-                    self._stage(blob.data, piece)
+            self._copy_runs(blob.data, self._pool.data, runs(blob, allocation))
+            self._copy_runs(blob.data, self._pool.full.data, full_runs(blob, full))
             row = self._pool.row(blob.manifest, allocation)
             self._stream.synchronize()
         return row
 
-    def _stage(self, source: Tensor, piece: Run) -> None:
+    def _copy_runs(self, source: Tensor, there: Tensor, copies: Iterator[Run]) -> None:
+        for run in copies:
+            for piece in pieces(run, self._ring[0].numel()):
+                self._stage(source, there, piece)
+
+    def _stage(self, source: Tensor, there: Tensor, piece: Run) -> None:
         index = self._next
         self._next = (index + 1) % len(self._ring)
         self._done[index].synchronize()
         staged = self._ring[index][: piece.length]
         staged.copy_(source[piece.source : piece.source + piece.length])
-        target = self._pool.data[piece.target : piece.target + piece.length]
+        target = there[piece.target : piece.target + piece.length]
         target.copy_(staged, non_blocking=True)
         self._done[index].record(self._stream)

@@ -15,7 +15,8 @@ from types import MappingProxyType
 
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.copier import Copier, make_copier
-from lory_server.adapters.extents import Allocation
+from lory_server.adapters.ends import Ends
+from lory_server.adapters.extents import Allocation, ExtentAllocator
 from lory_server.adapters.host import HostEntry, HostTier
 from lory_server.adapters.journal import Journal
 from lory_server.adapters.matched import Facts
@@ -31,27 +32,37 @@ class _Tenure:
 
     adapter_id: str
     allocation: Allocation
+    full: Allocation
+    """Its full weights' places."""
     shown: ResidentAdapter
     facts: Facts
+
+    @property
+    def num_bytes(self) -> int:
+        return self.allocation.num_bytes + self.full.num_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Copied:
     revision: str
     row: SlotRow
+    ends: Ends | None
     seconds: float
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _CopyJob:
     copier: Copier
+    pool: AdapterPool
     blob: AdapterBlob
     allocation: Allocation
+    full: Allocation
     started_s: float
 
     def run(self) -> _Copied:
-        row = self.copier.copy(self.blob, self.allocation)
-        return _Copied(self.blob.revision, row, time.monotonic() - self.started_s)
+        row = self.copier.copy(self.blob, self.allocation, self.full)
+        ends = self.pool.ends(self.blob.manifest, self.allocation, self.full)
+        return _Copied(self.blob.revision, row, ends, time.monotonic() - self.started_s)
 
 
 class DeviceTier:
@@ -75,6 +86,7 @@ class DeviceTier:
         """Of what is resident."""
         self._in_use: frozenset[str] = frozenset()
         self._largest_chunk = 0
+        self._largest_full = 0
         self._picture: Residency | None = None
 
     def __contains__(self, revision: str) -> bool:
@@ -82,6 +94,11 @@ class DeviceTier:
 
     def __len__(self) -> int:
         return len(self._resident)
+
+    @property
+    def used_bytes(self) -> int:
+        """Of all, full weights included."""
+        return self.pool.used_bytes + self.pool.full.extents.used_bytes
 
     def residency(self) -> Residency:
         """Publish the copies that have ended; raises what a failed copy raised."""
@@ -125,9 +142,9 @@ class DeviceTier:
         return self._resident[revision].facts
 
     def num_bytes(self, revision: str) -> int:
-        """What a revision takes here now."""
+        """What a revision takes here now, full weights included."""
         tenure = self._resident.get(revision) or self._loading.get(revision)
-        return tenure.allocation.num_bytes if tenure else 0
+        return tenure.num_bytes if tenure else 0
 
     def stop(self) -> None:
         self._workers.stop()
@@ -138,43 +155,72 @@ class DeviceTier:
     def check(self) -> None:
         """Free + used = total for slots and bytes; no two tenures share anything."""
         self.pool.extents.check()
+        self.pool.full.extents.check()
         tenures = [*self._resident.values(), *self._loading.values()]
         slots = [tenure.shown.slot for tenure in tenures] + self._free_slots
         assert sorted(slots) == list(range(self.pool.max_slots))
         assert self._resident.keys() == self._shown.keys()
         assert len(self._ranking) == len(self._resident)
         assert self._resident_bytes == sum(shown.num_bytes for shown in self._shown.values())
-        extents = [extent for tenure in tenures for extent in tenure.allocation.extents]
-        assert sum(extent.size for extent in extents) == self.pool.used_bytes
-        in_order = sorted(extents, key=lambda extent: extent.start)
-        for before, after in pairwise(in_order):
-            assert before.start + before.size <= after.start
+        slots_shown = {shown.slot for shown in self._shown.values()}
+        assert slots_shown.issuperset(self.pool.full.by_slot)
+        _check_apart([tenure.allocation for tenure in tenures], self.pool.extents)
+        _check_apart([tenure.full for tenure in tenures], self.pool.full.extents)
 
     # -- loading ----------------------------------------------------------------------------
 
     def _try_load(self, revision: str, kept: set[str], less_urgent: tuple[str, ...]) -> bool:
         entry = self._host.entry(revision)
-        if not self._could_fit(entry.device_bytes, kept):
+        if not self._could_fit(entry, kept):
             return False
         awaited = [r for r in less_urgent if r in self._resident and r not in kept]
         spared = {*kept, *awaited}
-        while (allocation := self._allocate(entry)) is None:
+        while (places := self._allocate(entry)) is None:
+            if self._is_short_of_full_weights(entry):
+                # Whoever has none makes no room by going.
+                spared.update(r for r, shown in self._shown.items() if not shown.full_bytes)
+                awaited = [r for r in awaited if self._shown[r].full_bytes]
             victim = self._ranking.pop(spared) or (awaited.pop() if awaited else None)
             if victim is None:
                 return False
             self._evict(victim)
-        self._start(entry, allocation)
+        self._start(entry, *places)
         return True
 
-    def _could_fit(self, needed_bytes: int, kept: Set[str]) -> bool:
+    def _could_fit(self, entry: HostEntry, kept: Set[str]) -> bool:
         """Whether there would be room and a slot, were all gone that are not kept."""
         stay = [self._shown[revision] for revision in kept if revision in self._shown]
         freeable_bytes = self._resident_bytes - sum(adapter.num_bytes for adapter in stay)
         has_slot = bool(self._free_slots) or len(self._resident) > len(stay)
-        return has_slot and self.pool.free_bytes + freeable_bytes >= needed_bytes
+        has_room = self.pool.free_bytes + freeable_bytes >= entry.device_bytes
+        return has_slot and has_room and self._full_could_fit(entry, kept)
 
-    def _allocate(self, entry: HostEntry) -> Allocation | None:
-        return self.pool.allocate(entry.blob.manifest) if self._free_slots else None
+    def _full_could_fit(self, entry: HostEntry, kept: Set[str]) -> bool:
+        full = self.pool.full
+        needed_bytes = full.needed_bytes(entry.blob.manifest)
+        if needed_bytes <= full.free_bytes:
+            return True
+        leaving = (shown.full_bytes for r, shown in self._shown.items() if r not in kept)
+        return full.free_bytes + sum(leaving) >= needed_bytes
+
+    def _allocate(self, entry: HostEntry) -> tuple[Allocation, Allocation] | None:
+        """Both places or none."""
+        manifest = entry.blob.manifest
+        allocation = self.pool.allocate(manifest) if self._free_slots else None
+        if allocation is None:
+            return None
+        full = self.pool.full.allocate(manifest)
+        if full is None:
+            self.pool.free(allocation)
+            return None
+        return allocation, full
+
+    def _is_short_of_full_weights(self, entry: HostEntry) -> bool:
+        """And of nothing else."""
+        allocation = self.pool.allocate(entry.blob.manifest) if self._free_slots else None
+        if allocation is not None:
+            self.pool.free(allocation)
+        return allocation is not None
 
     def _rank(self, revision: str) -> None:
         """By how often it was asked for: bringing it back costs a copy of its bytes, so that cost
@@ -182,7 +228,7 @@ class DeviceTier:
         if revision in self._resident:
             self._ranking.put(revision, worth(self._host.uses(revision), 1.0, 1))
 
-    def _start(self, entry: HostEntry, allocation: Allocation) -> None:
+    def _start(self, entry: HostEntry, allocation: Allocation, full: Allocation) -> None:
         blob = entry.blob
         self._host.hold(blob.revision)
         manifest = blob.manifest
@@ -191,18 +237,27 @@ class DeviceTier:
             allocation.num_bytes,
             entry.max_rank,
             manifest.has_gain_or_bias,
+            full.num_bytes,
         )
-        self._loading[blob.revision] = _Tenure(entry.adapter_id, allocation, shown, entry.facts)
+        self._loading[blob.revision] = _Tenure(
+            entry.adapter_id, allocation, full, shown, entry.facts
+        )
         self._largest_chunk = max(
             self._largest_chunk, *manifest.chunk_bytes(self.pool.dtype.itemsize)
         )
+        self._largest_full = max(
+            self._largest_full, *manifest.full_bytes(self.pool.dtype.itemsize), 0
+        )
         self._picture = None
-        self._workers.submit(_CopyJob(self._copier, blob, allocation, time.monotonic()))
+        self._workers.submit(
+            _CopyJob(self._copier, self.pool, blob, allocation, full, time.monotonic())
+        )
 
     def _finish(self, copied: _Copied) -> None:
         tenure = self._loading.pop(copied.revision)
         num_bytes = tenure.allocation.num_bytes
         self.pool.publish(tenure.shown.slot, copied.row)
+        self.pool.full.publish(tenure.shown.slot, copied.ends)
         self._resident[copied.revision] = tenure
         self._resident_bytes += num_bytes
         self._shown[copied.revision] = tenure.shown
@@ -210,7 +265,7 @@ class DeviceTier:
         self._host.release(copied.revision)
         self._picture = None
         self._journal.loaded(
-            "device", tenure.adapter_id, copied.revision, num_bytes, copied.seconds
+            "device", tenure.adapter_id, copied.revision, tenure.num_bytes, copied.seconds
         )
 
     def _evict(self, revision: str) -> None:
@@ -218,13 +273,15 @@ class DeviceTier:
         tenure = self._resident.pop(revision)
         num_bytes = tenure.allocation.num_bytes
         self.pool.free(tenure.allocation)
+        self.pool.full.free(tenure.full)
+        self.pool.full.withdraw(tenure.shown.slot)
         self._free_slots.append(tenure.shown.slot)
         self._resident_bytes -= num_bytes
         del self._shown[revision]
         self._ranking.discard(revision)
         self._picture = None
         seconds = time.monotonic() - started_s
-        self._journal.evicted("device", tenure.adapter_id, revision, num_bytes, seconds)
+        self._journal.evicted("device", tenure.adapter_id, revision, tenure.num_bytes, seconds)
 
     # -- what others see --------------------------------------------------------------------
 
@@ -245,4 +302,13 @@ class DeviceTier:
             loading=frozenset(self._loading),
             free_bytes=self.pool.extents.placeable_bytes(self._largest_chunk),
             free_slots=len(self._free_slots),
+            free_full_bytes=self.pool.full.extents.placeable_bytes(self._largest_full),
         )
+
+
+def _check_apart(allocations: list[Allocation], extents: ExtentAllocator) -> None:
+    taken = [extent for allocation in allocations for extent in allocation.extents]
+    assert sum(extent.size for extent in taken) == extents.used_bytes
+    in_order = sorted(taken, key=lambda extent: extent.start)
+    for before, after in pairwise(in_order):
+        assert before.start + before.size <= after.start

@@ -3,10 +3,11 @@
     gain = magnitude / ||W + scale B A||, output by output      B' = gain B
     bias = trained bias or base bias - gain * base bias
 
-Then y = gain * (x W + base bias) + scale * (x A) B' + bias is what PEFT computes. It is done once
-for each blob, beside the steps: W is taken in blocks, and between two of them whoever waits for a
-core has it. A blob is of one revision and an engine has one base, so the host tier's blobs are all
-the memory there is of it. It must not know files, budgets, or how a base keeps its weights.
+Then y = gain * (x W + base bias) + scale * (x A) B' + bias is what PEFT computes. And whole ends
+that are the base's own, or each other's, are dropped (`base_copies`). It is done once for each
+blob, beside the steps: W is taken in blocks, and between two of them whoever waits for a core has
+it. A blob is of one revision and an engine has one base, so the host tier's blobs are all the
+memory there is of it. It must not know files, budgets, or how a base keeps its weights.
 
 Legend: N out features, K in features, R rank.
 """
@@ -19,10 +20,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from lory_server.adapters.base_copies import WholeEnds
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.errors import AdapterInvalidError
-from lory_server.adapters.format import AdapterSlice, ChunkKind
 from lory_server.adapters.header import TensorSpec
+from lory_server.adapters.manifest import AdapterSlice, ChunkKind
 from lory_server.giving_way import pause_between_pieces
 from lory_server.model.sites import Site
 
@@ -47,7 +49,8 @@ class BaseFolder:
     def __init__(
         self, sites: Sequence[Site], linears: Sequence[BaseLinear], device: torch.device
     ) -> None:
-        """`linears`: of the base, in the order of `sites`."""
+        """`linears`: of the base, in the order of `sites`; the embedding's rows are its columns."""
+        self._ends = WholeEnds(sites, linears)
         self._sites = sites
         self._linears = linears
         self._device = device
@@ -56,12 +59,14 @@ class BaseFolder:
         self._block_weights = CUDA_BLOCK_WEIGHTS if on_cuda else CPU_BLOCK_WEIGHTS
 
     @torch.inference_mode()
-    def fold(self, blob: AdapterBlob) -> None:
-        """In place; raises AdapterInvalidError for what has no finite result."""
+    def fold(self, blob: AdapterBlob) -> AdapterBlob:
+        """In place, or a smaller one; raises AdapterInvalidError for what has no finite result."""
         with self._beside_the_steps():
+            blob = self._ends.without_copies(blob, self._block_weights)
             for part, starts in blob.manifest.placed(blob.chunk_starts):
                 if part.needs_base:
                     self._fold_slice(part, _Chunks(blob.data, starts))
+        return blob
 
     @contextmanager
     def _beside_the_steps(self) -> Iterator[None]:
@@ -94,7 +99,7 @@ class BaseFolder:
     ) -> Tensor:
         """||W + scale B A|| of each output, on the host."""
         assert part.a is not None
-        a_RK = chunks.matrix("a", *part.a.shape).to(self._device, torch.float32)
+        a_RK = _factor_a(part.a, part.is_lookup, chunks).to(self._device, torch.float32)
         b_RN = chunks.matrix("b", part.rank, len(rows)).to(self._device, torch.float32)
         norms_N = torch.empty(len(rows), device=self._device)
         done, started_s = 0, time.thread_time()
@@ -107,6 +112,12 @@ class BaseFolder:
                 pause_between_pieces(time.thread_time() - started_s)
                 started_s = time.thread_time()
         return norms_N.cpu()
+
+
+def _factor_a(a: TensorSpec, is_transposed: bool, chunks: "_Chunks") -> Tensor:
+    """A as [R, K], however it lies."""
+    rank, columns = a.shape
+    return chunks.matrix("a", columns, rank).T if is_transposed else chunks.matrix("a", *a.shape)
 
 
 class _Chunks:

@@ -12,11 +12,13 @@ from queue import Empty, SimpleQueue
 
 import torch
 
-from lory_server.adapters.blob import AdapterBlob
+from lory_server.adapters.blob import AdapterBlob, with_manner
 from lory_server.adapters.errors import AdapterCapacityError
 from lory_server.adapters.fold import BaseFolder
-from lory_server.adapters.format import AdapterManifest
+from lory_server.adapters.full_weights import FullWeights
 from lory_server.adapters.host import HostBudget
+from lory_server.adapters.manifest import AdapterManifest
+from lory_server.adapters.manner import read_manner_file
 from lory_server.adapters.merge_sources import locate
 from lory_server.adapters.reader import Reader
 from lory_server.adapters.store import AdapterStore, Signature
@@ -38,10 +40,15 @@ class LocateJob:
     tickets: tuple[int, ...]
     """Of all who asked before it began."""
     adapter_id: str
+    ended: Callable[[str], None]
+    """Called with the name when the look is over, whatever came of it."""
 
     def run(self) -> Located:
-        with locate(self.store, self.adapter_id) as files:
-            return Located(self.tickets, self.adapter_id, files.signature)
+        try:
+            with locate(self.store, self.adapter_id) as files:
+                return Located(self.tickets, self.adapter_id, files.signature)
+        finally:
+            self.ended(self.adapter_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,7 @@ class Limits:
     dtype: torch.dtype
     pool_bytes: int
     needed_bytes: Callable[[AdapterManifest], int]
+    full: FullWeights
 
     def check(self, manifest: AdapterManifest, budget: HostBudget) -> None:
         needed_bytes = self.needed_bytes(manifest)
@@ -85,7 +93,19 @@ class Limits:
                 f"takes {needed_bytes} bytes on the device, the whole pool holds"
                 f" {self.pool_bytes}; raise adapter_pool_bytes or train a smaller rank"
             )
+        if not manifest.needs_base:
+            self.check_full(manifest)
         self.check_host(manifest.num_bytes(self.dtype.itemsize), budget)
+
+    def check_full(self, manifest: AdapterManifest) -> None:
+        """Of what is left of its full weights when those that repeat others have been dropped."""
+        needed_bytes = self.full.needed_bytes(manifest)
+        if needed_bytes > self.full.total_bytes:
+            names = ", ".join(dict.fromkeys(weight.module for weight in manifest.full[:4]))
+            raise AdapterCapacityError(
+                f"takes {needed_bytes} bytes on the device for weights of its own ({names}), all"
+                f" adapters together may take {self.full.total_bytes}; raise --full-weights-memory"
+            )
 
     def check_host(self, num_bytes: int, budget: HostBudget) -> None:
         if num_bytes > budget.total_bytes:
@@ -147,11 +167,12 @@ class LoadJob:
         started_s = time.monotonic()
         with locate(self.store, self.key.adapter_id) as files:
             manifest = reader.manifest(files)
+            manner = read_manner_file(files.manifest_fd)
             self.limits.check(manifest, self.budget)
             num_bytes = manifest.num_bytes(self.limits.dtype.itemsize)
             if not reservation.cover(num_bytes):
                 return NeedsRoom(self.key, num_bytes)
-            blob = reader.blob(files, manifest)
+            blob = with_manner(reader.blob(files, manifest), manner)
             files.check_unchanged()
             seconds = time.monotonic() - started_s
             return Loaded(self.key, blob, files.signature, files.is_settled, seconds)
@@ -161,6 +182,8 @@ class LoadJob:
 class Folded:
     loaded: Loaded
     """Ready for the device."""
+    freed_bytes: int
+    """Of those that were reserved for it."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,6 +191,7 @@ class FoldJob:
     """Fold the base into an adapter that has been loaded."""
 
     folder: BaseFolder
+    limits: Limits
     loaded: Loaded
 
     @property
@@ -176,9 +200,11 @@ class FoldJob:
 
     def run(self) -> Folded:
         started_s = time.monotonic()
-        self.folder.fold(self.loaded.blob)
+        blob = self.folder.fold(self.loaded.blob)
+        self.limits.check_full(blob.manifest)
         seconds = self.loaded.seconds + time.monotonic() - started_s
-        return Folded(replace(self.loaded, seconds=seconds))
+        freed_bytes = self.loaded.blob.num_bytes - blob.num_bytes
+        return Folded(replace(self.loaded, blob=blob, seconds=seconds), freed_bytes)
 
 
 class _Reservation:

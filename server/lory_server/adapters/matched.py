@@ -7,7 +7,7 @@ tiers or files.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lory_server.adapters.format import AdapterManifest
+from lory_server.adapters.manifest import AdapterManifest
 from lory_server.messages import Matched
 from lory_server.model.sites import Site
 
@@ -30,5 +30,9 @@ def facts_of(manifest: AdapterManifest, sites: Sequence[Site]) -> Facts:
         name = sites[part.site].slices[part.slice].module.rpartition(".")[2]
         counts[name] = counts.get(name, 0) + 1
         ranks.setdefault(name, set()).add(part.rank)
+    for module in dict.fromkeys(weight.module for weight in manifest.full):
+        name = module.rpartition(".")[2]
+        counts[name] = counts.get(name, 0) + 1
+        ranks.setdefault(name, set())
     matched = (Matched(name, count, tuple(sorted(ranks[name]))) for name, count in counts.items())
     return Facts(tuple(matched), manifest.file_bytes, manifest.invocation_tokens)

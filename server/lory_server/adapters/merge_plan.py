@@ -22,6 +22,8 @@ MAX_SVD_RANKS = 1024
 _WHAT_ELSE = {
     "gain": "is DoRA, whose gain is no sum",
     "bias": "has a bias",
+    "lookup": "changes the embedding",
+    "full": "has a whole embedding, head, norm or token rows of its own",
 }
 _FACTOR = ".lora_A."
 
@@ -80,6 +82,10 @@ def _check_is_factors(manifest: AdapterManifest) -> None:
         for spec in (part.b_bias, part.bias):
             if spec is not None:
                 raise _cannot(spec, _WHAT_ELSE["bias"])
+        if part.is_lookup and part.a is not None:
+            raise _cannot(part.a, _WHAT_ELSE["lookup"])
+    for weight in manifest.full:
+        raise _cannot(weight.spec, _WHAT_ELSE["full"])
 
 
 def _cannot(spec: TensorSpec, reason: str) -> AdapterInvalidError:

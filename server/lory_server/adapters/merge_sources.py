@@ -42,6 +42,11 @@ class SourceFiles:
         return tuple((files.config_fd, files.weights_fd) for files in self.sources)
 
     @property
+    def manifest_fd(self) -> None:
+        """What is merged of several is asked as text."""
+        return None
+
+    @property
     def signature(self) -> Signature:
         """Of what is merged how, whatever it is called, and of all files."""
         nameless = msgspec.structs.replace(self.recipe, name="")

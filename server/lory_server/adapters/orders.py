@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from lory_server.adapters.cache import AdapterCache
 from lory_server.adapters.errors import AdapterCapacityError
 from lory_server.adapters.outcomes import Resolved, ResolveFailed
-from lory_server.messages import AdapterOrder, Failure, FailureCode, OrderDone
+from lory_server.messages import AdapterOrder, Failure, FailureCode, Manner, OrderDone
 from lory_server.plan import AdapterDemand
 from lory_server.recipes import called
 
@@ -68,7 +68,7 @@ class Orders:
         self.follow(outcome)
         if order.kind == "find":
             self._cache.release(outcome.revision)
-            self._finish(order, outcome.revision)
+            self._finish(order, outcome.revision, outcome.manner)
         elif order.kind == "pin" and not self._pin(order, outcome.revision):
             self._cache.release(outcome.revision)
         else:
@@ -167,9 +167,12 @@ class Orders:
         is_named = bool(order.revision)
         return [k for k in of_name if bool(k[1]) == is_named and k[1].startswith(order.revision)]
 
-    def _finish(self, order: AdapterOrder, revision: str = "") -> None:
+    def _finish(
+        self, order: AdapterOrder, revision: str = "", manner: Manner | None = None
+    ) -> None:
         entry = self._cache.known.entry(order.adapter_id)
-        self._done.append(OrderDone(call_id=order.call_id, entry=entry, revision=revision))
+        done = OrderDone(call_id=order.call_id, entry=entry, revision=revision, manner=manner)
+        self._done.append(done)
 
     def _refuse(
         self, order: AdapterOrder, code: FailureCode, message: str, source: str = ""

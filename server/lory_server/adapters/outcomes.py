@@ -5,7 +5,7 @@ It must not know how an answer was found.
 
 from dataclasses import dataclass
 
-from lory_server.messages import AdapterEntry, FailureCode
+from lory_server.messages import NO_MANNER, AdapterEntry, FailureCode, Manner
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,11 +18,14 @@ class Resolved:
     is_latest: bool
     """Whether it is what the name stands for on disk; else it was asked for by its digest."""
     num_bytes: int
-    """What it takes in the device's pool."""
+    """What it takes in the device's pool, and its full weights beside it."""
+    full_bytes: int
+    has_own_head: bool
     max_rank: int
     invocation_tokens: tuple[int, ...]
     load_seconds: float
     """From `resolve` to now."""
+    manner: Manner = NO_MANNER
 
 
 @dataclass(frozen=True, slots=True)

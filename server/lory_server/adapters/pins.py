@@ -16,6 +16,8 @@ class Pins:
         self._device = device
         self.device_bytes = 0
         """What all pinned revisions take there, on it or not yet."""
+        self.full_bytes = 0
+        """The same of their full weights."""
 
     def __contains__(self, revision: str) -> bool:
         return revision in self._device.pinned
@@ -29,6 +31,7 @@ class Pins:
             self._check_device(revision)
             self._host.budget.pinned_bytes += self._host.entry(revision).blob.num_bytes
             self.device_bytes += self._device_need(revision)
+            self.full_bytes += self._full_need(revision)
         self._host.hold(revision)
         pinned[revision] = pinned.get(revision, 0) + 1
 
@@ -39,12 +42,19 @@ class Pins:
             del pinned[revision]
             self._host.budget.pinned_bytes -= self._host.entry(revision).blob.num_bytes
             self.device_bytes -= self._device_need(revision)
+            self.full_bytes -= self._full_need(revision)
         self._host.release(revision)
 
-    def check_room_beside(self, revision: str, needed_bytes: int) -> None:
+    def check_room_beside(self, revision: str, needed_bytes: int, full_bytes: int) -> None:
         """Raise AdapterCapacityError if one that needs so much on the device can never be there."""
         if not self._device.pinned or revision in self:
             return
+        left_bytes = self._device.pool.full.total_bytes - self.full_bytes
+        if full_bytes > left_bytes:
+            raise AdapterCapacityError(
+                f"takes {full_bytes} bytes on the device for weights of its own, pinned adapters"
+                f" leave {left_bytes}; unpin one, or raise --full-weights-memory"
+            )
         left_bytes = self._device.pool.total_bytes - self.device_bytes
         if needed_bytes > left_bytes:
             raise AdapterCapacityError(
@@ -69,12 +79,11 @@ class Pins:
 
     def _check_device(self, revision: str) -> None:
         pool, pinned = self._device.pool, self._device.pinned
-        others = [
-            self._device_need(entry.blob.revision)
-            for entry in self._host.held()
-            if entry.blob.revision not in pinned and entry.blob.revision != revision
-        ]
-        needed_bytes, largest_bytes = self._device_need(revision), max(others, default=0)
+        held = [entry.blob.revision for entry in self._host.held()]
+        others = [other for other in held if other not in pinned and other != revision]
+        self._check_full(revision, others)
+        needed_bytes = self._device_need(revision)
+        largest_bytes = max(map(self._device_need, others), default=0)
         if needed_bytes + self.device_bytes + largest_bytes > pool.total_bytes:
             raise AdapterCapacityError(
                 f"cannot be pinned: it takes {needed_bytes} bytes on the device beside"
@@ -88,5 +97,18 @@ class Pins:
                 " --max-resident-adapters"
             )
 
+    def _check_full(self, revision: str, others: list[str]) -> None:
+        needed_bytes, total_bytes = self._full_need(revision), self._device.pool.full.total_bytes
+        largest_bytes = max(map(self._full_need, others), default=0)
+        if needed_bytes and needed_bytes + self.full_bytes + largest_bytes > total_bytes:
+            raise AdapterCapacityError(
+                f"cannot be pinned: its own weights take {needed_bytes} bytes on the device beside"
+                f" {self.full_bytes} of other pins and {largest_bytes} of an adapter in use, of"
+                f" {total_bytes}; unpin one, or raise --full-weights-memory"
+            )
+
     def _device_need(self, revision: str) -> int:
         return self._host.entry(revision).device_bytes
+
+    def _full_need(self, revision: str) -> int:
+        return self._device.pool.full.needed_bytes(self._host.entry(revision).blob.manifest)

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from lory_kernels.contract import SiteTable
+from lory_server.adapters.ends import Ends, Placed, make_ends
 from lory_server.adapters.extents import GRAIN_BYTES, Allocation, ExtentAllocator
-from lory_server.adapters.format import CHUNK_ALIGN_BYTES, AdapterManifest, ChunkKind
+from lory_server.adapters.full_weights import FullWeights
+from lory_server.adapters.manifest import CHUNK_ALIGN_BYTES, AdapterManifest, ChunkKind
 from lory_server.model.sites import Site
 
 
@@ -42,7 +44,9 @@ class AdapterPool:
         max_slots: int,
         *,
         grain_bytes: int = GRAIN_BYTES,
+        full: FullWeights | None = None,
     ) -> None:
+        """`full`: where the same slots have weights of their own; None: nowhere."""
         if max_slots < 1:
             raise ValueError(f"max_slots: {max_slots} is not at least 1")
         if grain_bytes % CHUNK_ALIGN_BYTES:
@@ -50,6 +54,7 @@ class AdapterPool:
         self.dtype = dtype
         self.device = device
         self.sites = tuple(sites)
+        self.full = full or FullWeights(0, dtype, device)
         self.max_slots = max_slots
         self.extents = ExtentAllocator(num_bytes, grain_bytes)
         # Touched now: the first touch of a page beside a running step holds the step up.
@@ -72,7 +77,7 @@ class AdapterPool:
 
     def needed_bytes(self, manifest: AdapterManifest) -> int:
         """What an adapter takes here when it lies in one extent."""
-        return self.extents.padded(manifest.num_bytes(self.dtype.itemsize))
+        return self.extents.padded(manifest.pool_bytes(self.dtype.itemsize))
 
     def allocate(self, manifest: AdapterManifest) -> Allocation | None:
         return self.extents.allocate(manifest.chunk_bytes(self.dtype.itemsize))
@@ -96,6 +101,16 @@ class AdapterPool:
             torch.tensor(scales, dtype=torch.float32, device=self.device),
         )
         return SlotRow(columns)
+
+    def ends(self, manifest: AdapterManifest, place: Allocation, full: Allocation) -> Ends | None:
+        """What the adapter has beside linears of the layers; any thread may make it."""
+        return make_ends(
+            manifest,
+            self.sites,
+            Placed(self.data, place.chunk_starts),
+            Placed(self.full.data, full.chunk_starts),
+            self.full.unit_offset_norms,
+        )
 
     def publish(self, slot: int, row: SlotRow) -> None:
         """Make a slot's adapter visible to the steps submitted after this."""

@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 
 from lory_server.adapters.blob import AdapterBlob, read_blob
-from lory_server.adapters.format import AdapterManifest, Base, read_manifest
+from lory_server.adapters.format import read_manifest
+from lory_server.adapters.manifest import AdapterManifest, Base
 from lory_server.adapters.merge import merged_blob, read_plan
 from lory_server.adapters.merge_plan import MergePlan
 from lory_server.adapters.merge_sources import Files, SourceFiles

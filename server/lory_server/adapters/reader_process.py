@@ -23,7 +23,8 @@ from torch import Tensor
 from lory_server import low_priority
 from lory_server.adapters.blob import AdapterBlob, new_blob, read_numbers
 from lory_server.adapters.errors import AdapterError, error_of
-from lory_server.adapters.format import AdapterManifest, Base, read_manifest
+from lory_server.adapters.format import read_manifest
+from lory_server.adapters.manifest import AdapterManifest, Base
 from lory_server.adapters.merge import merge_numbers, read_plan
 from lory_server.adapters.merge_plan import MergePlan
 from lory_server.adapters.merge_sources import Files, SourceFiles

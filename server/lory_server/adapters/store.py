@@ -22,6 +22,7 @@ from types import TracebackType
 from lory_server.adapters.config import CONFIG_NAME
 from lory_server.adapters.errors import AdapterInvalidError, AdapterNotFoundError
 from lory_server.adapters.header import WEIGHTS_NAME
+from lory_server.adapters.manner import MANIFEST_NAME
 from lory_server.messages import FETCHED
 
 MAX_LISTED = 100_000
@@ -38,7 +39,8 @@ _OF_THE_FOLDER = frozenset({errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMET
 """What a folder can be blamed for; anything else (no more open files, a broken disk) is ours."""
 
 NAME_RULE = "names are one or two parts of letters, digits, '.', '_' and '-', joined by '/'"
-_NUM_FACTS = 10
+_NUM_FACTS = 5
+"""Of each file, in a signature."""
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.ckpt")
 
 Signature = tuple[int, ...]
@@ -47,13 +49,15 @@ NO_MARK: Signature = ()
 
 @dataclass(frozen=True, slots=True)
 class AdapterFiles:
-    """The two files of an adapter, open for reading; use it in a `with` block."""
+    """The files of an adapter, open for reading; use it in a `with` block."""
 
     adapter_id: str
     config_fd: int
     weights_fd: int
+    manifest_fd: int | None
+    """None: it has no manifest."""
     signature: Signature
-    """Device, inode, size, mtime and ctime of both files; and what tells a fetched one's name from
+    """Device, inode, size, mtime and ctime of each file; and what tells a fetched one's name from
     others, for that never stands for other bytes."""
     located_ns: int
 
@@ -69,20 +73,22 @@ class AdapterFiles:
         self.close()
 
     def close(self) -> None:
-        os.close(self.config_fd)
-        os.close(self.weights_fd)
+        for fd in (self.config_fd, self.weights_fd, self.manifest_fd):
+            if fd is not None:
+                os.close(fd)
 
     def check_unchanged(self) -> None:
         """Raise if a file was written to since it was located, so that no mixture is served."""
-        if _signature(self.config_fd, self.weights_fd) != self.signature[:_NUM_FACTS]:
+        facts = _signature(self.config_fd, self.weights_fd, self.manifest_fd)
+        if facts != self.signature[: len(facts)]:
             raise changed_error()
 
     @property
     def is_settled(self) -> bool:
         """False if the signature may fail to show a change made just after it was taken."""
-        if len(self.signature) > _NUM_FACTS:
+        if len(self.signature) % _NUM_FACTS:
             return True
-        changed_ns = max(self.signature[4], self.signature[9])
+        changed_ns = max(self.signature[_NUM_FACTS - 1 :: _NUM_FACTS])
         return self.located_ns - changed_ns > SETTLED_NS
 
 
@@ -127,9 +133,14 @@ class AdapterStore:
             opened.callback(os.close, config_fd)
             weights_fd = self._open_weights(root, adapter_id)
             opened.callback(os.close, weights_fd)
-            signature = (*_signature(config_fd, weights_fd), *mark)
+            manifest_fd = _open_inside(root, adapter_id, MANIFEST_NAME)
+            if manifest_fd is not None:
+                opened.callback(os.close, manifest_fd)
+            signature = (*_signature(config_fd, weights_fd, manifest_fd), *mark)
             opened.pop_all()
-        return AdapterFiles(adapter_id, config_fd, weights_fd, signature, time.time_ns())
+        return AdapterFiles(
+            adapter_id, config_fd, weights_fd, manifest_fd, signature, time.time_ns()
+        )
 
     def _open_config(self, root: str, adapter_id: str) -> int:
         config_fd = _open_inside(root, adapter_id, CONFIG_NAME)
@@ -273,9 +284,12 @@ def _check_regular(status: os.stat_result) -> None:
         raise _NotRegularError
 
 
-def _signature(*fds: int) -> Signature:
+def _signature(*fds: int | None) -> Signature:
+    """Of the files that there are."""
     fields: list[int] = []
     for fd in fds:
+        if fd is None:
+            continue
         s = os.fstat(fd)
         fields += (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
     return tuple(fields)

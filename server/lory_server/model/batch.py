@@ -2,7 +2,8 @@
 
 Legend: T tokens of the step, R sequences (rows of the plan), M blocks of the longest block table,
 L rows whose logits are wanted. This module must not know how a batch is chosen, nor what an
-adapter is: `lora` is passed through the decoder to whatever is attached to its linears.
+adapter is: `lora` is passed through the decoder to whatever is attached to its linears, `ends` to
+what computes the ends of the model where they are not the base's.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lory_kernels import Segments
+from lory_server.model.ends import StepEnds
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,3 +34,5 @@ class ForwardBatch:
     """int64; token rows whose logits are wanted."""
     lora: Segments | None = None
     """None: no row of the batch uses an adapter."""
+    ends: StepEnds | None = None
+    """What rows have of their own beside that; None: nothing."""

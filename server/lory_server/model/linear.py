@@ -108,6 +108,24 @@ class PanelLinear:
         return self._multiply(x_TK)
 
 
+class EmbeddingColumns:
+    """The embedding as LoRA sees it: a linear over the vocabulary, W = embedding^T. For its numbers
+    alone: what it multiplies is a column for each token, so nobody calls it."""
+
+    __slots__ = ("_embedding_VH", "bias_N")
+
+    def __init__(self, embedding_VH: Tensor) -> None:
+        self.bias_N: Tensor | None = None
+        self._embedding_VH = embedding_VH
+
+    def row_blocks(self, rows: range, max_weights: int) -> Iterator[Tensor]:
+        """At least 16 columns of the table at once: fewer read the same cache lines again."""
+        at_once = max(16, max_weights // self._embedding_VH.shape[0])
+        for first in rows[::at_once]:
+            part_VN = self._embedding_VH[:, first : min(first + at_once, rows.stop)]
+            yield part_VN.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
 def dense_linear(weight_NK: Tensor, bias_N: Tensor | None, typical_rows: int, ops: Ops) -> Linear:
     """The fastest full-precision linear for where the weight lies and what it is made of."""
     if isinstance(ops, CpuOps) and panels.can_pack(weight_NK):

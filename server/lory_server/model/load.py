@@ -18,6 +18,7 @@ from lory_server.model.decoder import Decoder, Layer
 from lory_server.model.errors import ModelError
 from lory_server.model.families import read_spec
 from lory_server.model.linear import Linear, dense_linear
+from lory_server.model.norms import Norm
 from lory_server.model.rope import rope_table
 from lory_server.model.sites import Site, Slice
 from lory_server.model.spec import ModelSpec
@@ -68,20 +69,20 @@ class _Loader:
         sandwich = spec.sandwich_norms
         mlp_norm = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
 
-        def norm(name: str, size: int, wanted: bool = True) -> Tensor | None:
-            return self.norm(prefix + name, size) if wanted else None
+        def norm(name: str, size: int = spec.hidden_size) -> Norm:
+            return Norm(prefix + name, self.norm(prefix + name, size))
 
         return Layer(
             qkv=self.linear(qkv),
             o=self.linear(o),
             gate_up=self.linear(gate_up),
             down=self.linear(down),
-            attention_norm_H=self.norm(prefix + "input_layernorm", spec.hidden_size),
-            mlp_norm_H=self.norm(prefix + mlp_norm, spec.hidden_size),
-            post_attention_norm_H=norm("post_attention_layernorm", spec.hidden_size, sandwich),
-            post_mlp_norm_H=norm("post_feedforward_layernorm", spec.hidden_size, sandwich),
-            q_norm_D=norm("self_attn.q_norm", spec.head_dim, spec.qk_norm),
-            k_norm_D=norm("self_attn.k_norm", spec.head_dim, spec.qk_norm),
+            attention_norm=norm("input_layernorm"),
+            mlp_norm=norm(mlp_norm),
+            post_attention_norm=norm("post_attention_layernorm") if sandwich else None,
+            post_mlp_norm=norm("post_feedforward_layernorm") if sandwich else None,
+            q_norm=norm("self_attn.q_norm", spec.head_dim) if spec.qk_norm else None,
+            k_norm=norm("self_attn.k_norm", spec.head_dim) if spec.qk_norm else None,
         )
 
     def embedding(self) -> Tensor:

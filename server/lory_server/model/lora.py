@@ -27,6 +27,10 @@ class LoraLinear:
         self._table = table
         self._pool = pool
 
+    def adapt(self, y_TN: Tensor, x_TK: Tensor, rows: Segments) -> None:
+        """What the adapters make of the base's own y."""
+        self._sgmv(y_TN, x_TK, self._table, self._pool, rows)
+
     @property
     def num_bytes(self) -> int:
         """Of the base; the pool is accounted for by its owner."""
@@ -42,12 +46,13 @@ class LoraLinear:
     def __call__(self, x_TK: Tensor, rows: Segments | None) -> Tensor:
         y_TN = self._base(x_TK, rows)
         if rows is not None:
-            self._sgmv(y_TN, x_TK, self._table, self._pool, rows)
+            self.adapt(y_TN, x_TK, rows)
         return y_TN
 
 
 def attach(decoder: Decoder, site_tables: Sequence[SiteTable], pool: Tensor) -> None:
-    """Give every linear of `decoder` its site's table, in the order of `decoder.sites`. Once."""
+    """Give every linear of `decoder` its site's table, in the order of `decoder.adapter_sites`.
+    Once. The ends' tables, which stand last, may be left out; the embedding's is not for SGMV."""
     _check(decoder, site_tables)
 
     def wrap(index: int, linear: Linear) -> Linear:
@@ -55,6 +60,9 @@ def attach(decoder: Decoder, site_tables: Sequence[SiteTable], pool: Tensor) -> 
         return LoraLinear(linear, decoder.ops, site_tables[index], pool)
 
     decoder.wrap_linears(wrap)
+    if len(site_tables) > len(decoder.sites):
+        head = LoraLinear(decoder.head, decoder.ops, site_tables[len(decoder.sites)], pool)
+        decoder.adapt_head(head.adapt)
 
 
 def _check(decoder: Decoder, site_tables: Sequence[SiteTable]) -> None:
@@ -64,7 +72,8 @@ def _check(decoder: Decoder, site_tables: Sequence[SiteTable]) -> None:
             tuple(part.out_offset for part in site.slices),
             tuple(part.out_features for part in site.slices),
         )
-        for site in decoder.sites
+        for site in decoder.adapter_sites[: len(site_tables)]
     ]
     given = [(table.in_features, table.out_offsets, table.out_features) for table in site_tables]
+    assert len(given) in (len(decoder.sites), len(decoder.adapter_sites))
     assert given == geometry, "the tables are not those of the decoder's sites"

@@ -17,9 +17,10 @@ from torch import Tensor
 from lory_kernels.contract import Segments
 from lory_server.model.batch import ForwardBatch
 from lory_server.model.decoder import Decoder
+from lory_server.model.ends import BySlot, HeadRows, StepEnds, step_ends
 from lory_server.model.graphs import Capture, DecodeGraphs, padded_rows, variants
 from lory_server.model.kv import KVCache
-from lory_server.model.packing import PackedSegments, PackedStep, Packer
+from lory_server.model.packing import Array, PackedSegments, PackedStep, Packer
 from lory_server.model.sampler import Samples, sample, score
 from lory_server.model.staging import sender
 from lory_server.plan import INVALID_TOKEN, SampledToken, StepPlan, StepResult
@@ -44,6 +45,8 @@ class Computed:
     sampled_lanes_S: Tensor
     targets_L: Tensor | None
     """The tokens to score; None: nobody asked."""
+    head: HeadRows | None = None
+    """What rows have of their own in the head; None: nothing."""
 
 
 class Runner:
@@ -54,7 +57,11 @@ class Runner:
         packer: Packer,
         num_lanes: int,
         device: torch.device,
+        ends_by_slot: BySlot | None = None,
     ) -> None:
+        """`ends_by_slot`: what adapters on the device have beside the layers' linears, as it is at
+        each step."""
+        self._ends_by_slot: BySlot = {} if ends_by_slot is None else ends_by_slot
         self._decoder = decoder
         self._kv = kv
         self._packer = packer
@@ -83,7 +90,7 @@ class Runner:
     def submit(self, plan: StepPlan) -> Ticket:
         packed = self._packer.pack(plan)
         computed = self._compute(packed)
-        logits_LV = self._decoder.logits(computed.hidden_LH)
+        logits_LV = self._decoder.logits(computed.hidden_LH, computed.head)
         num_sampled = len(packed.samples)
         samples = scored = None
         if num_sampled:
@@ -102,7 +109,8 @@ class Runner:
     @torch.inference_mode()
     def logits(self, plan: StepPlan) -> Tensor:
         """logits_LV of a step, without the sampler: what there is to measure on a device."""
-        return self._decoder.logits(self._compute(self._packer.pack(plan)).hidden_LH)
+        computed = self._compute(self._packer.pack(plan))
+        return self._decoder.logits(computed.hidden_LH, computed.head)
 
     def collect(self, ticket: Ticket) -> StepResult:
         """The results in the plan's own order."""
@@ -120,27 +128,45 @@ class Runner:
     # -- the layers -------------------------------------------------------------------------
 
     def _compute(self, packed: PackedStep) -> Computed:
-        graphs = self._graphs
+        graphs, ends = self._graphs, step_ends(packed, self._ends_by_slot)
         inputs = None if graphs is None else graphs.inputs_for(packed)
-        if graphs is None or inputs is None:
-            return self._op_by_op(packed)
+        if graphs is None or inputs is None or (ends is not None and ends.changes_layers):
+            return self._op_by_op(packed, ends)
         hidden_SH = graphs.hidden(packed, inputs)
         lanes_S = inputs.tensors["sampled_lanes_S"][: packed.num_rows]
-        return Computed(hidden_SH, lanes_S, targets_L=None)
+        head_arrays = _head_arrays(ends)
+        there = self._send(head_arrays) if head_arrays else {}
+        return Computed(hidden_SH, lanes_S, targets_L=None, head=_head(ends, there))
 
-    def _op_by_op(self, packed: PackedStep) -> Computed:
-        there = self._send(packed.arrays())
+    def _op_by_op(self, packed: PackedStep, ends: StepEnds | None) -> Computed:
+        there = self._send(packed.arrays() | _head_arrays(ends))
         if packed.pending_P.size:
             pending = self._lane_tokens.index_select(0, there["pending_lanes_P"])
             there["token_ids_T"].index_copy_(0, there["pending_P"], pending)
         return Computed(
-            hidden_LH=self._decoder.hidden(_batch(packed, there), self._kv),
+            hidden_LH=self._decoder.hidden(_batch(packed, there, ends), self._kv),
             sampled_lanes_S=there["sampled_lanes_S"],
             targets_L=there["targets_L"] if packed.target_rows else None,
+            head=_head(ends, there),
         )
 
 
-def _batch(packed: PackedStep, there: Mapping[str, Tensor]) -> ForwardBatch:
+def _head_arrays(ends: StepEnds | None) -> dict[str, Array]:
+    segments = None if ends is None else ends.head_segments
+    if segments is None:
+        return {}
+    return {"head_starts_G1": segments.starts_G1, "head_slots_G": segments.slots_G}
+
+
+def _head(ends: StepEnds | None, there: Mapping[str, Tensor]) -> HeadRows | None:
+    if ends is None or not ends.head:
+        return None
+    segments = ends.head_segments
+    lora = None if segments is None else _segments(segments, there, of="head_")
+    return HeadRows(ends.head, lora)
+
+
+def _batch(packed: PackedStep, there: Mapping[str, Tensor], ends: StepEnds | None) -> ForwardBatch:
     """`there`: the step's arrays on the device."""
     segments = packed.segments
     return ForwardBatch(
@@ -152,13 +178,14 @@ def _batch(packed: PackedStep, there: Mapping[str, Tensor]) -> ForwardBatch:
         block_tables_RM=there["block_tables_RM"],
         logit_rows_L=there["logit_rows_L"],
         lora=None if segments is None else _segments(segments, there),
+        ends=ends,
     )
 
 
-def _segments(segments: PackedSegments, there: Mapping[str, Tensor]) -> Segments:
+def _segments(segments: PackedSegments, there: Mapping[str, Tensor], of: str = "") -> Segments:
     return Segments(
-        starts_G1=there["starts_G1"],
-        slots_G=there["slots_G"],
+        starts_G1=there[f"{of}starts_G1"],
+        slots_G=there[f"{of}slots_G"],
         num_rows=int(segments.starts_G1[-1]),
         num_segments=len(segments.slots_G),
         max_rank=segments.max_rank,

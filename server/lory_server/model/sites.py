@@ -6,6 +6,11 @@ plain data; it must not know torch, files or any architecture.
 
 from dataclasses import dataclass
 
+HEAD_MODULE = "lm_head"
+EMBEDDING_MODULE = "model.embed_tokens"
+"""The two ends of the model, as checkpoints name them. The embedding is a site as well, its
+in_features the vocabulary: what it multiplies is one column for each token."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slice:

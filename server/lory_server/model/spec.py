@@ -4,13 +4,13 @@ Read from a checkpoint's configuration by `families`; turned into weights by `we
 computation by `decoder`. This module must not know torch, files, or any family by name.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Literal
 
 from lory_server.model.errors import ModelError
-from lory_server.model.sites import Site, Slice
+from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE, Site, Slice
 
 Activation = Literal["silu", "gelu_tanh"]
 RopeKind = Literal["default", "linear", "dynamic", "llama3", "yarn", "longrope"]
@@ -113,6 +113,30 @@ class ModelSpec:
     def sites(self) -> tuple[Site, ...]:
         """The packed linears of all layers, in the order they run."""
         return tuple(site for layer in range(self.num_layers) for site in self._layer_sites(layer))
+
+    def end_sites(self) -> tuple[Site, Site]:
+        """Head and embedding."""
+        vocab, hidden = self.vocab_size, self.hidden_size
+        return (
+            Site("head", hidden, (Slice(HEAD_MODULE, 0, vocab),)),
+            Site("embedding", vocab, (Slice(EMBEDDING_MODULE, 0, hidden),)),
+        )
+
+    def norms(self) -> tuple[tuple[str, int], ...]:
+        """Modules and sizes of all norms, by the checkpoint's names."""
+        layers = range(self.num_layers)
+        own = [(f"model.layers.{i}.{name}", size) for i in layers for name, size in self._norms()]
+        return (*own, ("model.norm", self.hidden_size))
+
+    def _norms(self) -> Iterator[tuple[str, int]]:
+        yield "input_layernorm", self.hidden_size
+        yield "post_attention_layernorm", self.hidden_size
+        if self.sandwich_norms:
+            yield "pre_feedforward_layernorm", self.hidden_size
+            yield "post_feedforward_layernorm", self.hidden_size
+        if self.qk_norm:
+            yield "self_attn.q_norm", self.head_dim
+            yield "self_attn.k_norm", self.head_dim
 
     def _layer_sites(self, layer: int) -> tuple[Site, Site, Site, Site]:
         attention = f"model.layers.{layer}.self_attn."

@@ -15,6 +15,7 @@ import torch
 from lory_kernels import BASE_SLOT, Segments
 from lory_server.model.batch import ForwardBatch
 from lory_server.model.decoder import Decoder
+from lory_server.model.ends import HeadRows
 from lory_server.model.kv import KVCache
 
 NUM_TOKENS = (2, 5, 17, 33, 65, 129, 257)
@@ -33,7 +34,13 @@ def warm_up(decoder: Decoder, kv: KVCache, max_step_tokens: int, has_adapters: b
     ranks = (BASE_ONLY, *MAX_RANKS) if has_adapters else (BASE_ONLY,)
     steps = [(1, BASE_ONLY), *product(sizes, ranks)]
     for num_tokens, max_rank in steps:
-        decoder.logits(decoder.hidden(padding(num_tokens, max_rank, decoder.device), kv))
+        batch = padding(num_tokens, max_rank, decoder.device)
+        hidden_LH = decoder.hidden(batch, kv)
+        decoder.logits(hidden_LH)
+        if batch.lora is not None and decoder.adapts_head:
+            # As many logit rows as tokens: the head's LoRA knows the same classes.
+            rows_TH = hidden_LH.expand(num_tokens, -1).contiguous()
+            decoder.logits(rows_TH, HeadRows((), batch.lora))
     return len(steps)
 
 

@@ -1,0 +1,188 @@
+"""Who is asked, and how: the base, the base with instructions and examples, each adapter.
+
+    base         the adapter's template, filled in, without the adapter
+    prompt_only  an instruction and examples before it; as text, or as a chat
+    adapter      its fields, which the server puts into the adapter's template
+
+In: rows. Out: request bodies, and what an answer's text is. It must not know metrics.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from lory_trainer.evaluation.errors import EvaluationError
+from lory_trainer.evaluation.facts import AdapterFacts
+from lory_trainer.evaluation.rows import Row
+from lory_trainer.evaluation.server import Json, Reply
+from lory_trainer.template import render, template_fields
+
+BASE = "base"
+PROMPT_ONLY = "prompt_only"
+BETWEEN_EXAMPLES = "\n\n"
+
+Kind = Literal["base", "prompt_only", "adapter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompting:
+    """What prompt_only says before each row."""
+
+    instruction: str = ""
+    shots: tuple[Row, ...] = ()
+    is_chat: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    name: str
+    kind: Kind
+    model: str
+    """The base's name or the adapter's."""
+    template: str
+    """That of its prompts; the server has the same if `sends_fields`."""
+    sends_fields: bool = False
+    prompting: Prompting = Prompting()
+    stop: tuple[str, ...] = ()
+    """Texts at which its answers end, those that the server knows of included."""
+    is_chat: bool = False
+    """Its prompts are a user's message; the server makes a chat of it."""
+    prefix: str = ""
+    """What its answers begin with, and wanted ones do not."""
+
+    def prompt(self, row: Row) -> str:
+        """As text; of a chat, its last message."""
+        return render(self.template, row.fields(template_fields(self.template)))
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How all variants draw their answers."""
+
+    seed: int
+    max_new_tokens: int
+    is_greedy: bool
+    """False: as the adapter's own defaults say."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    text: str
+    is_cut: bool
+    """It reached max_new_tokens."""
+    num_prompt_tokens: int
+    num_tokens: int
+    seconds: float
+    revision: str
+
+
+def base_variant(model: str, like: Variant) -> Variant:
+    """Asked as the adapter `like` is."""
+    return Variant(BASE, "base", model, like.template, is_chat=like.is_chat)
+
+
+def prompt_only_variant(model: str, template: str, prompting: Prompting) -> Variant:
+    stop = () if prompting.is_chat else (BETWEEN_EXAMPLES,)
+    return Variant(PROMPT_ONLY, "prompt_only", model, template, prompting=prompting, stop=stop)
+
+
+def adapter_variant(facts: AdapterFacts, template: str) -> Variant:
+    """`template` is for an adapter that has none on the server."""
+    if not (facts.template or template):
+        raise EvaluationError(
+            f"adapter {facts.adapter_id!r} has no template on the server; give the one it was"
+            " trained with by --template"
+        )
+    return Variant(
+        facts.adapter_id,
+        "adapter",
+        facts.adapter_id,
+        facts.template or template,
+        sends_fields=bool(facts.template),
+        stop=facts.stop,
+        is_chat=facts.is_chat,
+        prefix=facts.completion_prefix,
+    )
+
+
+def request(variant: Variant, row: Row, sampling: Sampling) -> tuple[str, Json]:
+    """Path and body."""
+    if variant.prompting.is_chat:
+        return "/v1/chat/completions", _chat_body(variant, row, sampling)
+    parameters: Json = {
+        "max_new_tokens": sampling.max_new_tokens,
+        "seed": sampling.seed,
+        "details": True,
+    }
+    if sampling.is_greedy or variant.kind != "adapter":
+        parameters["do_sample"] = False
+    if variant.kind == "adapter":
+        parameters["adapter_id"] = variant.model
+    if variant.kind == "prompt_only":
+        parameters["stop"] = list(variant.stop)
+    if variant.is_chat and not variant.sends_fields:
+        parameters["apply_chat_template"] = True
+    return "/generate", {"inputs": _inputs(variant, row), "parameters": parameters}
+
+
+def read_answer(variant: Variant, reply: Reply) -> Answer:
+    return _chat_answer(reply) if variant.prompting.is_chat else _plain_answer(variant, reply)
+
+
+def _inputs(variant: Variant, row: Row) -> str | dict[str, str]:
+    if variant.sends_fields:
+        return row.fields(template_fields(variant.template))
+    if variant.kind != "prompt_only":
+        return variant.prompt(row)
+    prompting = variant.prompting
+    examples = (f"{variant.prompt(shot)}{shot.wanted}" for shot in prompting.shots)
+    parts = (prompting.instruction, *examples, variant.prompt(row))
+    return BETWEEN_EXAMPLES.join(part for part in parts if part)
+
+
+def _chat_body(variant: Variant, row: Row, sampling: Sampling) -> Json:
+    prompting = variant.prompting
+    messages = [{"role": "system", "content": prompting.instruction}]
+    for shot in prompting.shots:
+        messages.append({"role": "user", "content": variant.prompt(shot)})
+        messages.append({"role": "assistant", "content": shot.wanted})
+    messages.append({"role": "user", "content": variant.prompt(row)})
+    return {
+        "model": variant.model,
+        "messages": messages if prompting.instruction else messages[1:],
+        "max_tokens": sampling.max_new_tokens,
+        "temperature": 0,
+        "seed": sampling.seed,
+    }
+
+
+def _plain_answer(variant: Variant, reply: Reply) -> Answer:
+    details, text = reply.body["details"], reply.body["generated_text"]
+    if details["finish_reason"] == "stop_sequence":
+        text = _before_stop(text, variant.stop)
+    return Answer(
+        text.removeprefix(variant.prefix),
+        is_cut=details["finish_reason"] == "length",
+        num_prompt_tokens=details["prompt_tokens"],
+        num_tokens=details["generated_tokens"],
+        seconds=reply.seconds,
+        revision=reply.headers.get("x-adapter-revision", ""),
+    )
+
+
+def _before_stop(text: str, stops: Sequence[str]) -> str:
+    """LoRAX's answers hold the text that ended them."""
+    places = [place for stop in stops if (place := text.find(stop)) >= 0]
+    return text[: min(places)] if places else text
+
+
+def _chat_answer(reply: Reply) -> Answer:
+    choice, usage = reply.body["choices"][0], reply.body["usage"]
+    return Answer(
+        choice["message"]["content"],
+        is_cut=choice["finish_reason"] == "length",
+        num_prompt_tokens=usage["prompt_tokens"],
+        num_tokens=usage["completion_tokens"],
+        seconds=reply.seconds,
+        revision="",
+    )
