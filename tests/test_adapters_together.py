@@ -237,6 +237,11 @@ def test_a_tenants_name_over_its_merge_that_it_no_longer_sees_is_refused(front: 
     assert ask(front, ACME, "acme/blend").status_code == 404
     reply = post(front, ACME, ADAPTERS, {"name": "acme/blend", "adapter_id": "french"})
     assert reply.status_code == 409, reply.text
+    assert front.ask("DELETE", f"{ADAPTERS}/acme/blend", **as_(BETA)).status_code == 404
+    assert front.ask("DELETE", f"{ADAPTERS}/acme/blend", **as_(ACME)).status_code == 200
+    assert not front.registry.state.merges
+    again = post(front, ACME, ADAPTERS, {"name": "acme/blend", "adapter_id": "french"})
+    assert again.status_code == 201
 
 
 # -- sources --------------------------------------------------------------------------------

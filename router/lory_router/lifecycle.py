@@ -129,9 +129,12 @@ class Lifecycle:
 
     async def remove(self, caller: Caller, name: str) -> None:
         """Forget a name; an adapter of that name is not served any more, and let go of when the
-        last request that holds it has ended. A local one's files stay where they are."""
-        target = self._rights.find_target(caller, name)
-        registered = self._registry.state.names.get(name)
+        last request that holds it has ended. A local one's files stay where they are. Who saved a
+        merge forgets it, too, when a source has become another's."""
+        state = self._registry.state
+        is_own_merge = name in state.merges and self._rights.owner(name) == caller.tenant
+        target = Target(name) if is_own_merge else self._rights.find_target(caller, name)
+        registered = state.names.get(name)
         if self.is_registered(caller, name) and registered and registered.adapter_id != name:
             self._rights.check_owns(caller, name)
             await self._registry.forget(name)
