@@ -28,7 +28,7 @@ class Made:
     folder: Path
     num_tokens: int
     """Of its embedding; 0: the base's."""
-    brings_tokenizer: bool
+    brings: bool
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class World:
 
     def manner(self, name: str) -> Manner:
         made = self.adapters.get(name)
-        if made is None or not made.brings_tokenizer:
+        if made is None or not made.brings:
             return NO_MANNER
         paths = [made.folder / file for file in (TOKENIZER_NAME, *COMPANIONS)]
         files = tokenizer_of({path.name: path.read_bytes() for path in paths if path.is_file()})
@@ -63,6 +63,7 @@ class World:
             "block_size": 8,
             "kv_bytes": 1 << 20,
             "adapter_pool_bytes": 8 << 20,
+            "full_weight_bytes": 1 << 20,
             "adapter_host_bytes": 64 << 20,
             "reader_processes": 0,
         }
@@ -101,19 +102,15 @@ class OwnReference(Reference):
 def make_world(folder: Path, *, is_tied: bool = False) -> World:
     base = make_base(folder / "base", tie_word_embeddings=is_tied)
     adapters = folder / "adapters"
-    whole = ["embed_tokens", "lm_head"]
+    whole = {"modules_to_save": ["embed_tokens", "lm_head"]}
     tokenizer = grown()
     made = {
         "plain": _adapter(adapters / "plain", base, 1, None, 0),
         "same": _adapter(adapters / "same", base, 2, char_tokenizer(chat=CHAT_TEMPLATE), 0),
-        "grown": _adapter(
-            adapters / "grown", base, 3, tokenizer, OWN_TOKENS, modules_to_save=whole
-        ),
+        "grown": _adapter(adapters / "grown", base, 3, tokenizer, OWN_TOKENS, **whole),
         "saved": _adapter(adapters / "saved", base, 4, tokenizer, OWN_TOKENS),
-        "team/wide": _adapter(
-            adapters / "team/wide", base, 5, tokenizer, 80, modules_to_save=whole
-        ),
-        "shrunk": _adapter(adapters / "shrunk", base, 6, swapped(), 31, modules_to_save=whole),
+        "team/wide": _adapter(adapters / "team/wide", base, 5, tokenizer, 80, **whole),
+        "shrunk": _adapter(adapters / "shrunk", base, 6, swapped(), 31, **whole),
         "swapped": _adapter(adapters / "swapped", base, 7, swapped(), 0),
     }
     if is_tied:

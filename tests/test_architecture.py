@@ -32,7 +32,6 @@ MAY_IMPORT = {
         "lory_server.adapters.store",
         "lory_server.adapters.tokenizer_files",
         "lory_server.adapters.strict_json",
-        "lory_server.adapters.tokenizer_files",
         "lory_client",
         "lory_trainer",
     },

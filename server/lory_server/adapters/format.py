@@ -22,6 +22,7 @@ from lory_server.adapters.config import (
 )
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.full_format import (
+    drop_copies,
     is_adapted,
     is_tied,
     own_vocab_size,
@@ -79,6 +80,7 @@ def read_manifest(
     raw_header, file_bytes = read_header_bytes(weights_fd), os.fstat(weights_fd).st_size
     modules = {*places, *(module for module, _ in base.norms)}
     tensors = by_module(read_header(raw_header, file_bytes), modules)
+    drop_copies(tensors)
     vocab_size = own_vocab_size(tensors, base, has_tokenizer=bool(tokenizer_fds))
     full = take_full_weights(config, tensors, base, vocab_size)
     slices = sorted(_slices(config, tensors, places), key=lambda part: (part.site, part.slice))

@@ -8,6 +8,8 @@ out of those that are left for LoRA. PEFT saves them in four ways:
     a resized vocabulary       lm_head.weight, model.embed_tokens.weight, whatever the configuration
     trainable_token_indices    model.embed_tokens.token_adapter.trainable_tokens_delta
 
+Where both of the first and the third are so, an end comes three times: `weight`, which PEFT loads,
+`modules_to_save.weight`, the same again, and `original_module.weight`, which nothing computes with.
 It must not know torch or tiers.
 """
 
@@ -18,6 +20,22 @@ from lory_server.adapters.header import TensorSpec
 from lory_server.adapters.manifest import Base, FullWeight, is_end
 from lory_server.adapters.tensors import Tensors, check_shape, invalid
 from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE
+
+
+def drop_copies(tensors: dict[str, Tensors]) -> None:
+    """Of an end that comes three times, the two that PEFT passes over."""
+    for module, roles in tensors.items():
+        weight, saved = roles.get("weight"), roles.pop("saved.weight", None)
+        original = roles.pop("original.weight", None)
+        copies = [spec for spec in (saved, original) if spec is not None]
+        if weight is None and saved is not None:
+            weight = roles["weight"] = saved
+            copies.remove(saved)
+        for spec in copies:
+            if weight is None or not is_end(module):
+                raise invalid(spec.name, "is beside no weight that it is a copy of")
+            check_shape(spec, weight.shape, "as the weight that is served")
+
 
 MOST_TIMES_THE_BASE = 2
 """Largest vocabulary of an adapter's own, beside that of a small base:"""

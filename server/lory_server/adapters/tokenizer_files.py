@@ -148,7 +148,7 @@ def _num_tokens(value: Object) -> int:
     """Tokens of the model are ids by token, or a list in the order of ids."""
     model = value.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    added = value.get("added_tokens") or []
+    added = value.get("added_tokens", [])
     if not isinstance(vocab, dict | list) or not isinstance(added, list):
         raise _invalid(TOKENIZER_NAME, "has no vocabulary under model.vocab")
     own = vocab.values() if isinstance(vocab, dict) else range(len(vocab))
