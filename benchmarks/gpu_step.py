@@ -31,6 +31,7 @@ from lory_server.model.graphs import CudaCapture
 from lory_server.model.kv import KVCache
 from lory_server.model.linear import Linear, dense_linear
 from lory_server.model.nf4 import BLOCK, NF4Weight, nf4_linear
+from lory_server.model.norms import Norm
 from lory_server.model.packing import Packer
 from lory_server.model.rope import rope_table
 from lory_server.model.runner import Runner
@@ -191,7 +192,7 @@ class Bench:
 
     def _layer(self, sites: tuple[Site, ...], ops: Ops) -> Layer:
         qkv, o, gate_up, down = (self._linear(site, ops) for site in sites)
-        return Layer(qkv, o, gate_up, down, self._ones(), self._ones(), None, None, None, None)
+        return Layer(qkv, o, gate_up, down, self._norm(), self._norm(), None, None, None, None)
 
     def _linear(self, site: Site, ops: Ops) -> Linear:
         size = site.in_features * site.out_features
@@ -220,6 +221,9 @@ class Bench:
     def _normal(self, *shape: int) -> Tensor:
         weight = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
         return weight.normal_(std=WEIGHT_STD, generator=self._generator)
+
+    def _norm(self) -> Norm:
+        return Norm("norm", self._ones())
 
     def _ones(self) -> Tensor:
         return torch.ones(self.scale.spec.hidden_size, dtype=torch.bfloat16, device=self.device)

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from benchmarks.models import Shape
 from lory_server.adapters.extents import GRAIN_BYTES, Allocation, ExtentAllocator
-from lory_server.adapters.format import CHUNK_ALIGN_BYTES
+from lory_server.adapters.manifest import CHUNK_ALIGN_BYTES
 from lory_server.adapters.ranking import Ranking, worth
 
 LLAMA_8B = Shape("llama-8b", 4096, 32, 32, 8, 14336, 128256)

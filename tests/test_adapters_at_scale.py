@@ -26,7 +26,7 @@ from lory_server.adapters.outcomes import Listed, Resolved, ResolveFailed
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import Reader, ThreadReader
 from lory_server.adapters.reader_process import Looked, ProcessReader, can_read_apart
-from lory_server.adapters.store import AdapterFiles, AdapterStore
+from lory_server.adapters.store import SETTLED_NS, AdapterFiles, AdapterStore
 from lory_server.blocks import BlockPool
 from lory_server.messages import Sampling
 from lory_server.plan import AdapterDemand, Residency, ResidentAdapter
@@ -359,6 +359,7 @@ def parity(tmp_path_factory: pytest.TempPathFactory) -> ParityWorld:
         adapters[name] = Path(shutil.copytree(like, root / name))
         config = json.loads((root / name / "adapter_config.json").read_text())
         (root / name / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": index}))
+    time.sleep(0.15)  # old enough that their signatures are remembered, and none is read again
     return ParityWorld("llama", base, root, adapters)
 
 
@@ -368,6 +369,8 @@ def test_64_cold_adapters_at_once_hold_up_no_warm_stream_and_are_exact(
     """Streams go on to their end while not one of the cold can be read; then all are answered."""
     names = list(parity.adapters)
     warm, cold = names[:NUM_WARM], names[NUM_WARM:]
+    # Files written a moment ago are read again at the next request, which is what is held up here.
+    time.sleep(2 * SETTLED_NS / 1e9)
     session = Session(parity.options(max_resident_adapters=12, max_queued=200))
     for index, name in enumerate(warm):
         session.submit(index, [3 + index, 5, 7], name, max_new_tokens=2)

@@ -150,7 +150,7 @@ def test_a_section_for_the_evaluation_may_stand_there(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("base: x\ndata: y\nevaluation: {metrics: [exact_match]}\n")
     _, notes = read_config(path)
-    assert notes == ("evaluation: has no effect here: it is read by lory eval --config",)
+    assert notes == ()
 
 
 def test_every_wrong_key_is_told_at_once():

@@ -215,7 +215,6 @@ LUDWIG: tuple[Key, ...] = (
     Alias("adapter_id", "name", "others"),
     Several("evaluation", "others", evaluation, "checked, and read by `lory eval --config`"),
     Alias("dataset", "data", "others"),
-    Noted("evaluation", "others", "it is read by lory eval --config"),
 )
 
 AXOLOTL: tuple[Key, ...] = (

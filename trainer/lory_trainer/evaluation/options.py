@@ -91,11 +91,15 @@ def read_options(config: Path | None, flags: Mapping[str, Any]) -> EvaluationOpt
     return _validated(merged)
 
 
+NAMED_LATER = "rows.jsonl"
+
+
 def check_section(section: Any) -> None:
-    """Of a training file, before the run. Raises EvaluationError naming each wrong key."""
+    """Of a training file, before the run. Raises EvaluationError naming each wrong key; its rows
+    may be named later."""
     if not isinstance(section, dict):
         raise EvaluationError(f"expected `key: value` lines (given: {section!r})")
-    _validated(_plain(section))
+    _validated({"data": NAMED_LATER} | _plain(section))
 
 
 def _validated(values: Mapping[str, Any]) -> EvaluationOptions:
