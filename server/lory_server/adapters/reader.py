@@ -64,7 +64,7 @@ class ThreadReader:
     def manifest(self, files: Files) -> AdapterManifest:
         if isinstance(files, SourceFiles):
             return self._plan(files).manifest
-        return read_manifest(files.config_fd, files.weights_fd, self._base)
+        return read_manifest(files.config_fd, files.weights_fd, self._base, files.tokenizer_fds)
 
     def blob(self, files: Files, manifest: AdapterManifest) -> AdapterBlob:
         if isinstance(files, SourceFiles):

@@ -55,10 +55,13 @@ class Begin(msgspec.Struct, frozen=True):
 
 
 class Look(msgspec.Struct, frozen=True, tag=True):
-    """With the descriptors of configuration and weights, of each source of a merge in turn."""
+    """With the descriptors of configuration and weights, of each source of a merge in turn; of one
+    adapter, of its tokenizer's files too."""
 
     recipe: Recipe | None = None
     """None: of one adapter, as it is."""
+    tokenizer_names: tuple[str, ...] = ()
+    """Of the files whose descriptors come last."""
 
 
 class Read(msgspec.Struct, frozen=True, tag=True):
@@ -216,10 +219,13 @@ class ProcessReader:
         self._wire.send(self._begin)
 
     def _look(self, files: Files) -> AdapterManifest:
-        is_merge = isinstance(files, SourceFiles)
-        command = Look(files.recipe) if is_merge else Look()
-        pairs = files.descriptors if is_merge else ((files.config_fd, files.weights_fd),)
-        descriptors = tuple(descriptor for pair in pairs for descriptor in pair)
+        if isinstance(files, SourceFiles):
+            command = Look(files.recipe)
+            descriptors = tuple(descriptor for pair in files.descriptors for descriptor in pair)
+        else:
+            own = files.tokenizer_fds
+            command = Look(tokenizer_names=tuple(own))
+            descriptors = (files.config_fd, files.weights_fd, *own.values())
         return self._ask(command, descriptors, Looked, ANSWER_TIMEOUT_S).manifest
 
     def _read(self, files: Files, manifest: AdapterManifest) -> AdapterBlob:
@@ -323,7 +329,7 @@ class _Work:
         try:
             with giving_way():
                 if isinstance(command, Look):
-                    return self._look(command.recipe, descriptors)
+                    return self._look(command, descriptors)
                 return self._read(*descriptors)
         except AdapterError as error:
             return Invalid(str(error), error.code, error.source)
@@ -333,12 +339,14 @@ class _Work:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _look(self, recipe: Recipe | None, descriptors: list[int]) -> Looked:
-        pairs = list(zip(descriptors[::2], descriptors[1::2], strict=True))
-        if recipe is None:
-            self._looked = manifest = read_manifest(*pairs[0], self._base)
+    def _look(self, command: Look, descriptors: list[int]) -> Looked:
+        if command.recipe is None:
+            config_fd, weights_fd, *others = descriptors
+            own = dict(zip(command.tokenizer_names, others, strict=True))
+            self._looked = manifest = read_manifest(config_fd, weights_fd, self._base, own)
             return Looked(manifest)
-        self._looked = plan = read_plan(recipe, pairs, self._base)
+        pairs = list(zip(descriptors[::2], descriptors[1::2], strict=True))
+        self._looked = plan = read_plan(command.recipe, pairs, self._base)
         return Looked(plan.manifest)
 
     def _read(self, *descriptors: int) -> ReadDone:
