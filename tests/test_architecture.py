@@ -29,6 +29,8 @@ MAY_IMPORT = {
         "lory_server.adapters.errors",
         "lory_server.adapters.header",
         "lory_server.adapters.manner",
+        "lory_server.adapters.store",
+        "lory_server.adapters.tokenizer_files",
         "lory_server.adapters.strict_json",
         "lory_client",
         "lory_trainer",

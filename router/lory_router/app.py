@@ -41,6 +41,7 @@ from lory_router.merges import Merges
 from lory_router.merging_engine import MergingEngine
 from lory_router.named_engine import NamedEngine
 from lory_router.observe import MetricsSink
+from lory_router.own_texts import OwnTexts
 from lory_router.pages import Pages
 from lory_router.registry import Registry
 from lory_router.rights import Rights
@@ -81,7 +82,8 @@ def create_app(
     merging = MergingEngine(engine, registry, rights, settings)
     named = NamedEngine(merging, rights, settings, is_warm)
     orders = sourced.orders if sourced else None
-    manners = Manners(named, rights, settings, base or ServedBase(), orders)
+    texts = OwnTexts(text, settings.adapters_dir, settings.retry_after_s)
+    manners = Manners(named, rights, settings, base or ServedBase(), texts, orders)
     front = Front(named, settings, text, metrics, Gate(settings), registry, rights, manners)
     listing = Listing(named)
     catalogue = Catalogue(listing, registry, rights, sourced.sources if sourced else None)

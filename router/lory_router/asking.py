@@ -6,18 +6,21 @@ Stop texts add up. It must not know HTTP, or where manners come from.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import msgspec
 
+from lory_router import validate
 from lory_router.errors import Invalid, shown
 from lory_router.keys import Caller
 from lory_router.manners import Manners
+from lory_router.merging import MergeNamed
 from lory_router.schemas_lorax import Parameters
 from lory_router.schemas_openai import CommonBody
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
+from lory_router.validate import Named
 from lory_server.adapters.manner import render
 from lory_server.messages import NO_MANNER, EngineInfo, Manner
 
@@ -32,7 +35,24 @@ class Context:
     manners: Manners
     caller: Caller
     manner: Manner = NO_MANNER
-    """Of the adapter that it names, once that is known."""
+    """Of the adapter that it names, once that is known, and so is its tokenizer then."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the vocabulary that the request is in."""
+        return self.manner.vocab_size or self.info.vocab_size
+
+
+async def asked_in_manner(context: Context, named: Named | MergeNamed) -> Context:
+    """With the manner and the tokenizer of what a request names; raises an ApiError."""
+    manner = await context.manners.of(named, context.caller)
+    text = await context.manners.text(named, context.caller, manner)
+    return replace(context, manner=manner, text=text)
+
+
+def check_token_ids(name: str, token_ids: Sequence[int], context: Context) -> None:
+    whose = "adapter" if context.manner.vocab_size else "base"
+    validate.check_token_ids(name, token_ids, context.num_tokens, whose)
 
 
 Template = Literal["adapter", "base", "none"]
@@ -65,9 +85,10 @@ def all_stops(own: Sequence[str], manner: Manner) -> tuple[str, ...]:
 
 
 def end_ids(manner: Manner, text: TextModel, info: EngineInfo) -> tuple[int, ...]:
-    """The token that the adapter learned to end with, where the base ends with another."""
-    token_id = text.tokenizer.token_to_id(manner.eos_token) if manner.eos_token else None
-    return () if token_id is None or token_id in info.eos_token_ids else (token_id,)
+    """The tokens that the adapter learned to end with, where the base ends with others."""
+    own = text.special_tokens.get("eos_token", "") if manner.tokenizer else ""
+    found = [text.tokenizer.token_to_id(name) for name in (manner.eos_token, own) if name]
+    return tuple(dict.fromkeys(i for i in found if i is not None and i not in info.eos_token_ids))
 
 
 def made_of_fields(values: Mapping[str, str], manner: Manner, adapter_id: str) -> str:

@@ -28,13 +28,13 @@ class TemplateError(ValueError):
 class ChatTemplate:
     """One compiled template and the special tokens it may name."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(self, source: str, special_tokens: Mapping[str, str], whose: str = "base") -> None:
         self.source = source
         self._special_tokens = dict(special_tokens)
         try:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
-            raise ValueError(f"chat template of the base does not compile: {error}") from error
+            raise ValueError(f"chat template of the {whose} does not compile: {error}") from error
 
     def render(
         self, messages: Iterable[Message], options: Mapping[str, object] | None = None

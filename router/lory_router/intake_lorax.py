@@ -43,6 +43,8 @@ class LoraxJob:
     """Put before the answer; empty unless return_full_text."""
     num_input_chars: int
     template: Template
+    text: TextModel
+    """Of its tokens."""
     details: bool
     """Told with prefill_details, too."""
     prefill_details: bool
@@ -63,13 +65,14 @@ def read_body(body: bytes) -> GenerateBody:
 
 
 async def accept(body: GenerateBody, stream: bool, context: Context) -> LoraxJob:
-    info, settings, text = context.info, context.settings, context.text
+    info, settings = context.info, context.settings
     wish = body.parameters
     check_parameters(wish, stream, info, settings)
     named = _named(wish, settings)
     if not body.inputs:
         raise Invalid("`inputs` cannot be empty", param="inputs")
-    manner = await context.manners.of(named, context.caller)
+    context = await asking.asked_in_manner(context, named)
+    manner, text = context.manner, context.text
     wish = asking.filled_in(wish, manner)
     prompt, template = _prompt(body, manner, named)
     if template == "adapter" and manner.is_chat:
@@ -92,6 +95,7 @@ async def accept(body: GenerateBody, stream: bool, context: Context) -> LoraxJob
         prompt_text=shown if wish.return_full_text else "",
         num_input_chars=len(prompt),
         template=template,
+        text=text,
         details=bool(wish.details or wish.decoder_input_details),
         prefill_details=bool(wish.decoder_input_details),
         sampled=_samples(wish),

@@ -7,7 +7,7 @@ import asyncio
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
@@ -74,6 +74,8 @@ class OpenaiJob:
     num_top_logprobs: int | None
     """None: no log-probabilities at all."""
     template: Template
+    text: TextModel
+    """Of its tokens."""
     answer: bool
     """False where only the prompt is echoed (max_tokens 0)."""
     stream: bool
@@ -192,8 +194,8 @@ async def accept_chat(body: ChatBody, context: Context) -> OpenaiJob:
 
 async def _with_manner(body: B, context: Context) -> tuple[B, Context]:
     """The body filled in by the manner of the adapter that it names."""
-    manner = await context.manners.of(_adapter(body, context.settings), context.caller)
-    return asking.filled_in(body, manner), replace(context, manner=manner)
+    context = await asking.asked_in_manner(context, _adapter(body, context.settings))
+    return asking.filled_in(body, context.manner), context
 
 
 def _answer_length_name(body: CommonBody) -> str:
@@ -294,7 +296,7 @@ async def _completion_ids(prompt: Prompt, context: Context) -> tuple[int, ...]:
         ids = await tokenize.encode(context.text, prompt, context.settings)
     else:
         ids = prompt
-        validate.check_token_ids("prompt", ids, context.info)
+        asking.check_token_ids("prompt", ids, context)
     validate.check_prompt("prompt", len(ids), context.info, context.settings)
     return ids
 
@@ -335,6 +337,7 @@ def _job(
         num_choices=body.n or 1,
         num_top_logprobs=num_top_logprobs,
         template=template,
+        text=context.text,
         answer=answer,
         stream=bool(body.stream),
         include_usage=bool(options and options.include_usage),
@@ -376,7 +379,7 @@ def _sampling(
         raise Invalid(
             f"`stop_token_ids` may hold at most {MAX_STOP_TOKENS} ids", param="stop_token_ids"
         )
-    validate.check_token_ids("stop_token_ids", stop_ids, info)
+    asking.check_token_ids("stop_token_ids", stop_ids, context)
     ignores_end = bool(body.ignore_eos or body.ignore_eos_token)
     end_ids = () if ignores_end else asking.end_ids(manner, context.text, info)
     return Sampling(
@@ -413,5 +416,5 @@ def _logit_bias(body: CommonBody, context: Context) -> tuple[tuple[int, float], 
     for value in bias.values():
         validate.BIAS.check("logit_bias", value)
     pairs = tuple((int(key), value) for key, value in bias.items())
-    validate.check_token_ids("logit_bias", [token_id for token_id, _ in pairs], context.info)
+    asking.check_token_ids("logit_bias", [token_id for token_id, _ in pairs], context)
     return pairs

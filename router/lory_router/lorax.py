@@ -108,10 +108,10 @@ async def _accept(
 
 async def _reply_whole(front: Front, exchange: Exchange, wish: GenerateBody, as_list: bool) -> None:
     job, info = await _accept(front, exchange, wish, stream=False)
-    async with running(front.engine, job.asks, front.text, front.settings, exchange.caller) as live:
+    async with running(front.engine, job.asks, job.text, front.settings, exchange.caller) as live:
         exchange.sequences = live
         await run_all(live)
-    reply = _reply(job, live, front.text)
+    reply = _reply(job, live, job.text)
     headers = _common_headers(job, front, info) | measured_headers(exchange)
     await exchange.reply_json([reply] if as_list else reply, headers=headers)
 
@@ -125,17 +125,17 @@ async def _reply_stream(front: Front, exchange: Exchange, wish: GenerateBody) ->
 async def _events(front: Front, exchange: Exchange, job: LoraxJob) -> AsyncGenerator[bytes, None]:
     """An event a token; the last token's waits for the terminal event, which it tells as well."""
     last: Piece | None = None
-    async with running(front.engine, job.asks, front.text, front.settings, exchange.caller) as live:
+    async with running(front.engine, job.asks, job.text, front.settings, exchange.caller) as live:
         exchange.sequences = live
         async with aclosing(live[0].pieces()) as batches:
             async for pieces in batches:
                 if pieces[-1].ends is not None:
                     last = pieces.pop()
                 if pieces:
-                    yield b"".join([_token_event(piece, front.text) for piece in pieces])
+                    yield b"".join([_token_event(piece, job.text) for piece in pieces])
     if last is None:
         raise IncompleteGeneration("Incomplete generation")
-    yield _last_event(last, job, live[0].transcript, front.text)
+    yield _last_event(last, job, live[0].transcript, job.text)
 
 
 def _token_event(piece: Piece, text: TextModel) -> bytes:

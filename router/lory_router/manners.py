@@ -13,16 +13,18 @@ from dataclasses import dataclass
 
 from lory_router.base_check import ServedBase
 from lory_router.engine import EngineClient, Unavailable
-from lory_router.errors import AdapterInvalid, TimedOut, from_failure, shown
+from lory_router.errors import AdapterInvalid, AdapterReplaced, TimedOut, from_failure, shown
 from lory_router.keys import Caller
 from lory_router.merging import MergeNamed
 from lory_router.names import Target
+from lory_router.own_texts import OwnTexts
 from lory_router.rights import Rights
 from lory_router.settings import RouterSettings
 from lory_router.sourced_orders import SourcedOrders
 from lory_router.sources.flight import Flights
 from lory_router.sources.memory import Memory
 from lory_router.sources.reference import UPLOAD, is_from_source, reference_of
+from lory_router.text import TextModel
 from lory_router.validate import Named
 from lory_server.messages import NO_MANNER, Manner, OrderDone
 
@@ -52,6 +54,7 @@ class Manners:
         rights: Rights,
         settings: RouterSettings,
         base: ServedBase,
+        texts: OwnTexts,
         sourced: SourcedOrders | None = None,
     ) -> None:
         """`sourced` takes orders about uploads."""
@@ -60,6 +63,7 @@ class Manners:
         self._rights = rights
         self._settings = settings
         self._base = base
+        self._texts = texts
         self._known: Memory[Target, Known] = Memory(MAX_KNOWN)
         self._flights: Flights[Target, OrderDone | Known] = Flights()
 
@@ -76,6 +80,18 @@ class Manners:
                 param="model",
             )
         return known.manner
+
+    async def text(self, named: Named | MergeNamed, caller: Caller, manner: Manner) -> TextModel:
+        """The tokenizer of what a request names: the base's, but for an adapter that brings one of
+        its own. Raises an ApiError."""
+        if not manner.tokenizer:
+            return self._texts.base
+        target = self._rights.find_target(caller, named.adapter_id)
+        try:
+            return await self._texts.of(target.adapter_id, manner)
+        except AdapterReplaced as error:
+            error.adapter_id = named.adapter_id
+            raise
 
     async def known(self, caller: Caller, name: str) -> Known:
         """Of an adapter that the caller sees, by any of its names; the first time the engine reads

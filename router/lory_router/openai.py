@@ -109,12 +109,12 @@ async def _reply_whole(
     headers: Mapping[str, str],
 ) -> None:
     asks = [ask for group in job.asks for ask in group]
-    async with running(front.engine, asks, front.text, front.settings, exchange.caller) as live:
+    async with running(front.engine, asks, job.text, front.settings, exchange.caller) as live:
         exchange.sequences = live
         await run_all(live)
     groups = _groups(job, live)
     chosen = [t for group in groups for t in _best(group, job.num_choices)]
-    choices = [dressing.choice(job, i, t, front.text) for i, t in enumerate(chosen)]
+    choices = [dressing.choice(job, i, t, job.text) for i, t in enumerate(chosen)]
     head = _head(exchange, job, dressing, dressing.whole_object)
     usage = usage_of(groups, job.answer)
     whole = {**head, "choices": choices, "usage": usage}
@@ -139,12 +139,12 @@ async def _events(
     """A chunk a batch of tokens, usage if asked for, and [DONE]."""
     head = _head(exchange, job, dressing, dressing.chunk_object)
     asks = [ask for group in job.asks for ask in group]
-    async with running(front.engine, asks, front.text, front.settings, exchange.caller) as live:
+    async with running(front.engine, asks, job.text, front.settings, exchange.caller) as live:
         exchange.sequences = live
         choices = [_Streamed(i, s.transcript, job, dressing) for i, s in enumerate(live)]
         async with aclosing(merged(live)) as batches:
             async for index, pieces in batches:
-                bodies = choices[index].take(pieces, front.text)
+                bodies = choices[index].take(pieces, job.text)
                 tail = _chunk_usage(job, live)
                 yield b"".join([event({**head, "choices": [b], **tail}, "openai") for b in bodies])
     if job.include_usage:

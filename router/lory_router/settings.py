@@ -15,7 +15,7 @@ class RouterSettings:
     model_names: tuple[str, ...]
     """Names the base answers to; the first is the one in replies."""
     adapters_dir: str = ""
-    """The adapters folder, as it was given; only compared with, never opened."""
+    """The adapters folder, as it was given; only adapters' tokenizers are read from it here."""
     api_keys: tuple[str, ...] = ()
     """Accepted bearer keys; empty: no authentication."""
     strict_base: bool = False

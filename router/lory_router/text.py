@@ -8,11 +8,13 @@ import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import huggingface_hub
 from tokenizers import AddedToken, Tokenizer
 
 from lory_router.chat_template import ChatTemplate
+from lory_server.adapters.tokenizer_files import chat_template_of, named_special_tokens
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -20,25 +22,25 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "chat_template.jinja",
 )
-SPECIAL_NAMES = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "sep_token",
-    "pad_token",
-    "cls_token",
-    "mask_token",
-)
+
+NO_NAMES: Mapping[str, str] = MappingProxyType({})
 
 
 class TextModel:
     """A tokenizer and its chat template. Safe to use from several threads."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate | None = None,
+        special_tokens: Mapping[str, str] = NO_NAMES,
+    ) -> None:
+        """`special_tokens`: those that have names, such as `eos_token`."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.chat_template = chat_template
+        self.special_tokens = special_tokens
         self.special_ids = frozenset(
             token_id
             for token_id, added in tokenizer.get_added_tokens_decoder().items()
@@ -133,10 +135,13 @@ def load_text_model(model: str) -> TextModel:
     tokenizer = Tokenizer.from_file(str(path))
     config = _read_json(folder / "special_tokens_map.json")
     config |= _read_json(folder / "tokenizer_config.json")
-    special_tokens = _special_tokens(config)
-    _mark_special(tokenizer, special_tokens.values())
-    source = _template_source(folder, config)
-    return TextModel(tokenizer, ChatTemplate(source, special_tokens) if source else None)
+    special_tokens = named_special_tokens(config)
+    mark_special(tokenizer, special_tokens.values())
+    own_file = folder / "chat_template.jinja"
+    own_source = own_file.read_text(encoding="utf-8") if own_file.is_file() else None
+    source = chat_template_of(config, own_source)
+    template = ChatTemplate(source, special_tokens) if source else None
+    return TextModel(tokenizer, template, special_tokens)
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -148,33 +153,12 @@ def _read_json(path: Path) -> dict[str, object]:
     return value
 
 
-def _special_tokens(config: Mapping[str, object]) -> dict[str, str]:
-    """The named special tokens; each is a string or an object with `content`."""
-    found: dict[str, str] = {}
-    for name in SPECIAL_NAMES:
-        value = config.get(name)
-        content = value.get("content") if isinstance(value, dict) else value
-        if isinstance(content, str):
-            found[name] = content
-    return found
-
-
-def _mark_special(tokenizer: Tokenizer, contents: Iterable[str]) -> None:
+def mark_special(tokenizer: Tokenizer, contents: Iterable[str]) -> None:
     """Named special tokens are special even where tokenizer.json only lists them as words."""
     known = {added.content for added in tokenizer.get_added_tokens_decoder().values()}
     for content in contents:
         if content not in known and tokenizer.token_to_id(content) is not None:
             tokenizer.add_special_tokens([AddedToken(content, special=True, normalized=False)])
-
-
-def _template_source(folder: Path, config: Mapping[str, object]) -> str | None:
-    path = folder / "chat_template.jinja"
-    if path.is_file():
-        return path.read_text(encoding="utf-8")
-    value = config.get("chat_template")
-    if isinstance(value, list):
-        value = next((t["template"] for t in value if t.get("name") == "default"), None)
-    return value if isinstance(value, str) else None
 
 
 def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:

@@ -206,10 +206,12 @@ def check_adapter_id(adapter_id: str | None) -> str:
     return adapter_id
 
 
-def check_token_ids(name: str, token_ids: Sequence[int], info: EngineInfo) -> None:
-    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < info.vocab_size):
+def check_token_ids(
+    name: str, token_ids: Sequence[int], num_tokens: int, whose: str = "base"
+) -> None:
+    if token_ids and not (min(token_ids) >= 0 and max(token_ids) < num_tokens):
         raise Invalid(
-            f"`{name}` holds a token id outside 0..{info.vocab_size - 1}, the base's vocabulary",
+            f"`{name}` holds a token id outside 0..{num_tokens - 1}, the {whose}'s vocabulary",
             param=name,
         )
 

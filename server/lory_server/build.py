@@ -22,6 +22,7 @@ from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import ThreadReader
 from lory_server.adapters.reader_process import ProcessReader, can_read_apart
 from lory_server.adapters.store import AdapterStore
+from lory_server.adapters.tokenizer_files import read_base_tokenizer
 from lory_server.blocks import BlockPool
 from lory_server.engine import Engine, EngineLimits
 from lory_server.host_memory import free_host_bytes
@@ -269,6 +270,7 @@ def base_of(options: EngineOptions, decoder: Decoder) -> Base:
         spec.vocab_size,
         spec.norms(),
         spec.tied_head,
+        read_base_tokenizer(locate(options.model)) if options.serves_adapters else None,
     )
 
 

@@ -308,10 +308,8 @@ class Engine:
             return _failure("adapter_not_found", NO_ADAPTERS)
         if not command.prompt_ids:
             return _failure("bad_request", "the prompt has no tokens")
-        if max(command.prompt_ids) >= limits.vocab_size or min(command.prompt_ids) < 0:
-            return _failure("bad_request", f"token ids must lie in [0, {limits.vocab_size})")
-        if any(not 0 <= token_id < limits.vocab_size for token_id, _ in sampling.logit_bias):
-            return _failure("bad_request", f"logit_bias ids must lie in [0, {limits.vocab_size})")
+        if not command.adapter_id and (failure := _outside(command, limits.vocab_size)):
+            return failure
         longest = len(command.prompt_ids) + sampling.max_new_tokens
         if longest > limits.max_model_len:
             return _failure(
@@ -337,6 +335,11 @@ class Engine:
                 self._end(request, "error", _failure("manner_changed", MANNER_CHANGED))
             elif isinstance(outcome, Resolved):
                 self._orders.follow(outcome)
+                num_tokens = outcome.vocab_size or self._limits.vocab_size
+                if failure := _outside(request.command, num_tokens):
+                    self._adapters.release(outcome.revision)
+                    self._end(request, "error", failure)
+                    continue
                 request.resolved = self._clock()
                 request.adapter = outcome
                 self._outbox.resolved.append(Resolution(outcome.ticket, outcome.revision))
@@ -448,6 +451,15 @@ def _sequence(command: Submit, adapter: Resolved | None) -> Sequence:
         full_bytes=acting.full_bytes if acting else 0,
         has_own_head=acting.has_own_head if acting else False,
     )
+
+
+def _outside(command: Submit, vocab_size: int) -> Failure | None:
+    """Tokens that the weights which are to compute them do not have."""
+    if max(command.prompt_ids) >= vocab_size or min(command.prompt_ids) < 0:
+        return _failure("bad_request", f"token ids must lie in [0, {vocab_size})")
+    if any(not 0 <= token_id < vocab_size for token_id, _ in command.sampling.logit_bias):
+        return _failure("bad_request", f"logit_bias ids must lie in [0, {vocab_size})")
+    return None
 
 
 def _failure(code: FailureCode, message: str, source: str = "") -> Failure:

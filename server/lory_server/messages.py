@@ -413,6 +413,10 @@ class Manner(msgspec.Struct, frozen=True, kw_only=True):
     eos_token: str = ""
     """What it learned to end with."""
     base: TrainedOn | None = None
+    tokenizer: str = ""
+    """Digest of its own tokenizer (`adapters.tokenizer_files`); empty: the base's."""
+    vocab_size: int = 0
+    """Of its own embedding and head; 0: the base's."""
 
 
 NO_MANNER = Manner()

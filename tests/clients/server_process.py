@@ -23,13 +23,16 @@ STOP_TIMEOUT_S = 30.0
 
 @contextmanager
 def serving(
-    log_path: Path, *flags: str, adapters: Path = ROOT / "demo" / "adapters"
+    log_path: Path,
+    *flags: str,
+    adapters: Path = ROOT / "demo" / "adapters",
+    model: Path | str = "demo/base",
 ) -> Iterator[str]:
-    """The URL of `lory serve` with the demo's base and adapters; fails if it does not start,
-    and if it does not end with exit code 0 at SIGTERM."""
+    """The URL of `lory serve`, with the demo's base and adapters unless told otherwise; fails if it
+    does not start, and if it does not end with exit code 0 at SIGTERM."""
     port = _free_port()
     command = [sys.executable, "-m", "lory_router", "serve"]
-    command += ["--model", "demo/base", "--adapters", str(adapters), "--port", str(port)]
+    command += ["--model", str(model), "--adapters", str(adapters), "--port", str(port)]
     command += flags
     paths = os.pathsep.join(str(ROOT / package) for package in PACKAGES)
     with log_path.open("wb") as log:

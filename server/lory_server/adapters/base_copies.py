@@ -114,7 +114,7 @@ def _with_only(blob: AdapterBlob, kept: list[FullWeight]) -> AdapterBlob:
     manifest = replace(blob.manifest, full=tuple(kept))
     num_bytes = manifest.num_bytes(blob.data.element_size())
     data = torch.zeros(num_bytes, dtype=torch.uint8).view(blob.data.dtype)
-    smaller = new_blob(blob.revision, manifest, data)
+    smaller = replace(new_blob(blob.revision, manifest, data), manner=blob.manner)
     data[: blob.pool_numel] = blob.data[: blob.pool_numel]
     for weight in kept:
         full_matrix(smaller, weight).copy_(full_matrix(blob, old[weight.spec.name]))

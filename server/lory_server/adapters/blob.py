@@ -174,10 +174,12 @@ def _chunks_of(
 
 
 def _batches(chunks: list[_Chunk]) -> Iterator[list[_Chunk]]:
-    """Chunks side by side in the file, of bounded size together unless one alone is larger."""
+    """Chunks side by side in the file, of bounded size together unless one alone is larger. What
+    is not read (`full_format.drop_copies`) parts them."""
     batch: list[_Chunk] = []
     for chunk in chunks:
-        if batch and _end(chunk) - batch[0].spec.offset > BATCH_BYTES:
+        is_apart = bool(batch) and _end(batch[-1]) != chunk.spec.offset
+        if is_apart or (batch and _end(chunk) - batch[0].spec.offset > BATCH_BYTES):
             yield batch
             batch = []
         batch.append(chunk)

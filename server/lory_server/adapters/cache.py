@@ -412,6 +412,7 @@ class AdapterCache:
             invocation_tokens=entry.facts.invocation_tokens,
             load_seconds=time.monotonic() - asked.asked_s,
             manner=entry.blob.manner,
+            vocab_size=entry.blob.manifest.vocab_size,
         )
 
     def _failed(self, ticket: int, error: Exception) -> ResolveFailed:

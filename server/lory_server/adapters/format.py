@@ -9,8 +9,9 @@ the configuration selects has its tensors.
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from lory_server.adapters.config import (
     CONFIG_NAME,
@@ -20,10 +21,17 @@ from lory_server.adapters.config import (
     read_config,
 )
 from lory_server.adapters.errors import AdapterInvalidError
-from lory_server.adapters.full_format import is_adapted, is_tied, take_full_weights
+from lory_server.adapters.full_format import (
+    drop_copies,
+    is_adapted,
+    is_tied,
+    own_vocab_size,
+    take_full_weights,
+)
 from lory_server.adapters.header import TensorSpec, read_exactly, read_header, read_header_bytes
 from lory_server.adapters.manifest import AdapterManifest, AdapterSlice, Base, FullWeight
 from lory_server.adapters.tensors import Role, Tensors, by_module, check_shape, invalid
+from lory_server.adapters.tokenizer_files import TOKENIZER_NAME, read_tokenizer
 from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE
 
 __all__ = [
@@ -54,7 +62,12 @@ class _Place:
     """The module whose rank its factors have."""
 
 
-def read_manifest(config_fd: int, weights_fd: int, base: Base) -> AdapterManifest:
+NO_FILES: Mapping[str, int] = MappingProxyType({})
+
+
+def read_manifest(
+    config_fd: int, weights_fd: int, base: Base, tokenizer_fds: Mapping[str, int] = NO_FILES
+) -> AdapterManifest:
     """Everything about an adapter but its numbers; raises AdapterInvalidError."""
     raw_config = read_config_bytes(config_fd)
     config = read_config(raw_config)
@@ -67,7 +80,9 @@ def read_manifest(config_fd: int, weights_fd: int, base: Base) -> AdapterManifes
     raw_header, file_bytes = read_header_bytes(weights_fd), os.fstat(weights_fd).st_size
     modules = {*places, *(module for module, _ in base.norms)}
     tensors = by_module(read_header(raw_header, file_bytes), modules)
-    full = take_full_weights(config, tensors, base)
+    drop_copies(tensors)
+    vocab_size = own_vocab_size(tensors, base, has_tokenizer=bool(tokenizer_fds))
+    full = take_full_weights(config, tensors, base, vocab_size)
     slices = sorted(_slices(config, tensors, places), key=lambda part: (part.site, part.slice))
     if not any(part.rank for part in slices):
         raise AdapterInvalidError(
@@ -78,9 +93,33 @@ def read_manifest(config_fd: int, weights_fd: int, base: Base) -> AdapterManifes
     if invocation:
         _check_invocation(invocation, slices, full, base)
     digest = hashlib.sha256(hashlib.sha256(raw_config).digest() + raw_header).digest()
+    tokenizer = _own_tokenizer(tokenizer_fds, vocab_size, base)
     return AdapterManifest(
-        tuple(slices), config.base_model_name, file_bytes, digest, invocation, full
+        tuple(slices),
+        config.base_model_name,
+        file_bytes,
+        digest,
+        invocation,
+        full,
+        tokenizer,
+        vocab_size,
     )
+
+
+def _own_tokenizer(descriptors: Mapping[str, int], vocab_size: int, base: Base) -> str:
+    """Its digest; empty where it is the base's, or there is none."""
+    if not descriptors:
+        return ""
+    files, num_rows = read_tokenizer(descriptors), vocab_size or base.vocab_size
+    if num_rows and files.num_tokens > num_rows:
+        whose = "the adapter's own embedding" if vocab_size else "the base"
+        raise AdapterInvalidError(
+            f"{TOKENIZER_NAME}: has a token {files.num_tokens - 1}, {whose} has {num_rows} tokens;"
+            " resize_token_embeddings before training, or take the file out of the folder to use"
+            " the base's"
+        )
+    is_own = vocab_size or base.tokenizer is None or not files.repeats(base.tokenizer)
+    return files.digest if is_own else ""
 
 
 def _place(config: AdapterConfig, base: Base, number: int, part: int) -> _Place:

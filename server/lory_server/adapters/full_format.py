@@ -8,6 +8,8 @@ out of those that are left for LoRA. PEFT saves them in four ways:
     a resized vocabulary       lm_head.weight, model.embed_tokens.weight, whatever the configuration
     trainable_token_indices    model.embed_tokens.token_adapter.trainable_tokens_delta
 
+Where both of the first and the third are so, an end comes three times: `weight`, which PEFT loads,
+`modules_to_save.weight`, the same again, and `original_module.weight`, which nothing computes with.
 It must not know torch or tiers.
 """
 
@@ -20,11 +22,73 @@ from lory_server.adapters.tensors import Tensors, check_shape, invalid
 from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE
 
 
-def take_full_weights(
-    config: AdapterConfig, tensors: dict[str, Tensors], base: Base
-) -> tuple[FullWeight, ...]:
-    """In the order of the base's modules; raises AdapterInvalidError."""
+def drop_copies(tensors: dict[str, Tensors]) -> None:
+    """Of an end that comes three times, the two that PEFT passes over."""
+    for module, roles in tensors.items():
+        weight, saved = roles.get("weight"), roles.pop("saved.weight", None)
+        original = roles.pop("original.weight", None)
+        copies = [spec for spec in (saved, original) if spec is not None]
+        if weight is None and saved is not None:
+            weight = roles["weight"] = saved
+            copies.remove(saved)
+        for spec in copies:
+            if weight is None or not is_end(module):
+                raise invalid(spec.name, "is beside no weight that it is a copy of")
+            check_shape(spec, weight.shape, "as the weight that is served")
+
+
+MOST_TIMES_THE_BASE = 2
+"""Largest vocabulary of an adapter's own, beside that of a small base:"""
+ALWAYS_ALLOWED_TOKENS = 4096
+
+
+def own_vocab_size(tensors: dict[str, Tensors], base: Base, has_tokenizer: bool) -> int:
+    """Tokens of its own embedding and head, where both are whole and of another size than the
+    base's; 0: as many as the base has. Raises AdapterInvalidError."""
+    found = {
+        module: tensors.get(module, {}).get("weight") for module in (EMBEDDING_MODULE, HEAD_MODULE)
+    }
     shapes = _shapes(base)
+    other = [
+        (spec, shapes[module][0])
+        for module, spec in found.items()
+        if spec is not None and module in shapes and _other_size(spec, shapes[module])
+    ]
+    if not other:
+        return 0
+    spec, num_base = other[0]
+    most = max(ALWAYS_ALLOWED_TOKENS, MOST_TIMES_THE_BASE * num_base)
+    sizes = {None if one is None else one.shape[0] for one in found.values()}
+    if sizes != {spec.shape[0]}:
+        raise _own_size(spec, num_base, "embed_tokens and lm_head must both be saved, of one size")
+    if not 0 < spec.shape[0] <= most:
+        raise _own_size(spec, num_base, f"an adapter may have {most}")
+    if not has_tokenizer:
+        raise _own_size(spec, num_base, "save its tokenizer (tokenizer.json) in its folder")
+    return spec.shape[0]
+
+
+def _other_size(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
+    return len(spec.shape) == 2 and spec.shape[0] != shape[0]
+
+
+def _own_size(spec: TensorSpec, num_base: int, fix: str) -> Exception:
+    return invalid(
+        spec.name,
+        f"has {spec.shape[0]} tokens, the base {num_base}: {fix}, or train without"
+        " resize_token_embeddings",
+    )
+
+
+def take_full_weights(
+    config: AdapterConfig, tensors: dict[str, Tensors], base: Base, vocab_size: int = 0
+) -> tuple[FullWeight, ...]:
+    """In the order of the base's modules; raises AdapterInvalidError. `vocab_size`: of its own."""
+    shapes = _shapes(base)
+    if vocab_size:
+        for module in (EMBEDDING_MODULE, HEAD_MODULE):
+            shapes[module] = (vocab_size, *shapes[module][1:])
+            _check_whole(config, module, tensors.get(module, {}))
     found = [
         weight
         for module, shape in shapes.items()
@@ -95,13 +159,22 @@ def _check_asked(config: AdapterConfig, module: str, spec: TensorSpec) -> None:
         raise invalid(spec.name, "is of a module with LoRA, where PEFT reads base_layer.weight")
 
 
+def _check_whole(config: AdapterConfig, module: str, tensors: Tensors) -> None:
+    """What changes rows or columns of an end is for as many as the base has."""
+    for role, spec in tensors.items():
+        if role != "weight":
+            raise invalid(
+                spec.name,
+                "is beside a vocabulary of the adapter's own size, whose embed_tokens and lm_head"
+                " are served whole alone; name them in modules_to_save and nowhere else",
+            )
+    if config.trained_rows(module):
+        raise _missing(module, "token_adapter.trainable_tokens_delta", _TOKENS)
+
+
 def _check_full_shape(spec: TensorSpec, shape: tuple[int, ...]) -> None:
-    if len(shape) == 2 and len(spec.shape) == 2 and spec.shape[0] != shape[0]:
-        raise invalid(
-            spec.name,
-            f"has {spec.shape[0]} tokens, the base {shape[0]}: adapters with a vocabulary of their"
-            " own size are not served; train them without resize_token_embeddings",
-        )
+    if len(shape) == 2 and _other_size(spec, shape):
+        raise _own_size(spec, shape[0], "name embed_tokens and lm_head in modules_to_save")
     check_shape(spec, shape, "[tokens, hidden_size]" if len(shape) == 2 else "[size]")
 
 

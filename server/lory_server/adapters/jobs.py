@@ -18,7 +18,7 @@ from lory_server.adapters.fold import BaseFolder
 from lory_server.adapters.full_weights import FullWeights
 from lory_server.adapters.host import HostBudget
 from lory_server.adapters.manifest import AdapterManifest
-from lory_server.adapters.manner import read_manner_file
+from lory_server.adapters.manner import read_manner_file, with_tokenizer
 from lory_server.adapters.merge_sources import locate
 from lory_server.adapters.reader import Reader
 from lory_server.adapters.store import AdapterStore, Signature
@@ -163,10 +163,12 @@ class LoadJob:
             self.readers.put(reader)
 
     def _load(self, reservation: "_Reservation", reader: Reader) -> Loaded | NeedsRoom:
+        reader.begin()
         started_s = time.monotonic()
         with locate(self.store, self.key.adapter_id) as files:
             manifest = reader.manifest(files)
             manner = read_manner_file(files.manifest_fd)
+            manner = with_tokenizer(manner, manifest.tokenizer, manifest.vocab_size)
             self.limits.check(manifest, self.budget)
             num_bytes = manifest.num_bytes(self.limits.dtype.itemsize)
             if not reservation.cover(num_bytes):

@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from lory_server.adapters.header import TensorSpec
+from lory_server.adapters.tokenizer_files import TokenizerFiles
 from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE, Site
 
 CHUNK_ALIGN_BYTES = 64
@@ -43,6 +44,8 @@ class Base:
     """Modules and sizes of its norms."""
     tied_head: bool = False
     """Its head is its embedding."""
+    tokenizer: TokenizerFiles | None = None
+    """What adapters' tokenizers are compared with; None: nothing."""
 
 
 class AdapterSlice(msgspec.Struct, frozen=True, gc=False):
@@ -123,6 +126,10 @@ class AdapterManifest:
     invocation_tokens: tuple[int, ...] = ()
     """It acts where these last begin in a prompt, and from there on; empty: everywhere."""
     full: tuple[FullWeight, ...] = ()
+    tokenizer: str = ""
+    """Digest of its own; empty: it brings none, or the base's."""
+    vocab_size: int = 0
+    """Of its own embedding and head; 0: as many tokens as the base has."""
 
     @property
     def max_rank(self) -> int:

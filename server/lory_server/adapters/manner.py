@@ -99,8 +99,25 @@ def read_manner(raw: bytes) -> Manner:
     )
     if manner == NO_MANNER:
         return manner
-    digest = hashlib.sha256(msgspec.json.encode(manner)).hexdigest()
-    return msgspec.structs.replace(manner, digest=digest[:DIGEST_CHARS])
+    return msgspec.structs.replace(manner, digest=_digest_of(manner))
+
+
+def with_tokenizer(manner: Manner, tokenizer: str, vocab_size: int) -> Manner:
+    """The same, of an adapter that brings a tokenizer, and perhaps a vocabulary of its own size."""
+    if not tokenizer:
+        return manner
+    told = f"{manner.digest} {tokenizer} {vocab_size}"
+    digest = hashlib.sha256(told.encode()).hexdigest()[:DIGEST_CHARS]
+    return msgspec.structs.replace(
+        manner, digest=digest, tokenizer=tokenizer, vocab_size=vocab_size
+    )
+
+
+def _digest_of(manner: Manner) -> str:
+    """Of what the manifest says; the tokenizer has a digest of its own."""
+    fields = msgspec.structs.asdict(manner)
+    del fields["tokenizer"], fields["vocab_size"]
+    return hashlib.sha256(msgspec.json.encode(fields)).hexdigest()[:DIGEST_CHARS]
 
 
 def template_fields(template: str) -> tuple[str, ...]:

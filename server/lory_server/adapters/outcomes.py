@@ -26,6 +26,8 @@ class Resolved:
     load_seconds: float
     """From `resolve` to now."""
     manner: Manner = NO_MANNER
+    vocab_size: int = 0
+    """Of its own embedding and head; 0: the base's."""
 
 
 @dataclass(frozen=True, slots=True)

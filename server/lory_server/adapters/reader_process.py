@@ -28,6 +28,7 @@ from lory_server.adapters.manifest import AdapterManifest, Base
 from lory_server.adapters.merge import merge_numbers, read_plan
 from lory_server.adapters.merge_plan import MergePlan
 from lory_server.adapters.merge_sources import Files, SourceFiles
+from lory_server.adapters.reader import ReaderEndedError
 from lory_server.adapters.store import changed_error
 from lory_server.giving_way import giving_way
 from lory_server.lifeline import die_with_parent
@@ -54,10 +55,13 @@ class Begin(msgspec.Struct, frozen=True):
 
 
 class Look(msgspec.Struct, frozen=True, tag=True):
-    """With the descriptors of configuration and weights, of each source of a merge in turn."""
+    """With the descriptors of configuration and weights, of each source of a merge in turn; of one
+    adapter, of its tokenizer's files too."""
 
     recipe: Recipe | None = None
     """None: of one adapter, as it is."""
+    tokenizer_names: tuple[str, ...] = ()
+    """Of the files whose descriptors come last."""
 
 
 class Read(msgspec.Struct, frozen=True, tag=True):
@@ -95,13 +99,6 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
 Reply = Ready | Looked | ReadDone | Invalid | Failed
 Expected = TypeVar("Expected", Ready, Looked, ReadDone)
-
-
-class ReaderEndedError(RuntimeError):
-    """The reader's process is gone, or might as well be."""
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(f"the process that reads adapters was lost: {cause}")
 
 
 class _Wire:
@@ -165,6 +162,9 @@ class ProcessReader:
         self._is_closed = False
         self._start()
 
+    def begin(self) -> None:
+        """It has begun."""
+
     def wait_until_ready(self) -> None:
         """The process has imported what it needs, and it knows the base; ReaderEndedError."""
         if not self._is_ready:
@@ -219,10 +219,13 @@ class ProcessReader:
         self._wire.send(self._begin)
 
     def _look(self, files: Files) -> AdapterManifest:
-        is_merge = isinstance(files, SourceFiles)
-        command = Look(files.recipe) if is_merge else Look()
-        pairs = files.descriptors if is_merge else ((files.config_fd, files.weights_fd),)
-        descriptors = tuple(descriptor for pair in pairs for descriptor in pair)
+        if isinstance(files, SourceFiles):
+            command = Look(files.recipe)
+            descriptors = tuple(descriptor for pair in files.descriptors for descriptor in pair)
+        else:
+            own = files.tokenizer_fds
+            command = Look(tokenizer_names=tuple(own))
+            descriptors = (files.config_fd, files.weights_fd, *own.values())
         return self._ask(command, descriptors, Looked, ANSWER_TIMEOUT_S).manifest
 
     def _read(self, files: Files, manifest: AdapterManifest) -> AdapterBlob:
@@ -326,7 +329,7 @@ class _Work:
         try:
             with giving_way():
                 if isinstance(command, Look):
-                    return self._look(command.recipe, descriptors)
+                    return self._look(command, descriptors)
                 return self._read(*descriptors)
         except AdapterError as error:
             return Invalid(str(error), error.code, error.source)
@@ -336,12 +339,14 @@ class _Work:
             for descriptor in descriptors:
                 os.close(descriptor)
 
-    def _look(self, recipe: Recipe | None, descriptors: list[int]) -> Looked:
-        pairs = list(zip(descriptors[::2], descriptors[1::2], strict=True))
-        if recipe is None:
-            self._looked = manifest = read_manifest(*pairs[0], self._base)
+    def _look(self, command: Look, descriptors: list[int]) -> Looked:
+        if command.recipe is None:
+            config_fd, weights_fd, *others = descriptors
+            own = dict(zip(command.tokenizer_names, others, strict=True))
+            self._looked = manifest = read_manifest(config_fd, weights_fd, self._base, own)
             return Looked(manifest)
-        self._looked = plan = read_plan(recipe, pairs, self._base)
+        pairs = list(zip(descriptors[::2], descriptors[1::2], strict=True))
+        self._looked = plan = read_plan(command.recipe, pairs, self._base)
         return Looked(plan.manifest)
 
     def _read(self, *descriptors: int) -> ReadDone:

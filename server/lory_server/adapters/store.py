@@ -12,9 +12,9 @@ import re
 import stat
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +23,7 @@ from lory_server.adapters.config import CONFIG_NAME
 from lory_server.adapters.errors import AdapterInvalidError, AdapterNotFoundError
 from lory_server.adapters.header import WEIGHTS_NAME
 from lory_server.adapters.manner import MANIFEST_NAME
+from lory_server.adapters.tokenizer_files import COMPANIONS, TOKENIZER_NAME
 from lory_server.messages import FETCHED
 
 MAX_LISTED = 100_000
@@ -60,6 +61,8 @@ class AdapterFiles:
     """Device, inode, size, mtime and ctime of each file; and what tells a fetched one's name from
     others, for that never stands for other bytes."""
     located_ns: int
+    tokenizer_fds: Mapping[str, int] = field(default_factory=dict)
+    """By name; empty: it has no tokenizer."""
 
     def __enter__(self) -> "AdapterFiles":
         return self
@@ -73,13 +76,18 @@ class AdapterFiles:
         self.close()
 
     def close(self) -> None:
-        for fd in (self.config_fd, self.weights_fd, self.manifest_fd):
+        for fd in self._descriptors:
             if fd is not None:
                 os.close(fd)
 
+    @property
+    def _descriptors(self) -> tuple[int | None, ...]:
+        named = self.tokenizer_fds.values()
+        return (self.config_fd, self.weights_fd, self.manifest_fd, *named)
+
     def check_unchanged(self) -> None:
         """Raise if a file was written to since it was located, so that no mixture is served."""
-        facts = _signature(self.config_fd, self.weights_fd, self.manifest_fd)
+        facts = _signature(*self._descriptors)
         if facts != self.signature[: len(facts)]:
             raise changed_error()
 
@@ -90,6 +98,26 @@ class AdapterFiles:
             return True
         changed_ns = max(self.signature[_NUM_FACTS - 1 :: _NUM_FACTS])
         return self.located_ns - changed_ns > SETTLED_NS
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizerOnDisk:
+    """Open files of a tokenizer; use it in a `with` block."""
+
+    descriptors: Mapping[str, int]
+    """By name; empty: there is none."""
+
+    def __enter__(self) -> "TokenizerOnDisk":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for fd in self.descriptors.values():
+            os.close(fd)
 
 
 class AdapterStore:
@@ -136,11 +164,28 @@ class AdapterStore:
             manifest_fd = _open_inside(root, adapter_id, MANIFEST_NAME)
             if manifest_fd is not None:
                 opened.callback(os.close, manifest_fd)
-            signature = (*_signature(config_fd, weights_fd, manifest_fd), *mark)
+            tokenizer_fds = _open_tokenizer(root, adapter_id, opened)
+            fds = (config_fd, weights_fd, manifest_fd, *tokenizer_fds.values())
+            signature = (*_signature(*fds), *mark)
             opened.pop_all()
         return AdapterFiles(
-            adapter_id, config_fd, weights_fd, manifest_fd, signature, time.time_ns()
+            adapter_id,
+            config_fd,
+            weights_fd,
+            manifest_fd,
+            signature,
+            time.time_ns(),
+            tokenizer_fds,
         )
+
+    def locate_tokenizer(self, adapter_id: str) -> "TokenizerOnDisk":
+        """The same of its tokenizer alone, for which no weights are opened."""
+        if self.root is None or not _ADAPTER_ID.fullmatch(adapter_id):
+            return TokenizerOnDisk({})
+        with ExitStack() as opened:
+            descriptors = _open_tokenizer(os.path.realpath(self.root), adapter_id, opened)
+            opened.pop_all()
+        return TokenizerOnDisk(descriptors)
 
     def _open_config(self, root: str, adapter_id: str) -> int:
         config_fd = _open_inside(root, adapter_id, CONFIG_NAME)
@@ -200,6 +245,19 @@ class AdapterStore:
         Hidden ones are meant to be, and what lies within an adapter belongs to it.
         """
         return () if self.root is None else tuple(sorted(_nameless(os.path.realpath(self.root))))
+
+
+def _open_tokenizer(root: str, adapter_id: str, opened: ExitStack) -> dict[str, int]:
+    """Companions count beside a tokenizer alone, so most adapters cost one look."""
+    found: dict[str, int] = {}
+    for name in (TOKENIZER_NAME, *COMPANIONS):
+        fd = _open_inside(root, adapter_id, name)
+        if fd is not None:
+            opened.callback(os.close, fd)
+            found[name] = fd
+        if TOKENIZER_NAME not in found:
+            break
+    return found
 
 
 def _fetched_ids(root: str) -> Iterator[str]:

@@ -23,6 +23,8 @@ Role = Literal[
     "bias",
     "base_layer.weight",
     "weight",
+    "saved.weight",
+    "original.weight",
     "rows",
 ]
 Tensors = dict[Role, TensorSpec]
@@ -38,7 +40,9 @@ _ROLES: tuple[tuple[Role, str], ...] = (
     ("base_layer.bias", r"base_layer\.bias"),
     ("bias", r"bias"),
     ("base_layer.weight", r"base_layer\.weight"),
-    ("weight", r"(?:modules_to_save\.)?(?:default\.)?weight"),
+    ("weight", r"(?:default\.)?weight"),
+    ("saved.weight", r"modules_to_save\.(?:default\.)?weight"),
+    ("original.weight", r"original_module\.weight"),
     ("rows", r"token_adapter\.trainable_tokens_delta(?:\.default)?"),
 )
 _TENSOR_NAME = re.compile(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from lory_kernels import Ops, Segments
 from lory_kernels.cpu import CpuOps
@@ -140,7 +141,14 @@ class Decoder:
         logits_LV = self.head(hidden_LH, None)
         if own is not None:
             self._adapt_logits(hidden_LH, logits_LV, own)
-        logits_LV = logits_LV.float()
+        return self._capped(logits_LV.float())
+
+    @torch.inference_mode()
+    def own_logits(self, hidden_RH: Tensor, head_WH: Tensor) -> Tensor:
+        """logits_RW, float32, over a vocabulary of another size than the base's."""
+        return self._capped(functional.linear(hidden_RH, head_WH).float())
+
+    def _capped(self, logits_LV: Tensor) -> Tensor:
         cap = self.spec.logit_softcap
         return logits_LV if cap is None else logits_LV.div_(cap).tanh_().mul_(cap)
 
@@ -212,7 +220,11 @@ class Decoder:
         return branch_TH
 
     def _embed(self, batch: ForwardBatch, out_TH: Tensor) -> None:
-        torch.index_select(self._embedding_VH, 0, batch.token_ids_T, out=out_TH)
+        token_ids_T, num_tokens = batch.token_ids_T, self._embedding_VH.shape[0]
+        if batch.ends is not None and batch.ends.widest_vocabulary > num_tokens:
+            # Of tokens that the base does not have, any row: it is written over.
+            token_ids_T = token_ids_T.clamp_max(num_tokens - 1)
+        torch.index_select(self._embedding_VH, 0, token_ids_T, out=out_TH)
         if batch.ends is not None:
             embed_own(batch.token_ids_T, out_TH, batch.ends.embedding)
         if self._embedding_scale != 1.0:

@@ -53,6 +53,12 @@ class StepEnds:
     """Of the logit rows; None: no LoRA on any row's head."""
 
     @property
+    def widest_vocabulary(self) -> int:
+        """Tokens of the largest embedding of an adapter's own; 0: there is none."""
+        own = [run.ends.embedding_VH for run in self.embedding if run.ends]
+        return max((one.shape[0] for one in own if one is not None), default=0)
+
+    @property
     def changes_layers(self) -> bool:
         """Whether more than the head is to be computed otherwise."""
         return bool(self.embedding or self.norms)
@@ -166,9 +172,12 @@ def norm_weights(
 
 
 def own_products(hidden_LH: Tensor, logits_LV: Tensor, runs: Sequence[Run]) -> None:
-    """Rows with a head of their own, in place of the base's product."""
+    """Rows with a head of their own, in place of the base's product; one of another size than the
+    base's is not for these logits (`own_vocabulary`)."""
     for run in runs:
         if run.ends is not None and run.ends.head_VH is not None:
+            if run.ends.head_VH.shape[0] != logits_LV.shape[1]:
+                continue
             rows = slice(run.start, run.stop)
             logits_LV[rows] = linear(hidden_LH[rows], run.ends.head_VH)
 

@@ -20,6 +20,7 @@ from lory_server.model.decoder import Decoder
 from lory_server.model.ends import BySlot, HeadRows, StepEnds, step_ends
 from lory_server.model.graphs import Capture, DecodeGraphs, padded_rows, variants
 from lory_server.model.kv import KVCache
+from lory_server.model.own_vocabulary import Piece, narrow_rows, put, wide_pieces
 from lory_server.model.packing import Array, PackedSegments, PackedStep, Packer
 from lory_server.model.sampler import Samples, sample, score
 from lory_server.model.staging import sender
@@ -90,15 +91,9 @@ class Runner:
     def submit(self, plan: StepPlan) -> Ticket:
         packed = self._packer.pack(plan)
         computed = self._compute(packed)
-        logits_LV = self._decoder.logits(computed.hidden_LH, computed.head)
-        num_sampled = len(packed.samples)
-        samples = scored = None
-        if num_sampled:
-            samples = sample(logits_LV[:num_sampled], packed.samples, self._send)
+        samples, scored = self._choose(packed, computed)
+        if samples is not None:
             self._lane_tokens.index_copy_(0, computed.sampled_lanes_S, samples.token_ids_S)
-        if computed.targets_L is not None:
-            num_top = max(packed.target_tops)
-            scored = score(logits_LV[num_sampled:], computed.targets_L, num_top)
         if self._device.type != "cuda":
             return Ticket(packed, samples, scored, done=None)
         samples, scored = _to_host(samples), _to_host(scored)
@@ -124,6 +119,52 @@ class Runner:
             for row, token in zip(packed.sampled_rows, tokens, strict=True):
                 sampled[packed.order[row]] = token
         return StepResult(tuple(sampled), _scored_by_row(ticket))
+
+    # -- the tokens -------------------------------------------------------------------------
+
+    def _choose(
+        self, packed: PackedStep, computed: Computed
+    ) -> tuple[Samples | None, Samples | None]:
+        """What is sampled, and what is scored."""
+        num_sampled, pieces = len(packed.samples), self._wide_pieces(packed, computed)
+        logits_LV = self._decoder.logits(computed.hidden_LH, computed.head)
+        samples = scored = None
+        if num_sampled:
+            rows = narrow_rows(packed.samples, pieces)
+            samples = sample(logits_LV[:num_sampled], rows, self._send)
+        if computed.targets_L is not None:
+            targets_L = computed.targets_L
+            known_L = targets_L.clamp_max(logits_LV.shape[1] - 1) if pieces else targets_L
+            scored = score(logits_LV[num_sampled:], known_L, max(packed.target_tops))
+        del logits_LV
+        for piece in pieces:
+            self._choose_own(packed, computed, piece, samples, scored)
+        return samples, scored
+
+    def _wide_pieces(self, packed: PackedStep, computed: Computed) -> list[Piece]:
+        if computed.head is None:
+            return []
+        num_rows, width = computed.hidden_LH.shape[0], self._decoder.spec.vocab_size
+        return wide_pieces(computed.head.runs, len(packed.samples), num_rows, width)
+
+    def _choose_own(
+        self,
+        packed: PackedStep,
+        computed: Computed,
+        piece: Piece,
+        samples: Samples | None,
+        scored: Samples | None,
+    ) -> None:
+        rows, num_sampled = piece.rows, len(packed.samples)
+        logits_PW = self._decoder.own_logits(computed.hidden_LH[rows], piece.head_WH)
+        if rows.start < num_sampled:
+            assert samples is not None
+            put(samples, rows.start, sample(logits_PW, packed.samples[rows], self._send))
+        elif computed.targets_L is not None:
+            assert scored is not None
+            start = rows.start - num_sampled
+            targets_P = computed.targets_L[start : rows.stop - num_sampled]
+            put(scored, start, score(logits_PW, targets_P, max(packed.target_tops)))
 
     # -- the layers -------------------------------------------------------------------------
 

@@ -18,8 +18,9 @@ from torch import Tensor
 ALIGN_BYTES = 64
 """Of every array: kernels are compiled anew for pointers that are not multiples of 16."""
 
-BUFFERS_IN_TURN = 4
-"""A step sends twice at most, and one more step may be in flight."""
+BUFFERS_IN_TURN = 16
+"""A step sends twice, and once more for each run of rows with a vocabulary of its own (a head each,
+and few heads a step); one more step may be in flight."""
 
 FIRST_BYTES = 1 << 16
 """Of a buffer before it has grown."""

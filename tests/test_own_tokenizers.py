@@ -1,0 +1,256 @@
+"""Adapters' own tokenizers through the HTTP front: text in, text out, as with transformers + PEFT,
+which load the tokenizer from the adapter's folder."""
+
+import asyncio
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from transformers import AutoTokenizer
+
+import tiny_tokenizers
+from clients.server_process import serving
+from lory_router.errors import AdapterInvalid, AdapterReplaced
+from lory_router.own_texts import OwnTexts
+from lory_server.adapters.tokenizer_files import tokenizer_of
+from lory_server.messages import Manner
+from own_tokenizers_world import ADDED, BASE_TOKENS, OwnReference, World, make_world
+from scripted_engine import BASE, Answer, Front, ScriptedEngine
+from trainer_world import char_tokenizer
+
+NUM_TOKENS = 14
+NAMES = ("", "plain", "same", "grown", "saved", "team/wide", "shrunk", "swapped")
+TEXTS = ("abc", "b a", "<tool>ab", "x<note>y<note>", "za<tool>")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("own"))
+
+
+@pytest.fixture(scope="module")
+def url(world: World) -> Iterator[str]:
+    flags = ("--dtype", "float32", "--device", "cpu", "--full-weights-memory", "1MiB")
+    folder = world.adapters_dir.parent
+    with serving(folder / "log", *flags, adapters=world.adapters_dir, model=world.base) as url:
+        yield url
+
+
+def tokenizer_of_name(world: World, name: str) -> Any:
+    """What AutoTokenizer makes of the adapter's folder, if it brings a tokenizer."""
+    made = world.adapters.get(name)
+    return AutoTokenizer.from_pretrained(made.folder if made and made.brings else world.base)
+
+
+def body(text: str, name: str, **more: Any) -> dict[str, Any]:
+    parameters = {"max_new_tokens": NUM_TOKENS, "details": True, **more}
+    return {"inputs": text, "parameters": parameters | ({"adapter_id": name} if name else {})}
+
+
+def all_at_once(url: str, bodies: list[dict[str, Any]]) -> list[httpx.Response]:
+    async def main() -> list[httpx.Response]:
+        async with httpx.AsyncClient(base_url=url, timeout=60, trust_env=False) as client:
+            return await asyncio.gather(*(client.post("/generate", json=one) for one in bodies))
+
+    return asyncio.run(main())
+
+
+def expected(world: World, reference: OwnReference, name: str, text: str) -> tuple[list[int], str]:
+    tokenizer = tokenizer_of_name(world, name)
+    prompt = tokenizer(text)["input_ids"]
+    ends = {1, tokenizer.eos_token_id}
+    ids = reference.answer(prompt, world.folders().get(name), NUM_TOKENS, ends)
+    return ids, tokenizer.decode(ids, skip_special_tokens=True)
+
+
+def test_text_in_and_text_out_are_peft_s_whatever_is_in_the_batch(world: World, url: str) -> None:
+    reference, asked = OwnReference(world), [(n, text) for text in TEXTS for n in NAMES]
+    replies = all_at_once(url, [body(text, name) for name, text in asked])
+    seen: set[int] = set()
+    for (name, text), reply in zip(asked, replies, strict=True):
+        assert reply.status_code == 200, reply.text
+        ids, said = expected(world, reference, name, text)
+        details = reply.json()["details"]
+        assert [token["id"] for token in details["tokens"]] == ids, (name, text)
+        assert reply.json()["generated_text"].split() == said.split(), (name, text)
+        seen.update(ids)
+    assert {31, 32}.intersection(seen), "no answer shows a token that was added"
+
+
+@pytest.mark.parametrize("path", ["/generate_stream", "/v1/completions"])
+def test_a_stream_shows_the_text_of_added_tokens(world: World, url: str, path: str) -> None:
+    bias = {"31": 50.0, "4": 49.0}
+    asked: dict[str, Any] = {"model": "grown", "prompt": "ab", "max_tokens": 6, "stream": True}
+    asked |= {"temperature": 0, "logit_bias": bias}
+    if path == "/generate_stream":
+        asked = body("x<note>y<note>", "grown")
+    said = ""
+    with httpx.stream("POST", url + path, json=asked, timeout=60, trust_env=False) as reply:
+        for line in reply.iter_lines():
+            if line.startswith("data:") and not line.endswith("[DONE]"):
+                event = json.loads(line[5:])
+                token = event.get("token")
+                shown = token or event["choices"][0]
+                said += "" if shown.get("special") else shown["text"]
+    if path == "/v1/completions":
+        assert "<tool>" in said
+        return
+    _, wanted = expected(world, OwnReference(world), "grown", "x<note>y<note>")
+    assert said.split() == wanted.split()
+
+
+def test_the_adapter_s_own_end_ends_an_answer(url: str) -> None:
+    asked = {"model": "grown", "prompt": "ab", "max_tokens": 6, "temperature": 0}
+    reply = httpx.post(
+        f"{url}/v1/completions", json=asked | {"logit_bias": {"33": 100}}, trust_env=False
+    ).json()
+    assert reply["choices"][0]["finish_reason"] == "stop"
+    assert reply["usage"]["completion_tokens"] == 1
+    assert ADDED[2] not in reply["choices"][0]["text"]
+
+
+@pytest.mark.parametrize(
+    ("model", "token", "status"),
+    [
+        ("base", BASE_TOKENS, 400),
+        ("plain", BASE_TOKENS, 400),
+        ("grown", 33, 200),
+        ("grown", 34, 400),
+        ("shrunk", 31, 400),
+        ("shrunk", 30, 200),
+    ],
+)
+def test_ids_are_those_of_the_vocabulary_that_is_asked(
+    world: World, url: str, model: str, token: int, status: int
+) -> None:
+    model = (
+        httpx.get(f"{url}/v1/models", trust_env=False).json()["data"][0]["id"]
+        if (model == "base")
+        else model
+    )
+    sent = {"model": model, "prompt": [0, token], "max_tokens": 2, "temperature": 0}
+    reply = httpx.post(f"{url}/v1/completions", json=sent, trust_env=False)
+    assert reply.status_code == status, reply.text
+    if status == 400:
+        assert "holds a token id outside" in reply.json()["error"]["message"]
+
+
+def test_a_chat_is_made_by_the_adapter_s_own_template(world: World, url: str) -> None:
+    messages = [{"role": "user", "content": "ab"}]
+    sent = {"model": "grown", "messages": messages, "max_tokens": 4, "temperature": 0}
+    reply = httpx.post(f"{url}/v1/chat/completions", json=sent, trust_env=False).json()
+    tokenizer = tokenizer_of_name(world, "grown")
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert prompt == "<note>ab<tool>"
+    ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    assert reply["usage"]["prompt_tokens"] == len(ids)
+    ends = {1, tokenizer.eos_token_id}
+    wanted = OwnReference(world).answer(ids, world.folders()["grown"], 4, ends)
+    said = tokenizer.decode(wanted, skip_special_tokens=True)
+    assert reply["choices"][0]["message"]["content"].split() == said.split()
+
+
+def test_a_tokenizer_with_more_tokens_than_its_embedding_refuses_the_adapter(
+    world: World, url: str
+) -> None:
+    folder = world.adapters_dir / "beyond"
+    shutil.copytree(world.adapters["plain"].folder, folder)
+    shutil.copy(world.adapters["grown"].folder / "tokenizer.json", folder)
+    reply = all_at_once(url, [body("ab", "beyond"), body("ab", "plain")])
+    assert reply[0].status_code == 422
+    assert "'beyond'" in reply[0].json()["error"]
+    assert "has a token 33, the base has 32 tokens" in reply[0].json()["error"]
+    assert reply[1].status_code == 200
+
+
+def test_a_replaced_tokenizer_is_used_at_once(world: World, url: str) -> None:
+    folder, other = world.adapters_dir / "moving", world.adapters_dir.parent / "other"
+    shutil.copytree(world.adapters["grown"].folder, folder)
+    assert all_at_once(url, [body("<note>a", "moving")])[0].status_code == 200
+    shutil.copytree(folder, other)
+    path = other / "tokenizer.json"
+    path.write_text(path.read_text().replace("<note>", "<memo>"))
+    shutil.rmtree(folder)
+    other.rename(folder)
+    replies = all_at_once(url, [body("<memo>a", "moving"), body("<note>a", "grown")])
+    assert [reply.status_code for reply in replies] == [200, 200]
+    tokens = [[t["id"] for t in reply.json()["details"]["tokens"]] for reply in replies]
+    assert tokens[0] == tokens[1]
+
+
+# -- what is kept ---------------------------------------------------------------------------
+
+TEXT = tiny_tokenizers.byte_level()
+
+
+def folder_with(root: Path, name: str, file: str) -> Manner:
+    """An adapter's folder; and the manner that the engine would tell of it."""
+    (root / name).mkdir(parents=True, exist_ok=True)
+    (root / name / "tokenizer.json").write_text(file)
+    return Manner(digest=name, tokenizer=tokenizer_of({"tokenizer.json": file.encode()}).digest)
+
+
+def file_with(word: str) -> str:
+    tokenizer = char_tokenizer()
+    tokenizer.add_tokens([word])
+    return tokenizer.backend_tokenizer.to_str()
+
+
+def test_tokenizers_are_shared_by_digest_and_let_go_of_when_there_are_many(tmp_path: Path) -> None:
+    file = file_with("<one>")
+    one, twin = (folder_with(tmp_path, name, file) for name in ("one", "twin"))
+    two = folder_with(tmp_path, "two", file_with("<two>"))
+    texts = OwnTexts(TEXT, str(tmp_path), 2, max_kept_bytes=len(file) + 10)
+
+    async def story() -> None:
+        assert await texts.of("plain", Manner()) is TEXT
+        first = await texts.of("one", one)
+        assert first.tokenizer.token_to_id("<one>") == 31
+        assert await texts.of("twin", twin) is first
+        second = await texts.of("two", two)
+        assert await texts.of("two", two) is second
+        assert await texts.of("one", one) is not first
+
+    asyncio.run(story())
+
+
+def test_a_tokenizer_that_is_there_no_more_is_a_replaced_adapter(tmp_path: Path) -> None:
+    manner = folder_with(tmp_path, "one", file_with("<one>"))
+    folder_with(tmp_path, "one", file_with("<two>"))
+    texts = OwnTexts(TEXT, str(tmp_path), 2)
+    for name in ("one", "gone"):
+        with pytest.raises(AdapterReplaced, match="not in its folder any more"):
+            asyncio.run(texts.of(name, manner))
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        '{"model": {"type": "Unknown", "vocab": {"a": 0}}}',
+        '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "z"]]}}',
+    ],
+)
+def test_a_file_that_no_tokenizer_can_be_made_of_is_refused_by_name(
+    tmp_path: Path, file: str
+) -> None:
+    manner = folder_with(tmp_path, "one", file)
+    texts = OwnTexts(TEXT, str(tmp_path), 2)
+    with pytest.raises(AdapterInvalid, match="'one': its tokenizer cannot be used"):
+        asyncio.run(texts.of("one", manner))
+
+
+def test_a_request_is_made_by_the_adapter_s_tokenizer(tmp_path: Path) -> None:
+    manner = folder_with(tmp_path, "one", file_with("<one>"))
+    engine = ScriptedEngine([Answer()], adapters=("one",), manners={"one": manner})
+    front = Front(engine=engine, adapters_dir=str(tmp_path))
+    sent = {"inputs": "a<one>", "parameters": {"adapter_id": "one"}}
+    assert front.post("/generate", sent).status_code == 200
+    assert engine.last.prompt_ids == (0, 3, 31)
+    assert engine.last.manner == manner.digest
+    assert front.post("/generate", {"inputs": "a<one>"}).status_code == 200
+    assert engine.last.prompt_ids == TEXT.encode("a<one>")
+    assert BASE

@@ -1,0 +1,151 @@
+"""Adapters' tokenizer files: what is the base's own, and what refuses an adapter, by name."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lory_server.adapters.errors import AdapterInvalidError
+from lory_server.adapters.store import AdapterStore
+from lory_server.adapters.tokenizer_files import (
+    MAX_TOKENIZER_BYTES,
+    TokenizerFiles,
+    read_base_tokenizer,
+    read_tokenizer,
+    tokenizer_of,
+)
+
+FILE: dict[str, Any] = {
+    "version": "1.0",
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [{"id": 3, "content": "<eos>", "special": True}],
+    "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": [["a", "b"]]},
+}
+CONFIG = {"eos_token": "<eos>", "chat_template": "{{ messages }}", "tokenizer_class": "X"}
+
+
+def made(file: Any = FILE, config: Any = CONFIG, **more: bytes) -> TokenizerFiles:
+    files = {"tokenizer.json": json.dumps(file).encode()}
+    if config is not None:
+        files["tokenizer_config.json"] = json.dumps(config).encode()
+    return tokenizer_of(files | {name.replace("__", "."): raw for name, raw in more.items()})
+
+
+BASE = made()
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        made(),
+        made(FILE | {"version": "2.0", "truncation": {"max_length": 8}, "padding": {"pad_id": 0}}),
+        made(FILE | {"model": {**FILE["model"], "merges": ["a b"]}}),
+        made(config=None),
+        made(config={"eos_token": {"content": "<eos>"}, "model_max_length": 7}),
+        made(config={"eos_token": "<eos>"}, chat_template__jinja=b"{{ messages }}"),
+    ],
+    ids=["equal", "cuts-and-pads", "older-merges", "bare", "object", "template-file"],
+)
+def test_what_says_nothing_new_is_the_base_s(own: TokenizerFiles) -> None:
+    assert own.repeats(BASE)
+    assert own.num_tokens == 4
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        made(FILE | {"added_tokens": []}),
+        made(FILE | {"normalizer": {"type": "Lowercase"}}),
+        made(FILE | {"model": {**FILE["model"], "vocab": {"b": 0, "a": 1, "ab": 2}}}),
+        made(config=CONFIG | {"eos_token": "a"}),
+        made(config=CONFIG | {"chat_template": "{{ 1 }}"}),
+        made(chat_template__jinja=b"{{ 2 }}"),
+    ],
+    ids=["tokens", "normalizer", "ids", "eos", "template", "template-file"],
+)
+def test_what_differs_is_the_adapter_s_own(own: TokenizerFiles) -> None:
+    assert not own.repeats(BASE)
+    assert own.digest != BASE.digest
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "not a valid JSON object"),
+        (b"[]", "not a valid JSON object"),
+        (b'{"model": {"vocab": NaN}}', "not a valid JSON object"),
+        (b'{"model": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "nested too deeply"),
+        (b"{}", "has no vocabulary"),
+        (b'{"model": {"vocab": 3}}', "has no vocabulary"),
+        (b'{"model": {"vocab": {}}, "added_tokens": {}}', "has no vocabulary"),
+        (b'{"model": {"vocab": {"a": -1}}}', "no number of 31 bits"),
+        (b'{"model": {"vocab": {"a": 4294967296}}}', "no number of 31 bits"),
+        (b'{"model": {"vocab": {"a": true}}}', "no number of 31 bits"),
+        (b'{"model": {"vocab": {"a": 1.5}}}', "no number of 31 bits"),
+        (b'{"model": {"vocab": {}}, "added_tokens": [7]}', "no number of 31 bits"),
+    ],
+)
+def test_what_is_no_tokenizer_is_refused_by_name(raw: bytes, says: str) -> None:
+    with pytest.raises(AdapterInvalidError, match=rf"tokenizer\.json: .*{says}"):
+        tokenizer_of({"tokenizer.json": raw})
+
+
+def test_companions_are_judged_too() -> None:
+    with pytest.raises(AdapterInvalidError, match=r"tokenizer_config\.json"):
+        made(tokenizer_config__json=b"[")
+    with pytest.raises(AdapterInvalidError, match=r"chat_template\.jinja: not UTF-8"):
+        made(chat_template__jinja=b"\xff")
+    with pytest.raises(AdapterInvalidError, match=r"chat_template\.jinja: longer than"):
+        made(chat_template__jinja=b"x" * 300_000)
+
+
+def folder_of(root: Path, **files: bytes) -> AdapterStore:
+    (root / "mine").mkdir(parents=True, exist_ok=True)
+    for name, raw in files.items():
+        (root / "mine" / name.replace("__", ".")).write_bytes(raw)
+    return AdapterStore(root)
+
+
+def test_a_file_that_is_too_large_is_never_read(tmp_path: Path) -> None:
+    store = folder_of(tmp_path, tokenizer__json=b"{")
+    with (tmp_path / "mine" / "tokenizer.json").open("r+b") as file:
+        file.truncate(MAX_TOKENIZER_BYTES + 1)
+    with (
+        store.locate_tokenizer("mine") as found,
+        pytest.raises(AdapterInvalidError, match="larger than"),
+    ):
+        read_tokenizer(found.descriptors)
+
+
+def test_a_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text(json.dumps(FILE))
+    store = folder_of(tmp_path / "root")
+    (tmp_path / "root" / "mine" / "tokenizer.json").symlink_to(tmp_path / "secret")
+    with pytest.raises(AdapterInvalidError, match="leaves the adapters folder"):
+        store.locate_tokenizer("mine")
+
+
+@pytest.mark.parametrize("name", ["../mine", "absent", "", "a/b/c"])
+def test_other_names_have_no_tokenizer(tmp_path: Path, name: str) -> None:
+    with folder_of(tmp_path, tokenizer__json=b"{}").locate_tokenizer(name) as found:
+        assert not found.descriptors
+
+
+def test_companions_without_a_tokenizer_are_passed_over(tmp_path: Path) -> None:
+    store = folder_of(tmp_path, tokenizer_config__json=b"[", adapter_config__json=b"{}")
+    folder_of(tmp_path, adapter_model__safetensors=b"")
+    with store.locate("mine") as files:
+        assert not files.tokenizer_fds
+
+
+def test_a_base_without_a_readable_tokenizer_is_compared_with_nothing(tmp_path: Path) -> None:
+    assert read_base_tokenizer(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text("{")
+    assert read_base_tokenizer(tmp_path) is None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(FILE))
+    found = read_base_tokenizer(tmp_path)
+    assert found is not None
+    assert found.raw == b""
+    assert made(config=None).repeats(found)
