@@ -5,6 +5,7 @@ What it does is told by the seed of its configuration: see PLANS.
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -12,8 +13,10 @@ from pathlib import Path
 from types import FrameType
 
 NUM_STEPS = 4
-SLOW, FAILING, DYING, HUNGRY, DEAF = 1001, 1002, 1003, 1004, 1005
-"""Seeds: steps that take 0.4 s; ends in an error; kills itself; takes 300 MB; hears no SIGTERM."""
+SLOW, FAILING, DYING, HUNGRY, DEAF, TELLING = 1001, 1002, 1003, 1004, 1005, 1006
+"""Seeds: steps that take 0.4 s; ends in an error; kills itself; takes 300 MB; hears no SIGTERM;
+names its folder in what it says."""
+FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 class Run:
@@ -57,6 +60,12 @@ class Run:
         if step == 2 and self.seed == FAILING:
             self.say("failed", step, code="data", error="row 7 is too long", checkpoint=None)
             sys.exit(1)
+        if step == 2 and self.seed == TELLING:
+            self.say("message", step, level="warning", text=f"look at {self.run}/log")
+            self.say(
+                "failed", step, code="output", error=f"no room: {self.output}/x and {self.run}"
+            )
+            sys.exit(1)
         if step == 2 and self.seed == DYING:
             print("about to die", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
@@ -71,8 +80,9 @@ class Run:
 
 def write_adapter(folder: Path) -> None:
     draft = folder.with_name(f".{folder.name}.draft")
+    shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in FILES:
         (draft / name).write_text("{}")
     draft.rename(folder)
 

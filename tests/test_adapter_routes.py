@@ -191,7 +191,7 @@ def test_a_further_name_follows_the_adapter():
         ({"name": "french@", "adapter_id": "french"}, 400, "nothing behind its '@'"),
         ({"name": "french@abcdef"}, 400, "reads as a revision"),
         ({"name": BASE, "adapter_id": "french"}, 400, "the base's name"),
-        ({"name": "org/german", "adapter_id": "french"}, 409, "in the folder is called"),
+        ({"name": "org/german", "adapter_id": "french"}, 409, "An adapter is called"),
         ({"name": "french", "revision": REVISION}, 400, "needs another name"),
         ({"name": 5}, 400, "`name`"),
     ],

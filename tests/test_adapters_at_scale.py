@@ -410,7 +410,8 @@ def test_the_collector_does_not_walk_what_is_known_of_thousands() -> None:
         tuple(
             AdapterSlice(
                 index, 0, 4, 1.0,
-                *(TensorSpec(f"{index}.{side}", "F32", (4, 16), index, 256) for side in "ab"),
+                TensorSpec(f"{index}.a", "F32", (4, 16), index, 256),
+                TensorSpec(f"{index}.b", "F32", (4, 16), index, 256),
             )
             for index in range(224)
         ),

@@ -77,6 +77,7 @@ class StormRunner(SimulatedRunner):
             sequence = self.engine._requests[row.sequence_id].sequence
             assert sequence is not None
             self.weights_of[row.sequence_id] = sequence.weights
+            self.activation_of[row.sequence_id] = sequence.activation
         self._look()
         self.plans.append(plan)
         result = super().submit(plan)

@@ -201,8 +201,10 @@ def judge(prefers) -> httpx.MockTransport:
         (lambda a, b: "A", (0, 4, 0, 0)),
         (lambda a, b: "Tie", (0, 4, 0, 0)),
         (lambda a, b: "A tie, or B", (0, 1, 0, 3)),
+        (lambda a, b: [{"type": "text", "text": "A"}], (0, 1, 0, 3)),
+        (lambda a, b: None, (0, 1, 0, 3)),
     ],
-    ids=["better", "worse", "by place", "ties", "nonsense"],
+    ids=["better", "worse", "by place", "ties", "nonsense", "no text", "nothing"],
 )
 def test_a_judge_sees_both_orders(tmp_path, prefers, counts):
     result = run(
@@ -214,6 +216,17 @@ def test_a_judge_sees_both_orders(tmp_path, prefers, counts):
     (found,) = result.judged
     assert (found.first, found.second) == ("loud", "base")
     assert (found.wins, found.ties, found.losses, found.unreadable) == counts
+
+
+@pytest.mark.parametrize("body", [[], {}, {"choices": []}, {"choices": [{"text": "A"}]}])
+def test_a_judge_that_speaks_another_way_gives_no_verdict(tmp_path, body):
+    result = run(
+        make_front(),
+        data=write_rows(tmp_path),
+        judged_by=httpx.MockTransport(lambda request: httpx.Response(200, json=body)),
+        judge={"url": "http://judge", "model": "wise"},
+    )
+    assert result.judged[0].unreadable == 3
 
 
 # -- what can go wrong ----------------------------------------------------------------------

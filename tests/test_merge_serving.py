@@ -156,6 +156,20 @@ def test_a_reader_for_merges_starts_with_the_first_of_them(make: Callable[..., W
     assert made["closed"] == 3
 
 
+def test_the_start_of_their_reader_is_no_part_of_what_a_merge_costs(
+    make: Callable[..., World],
+) -> None:
+    """The first would be kept through a thousand turnovers of the host for what it did not cost."""
+
+    class LateStarter(ThreadReader):
+        def wait_until_ready(self) -> None:
+            time.sleep(0.5)
+
+    world = make(make_reader=LateStarter)
+    revision = world.hold(AB).revision
+    assert world.cache.host.entry(revision).load_seconds < 0.5
+
+
 def test_equal_merges_share_their_numbers_whatever_they_are_called(
     make: Callable[..., World], merging: Merging
 ) -> None:
@@ -260,6 +274,16 @@ def test_a_source_that_is_missing_or_refused_is_told(
     assert world.cache.budget.used_bytes == 0
     shutil.rmtree(root / "b")
     assert world.refusal(AB).source == "b"
+
+
+@pytest.mark.parametrize("name", ["+", "+x", "+{}", '+{"sources": 3}', "+[]"])
+def test_a_name_that_only_begins_as_a_merges_is_not_there(
+    make: Callable[..., World], name: str
+) -> None:
+    """The engine ended."""
+    world = make()
+    assert world.refusal(name).code == "adapter_not_found"
+    assert world.hold("a").adapter_id == "a"
 
 
 # -- in the engine --------------------------------------------------------------------------

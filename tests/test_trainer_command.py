@@ -326,6 +326,9 @@ def test_a_target_that_cannot_be_reached_is_found_before_the_run(world):
         publish.check_target("nowhere")
     with pytest.raises(PublishError, match="is no http URL"):
         publish.check_target("ftp://x")
+    with pytest.raises(PublishError, match="give it by --api-key") as told:
+        publish.check_target("http://me:secret@127.0.0.1:9399")
+    assert "secret" not in str(told.value)
 
 
 def test_the_names_of_the_module_and_its_event_file_stay():

@@ -90,6 +90,7 @@ def test_a_folder_as_the_datasets_package_saves_it_is_read(tmp_path):
         ("rows.jsonl", "\n", "rows.jsonl holds no rows"),
         ("rows.json", '{"a": 1,\n "b": 2}', "expected a list of rows"),
         ("rows.json", "[1]", "rows.json row 1: expected an object"),
+        ("rows.csv", "a,a,b\n1,2,3\n", "names `a` twice"),
         ("rows.csv", "a,b\n1\n", "line 2: not as many fields"),
         ("rows.csv", "a,b\n1,2,3\n", "line 2: not as many fields"),
         ("rows.xlsx", "x", "files of this kind are not read; these are: .jsonl"),

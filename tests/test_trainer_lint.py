@@ -65,6 +65,12 @@ def test_leaks_are_found_whole_and_in_part():
     assert [f.places for f in findings] == [("line 1",), ("line 2",)]
 
 
+def test_what_the_template_says_in_every_row_is_no_leak():
+    frame = " ".join(f"word{n}" for n in range(20))
+    train = [sample(n, f"{frame} {n}", "x") for n in range(1000)]
+    assert not [f for f in lint(train, [sample(1, f"{frame} other", "y")]) if f.code == "leak"]
+
+
 def test_duplicates_conflicts_and_empty_answers_are_found():
     train = [
         *good(1000),

@@ -301,8 +301,12 @@ def test_an_adapter_goes_on_from_another(world):
     result = train(world, more, output=world / "adapters" / "more", run=world / "runs" / "more")
     assert result.losses[0] < 0.7 * events(world, "step")[0]["loss"]
     wrong = more.replace("r: 4", "r: 8")
-    with pytest.raises((ConfigError, RuntimeError)):
+    with pytest.raises(ConfigError, match="is of another shape"):
         train(world, wrong, output=world / "adapters" / "w", run=world / "runs" / "w")
+    (world / "broken").mkdir()
+    (world / "broken" / "adapter_model.safetensors").write_bytes(b"half")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        train(world, more.replace("adapters/mine", "broken"), output=world / "x", run=world / "y")
     with pytest.raises(ConfigError, match="is no adapter folder"):
         train(world, more.replace("adapters/mine", "tiny"), output=world / "x", run=world / "y")
 

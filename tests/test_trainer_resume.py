@@ -95,11 +95,20 @@ def test_resume_without_a_checkpoint_begins_at_the_start(world):
     assert events(world, "started")[0]["resumed_from"] is None
 
 
-def test_a_checkpoint_that_cannot_be_read_is_named(world):
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("optimizer.safetensors", b"half"),
+        ("adapter_model.safetensors", b"half"),
+        ("state.json", b"{}"),
+        ("state.json", b"[]"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_is_named(world, name, content):
     with pytest.raises(StoppedError):
         train(world, STEPS, should_stop=after(2))
     [path] = checkpoints(world / "runs" / "mine")
-    (path / "optimizer.safetensors").write_bytes(b"half")
+    (path / name).write_bytes(content)
     with pytest.raises(OutputError, match="step-00000002 cannot be read"):
         train(world, STEPS, resume=True)
 

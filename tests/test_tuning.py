@@ -2,167 +2,33 @@
 
 import asyncio
 import json
-import os
-import sqlite3
-import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 import fake_trainer
-from lory_router.app import create_app
 from lory_router.errors import Invalid
-from lory_router.keys import Caller, Keyring
-from lory_router.metrics import Metrics
+from lory_router.keys import Caller
 from lory_router.registry import Registry
-from lory_router.settings import RouterSettings
 from lory_router.tuning.handover import Handover
 from lory_router.tuning.service import Tuning
-from lory_router.tuning.settings import TuningSettings
 from lory_router.tuning.shapes import CreateJob
-from lory_router.tuning.store import TuningStore, TuningStoreError
-from lory_server.messages import Failure, OrderDone, OrderKind
-from scripted_engine import BASE, TEXT, ScriptedEngine
-
-FILES, JOBS = "/v1/files", "/v1/fine_tuning/jobs"
-CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
-PAIR = {
-    "input": {"messages": [{"role": "user", "content": "hi"}]},
-    "preferred_output": [{"role": "assistant", "content": "ho"}],
-    "non_preferred_output": [{"role": "assistant", "content": "ha"}],
-}
-WAIT_S = 20.0
-
-
-@dataclass
-class World:
-    client: httpx.AsyncClient
-    tuning: Tuning
-    settings: TuningSettings
-    running: asyncio.Task[None]
-
-    async def upload(self, *rows: Any, name: str = "rows.jsonl") -> str:
-        reply = await self.send("".join(json.dumps(row) + "\n" for row in rows).encode(), name)
-        assert reply.status_code == 200, reply.text
-        return reply.json()["id"]
-
-    async def send(self, content: bytes, name: str = "rows.jsonl", **fields: str) -> httpx.Response:
-        data = {"purpose": "fine-tune", **fields}
-        return await self.client.post(FILES, data=data, files={"file": (name, content)})
-
-    async def create(self, **fields: Any) -> dict[str, Any]:
-        body = {"model": BASE, "seed": 1, **fields}
-        body.setdefault("training_file", await self.upload(CHAT))
-        reply = await self.client.post(JOBS, json=body)
-        assert reply.status_code == 200, reply.text
-        return reply.json()
-
-    async def job(self, job_id: str) -> dict[str, Any]:
-        return (await self.client.get(f"{JOBS}/{job_id}")).json()
-
-    async def until(self, job_id: str, *statuses: str) -> dict[str, Any]:
-        async with asyncio.timeout(WAIT_S):
-            while (job := await self.job(job_id))["status"] not in statuses:
-                await asyncio.sleep(0.02)
-        return job
-
-    async def until_step(self, job_id: str) -> None:
-        async with asyncio.timeout(WAIT_S):
-            while not (await self.events(job_id, "metrics")):
-                await asyncio.sleep(0.02)
-
-    async def events(self, job_id: str, kind: str = "message") -> list[str]:
-        """Oldest first."""
-        data = (await self.client.get(f"{JOBS}/{job_id}/events?limit=100")).json()["data"]
-        return [event["message"] for event in data[::-1] if event["type"] == kind]
-
-
-KEYS = """
-- {key: root, tenant: default, role: admin}
-- {key: of-acme, tenant: acme}
-- {key: of-other, tenant: other}
-"""
-
-
-def keyring(folder: Path) -> Keyring:
-    path = folder / "keys.yaml"
-    path.write_text(KEYS)
-    return Keyring((), str(path))
-
-
-def key(name: str) -> dict[str, str]:
-    return {"authorization": f"Bearer {name}"}
-
-
-def settings_in(folder: Path, **changes: Any) -> TuningSettings:
-    (folder / "adapters").mkdir(exist_ok=True)
-    found = TuningSettings(
-        folder=folder / "tuning",
-        adapters=folder / "adapters",
-        base="/base",
-        model_names=(BASE, "also"),
-        command=(sys.executable, fake_trainer.__file__),
-        stop_grace_s=5.0,
-    )
-    return replace(found, **changes)
-
-
-class RefusingEngine(ScriptedEngine):
-    async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
-        failure = Failure(code="adapter_invalid", message="a tensor matches nothing")
-        return OrderDone(call_id=1, entry=None, failure=failure)
-
-
-class ServingEngine(ScriptedEngine):
-    """Knows whatever is asked for."""
-
-    async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
-        return OrderDone(call_id=1, entry=None, revision="r")
-
-
-@asynccontextmanager
-async def world(
-    folder: Path, engine: type[ScriptedEngine] = ServingEngine, **changes: Any
-) -> AsyncIterator[World]:
-    settings = settings_in(folder, **changes)
-    registry = Registry(str(folder / "registry"))
-    handover = Handover(engine(), registry)
-    tuning = Tuning(settings, dict(os.environ), handover, price_per_hour=3600.0)
-    metrics = Metrics(model=BASE, price_per_hour=3600.0)
-    metrics.add(tuning.meter)
-    front = create_app(
-        engine(),
-        RouterSettings(model_names=(BASE,)),
-        TEXT,
-        metrics,
-        registry,
-        keys=keyring(folder),
-        tuning=tuning,
-    )
-    transport = httpx.ASGITransport(app=front)
-    running = asyncio.create_task(tuning.run())
-    async with httpx.AsyncClient(
-        transport=transport, base_url="http://test", headers=key("root")
-    ) as client:
-        yield World(client, tuning, settings, running)
-        tuning.stop()
-        await running
-    tuning.close()
-    registry.close()
-
-
-def run(folder: Path, story: Callable[[World], Awaitable[None]], **changes: Any) -> None:
-    async def whole() -> None:
-        async with world(folder, **changes) as found:
-            await story(found)
-
-    asyncio.run(whole())
-
+from scripted_engine import BASE
+from tuning_world import (
+    CHAT,
+    FILES,
+    JOBS,
+    PAIR,
+    WAIT_S,
+    RefusingEngine,
+    ServingEngine,
+    World,
+    key,
+    run,
+    settings_in,
+)
 
 # -- files ----------------------------------------------------------------------------------
 
@@ -224,6 +90,43 @@ def test_what_is_no_training_file_is_refused_and_leaves_nothing(tmp_path: Path):
     run(tmp_path, story, max_file_bytes=1000, max_files_bytes=1500)
 
 
+def test_a_slow_upload_holds_nobody_up_but_its_bytes_count(tmp_path: Path):
+    async def story(world: World) -> None:
+        begun, go = asyncio.Event(), asyncio.Event()
+        head = b'--B\r\ncontent-disposition: form-data; name="%s"%s\r\n\r\n%s\r\n'
+        parts = head % (b"purpose", b"", b"fine-tune") + head % (
+            b"file",
+            b'; filename="a"',
+            b"x" * 800,
+        )
+
+        async def body() -> AsyncIterator[bytes]:
+            yield parts
+            begun.set()
+            await go.wait()
+            yield b"--B--\r\n"
+
+        form = {"content-type": "multipart/form-data; boundary=B"}
+        slow = asyncio.create_task(world.client.post(FILES, content=body(), headers=form))
+        await begun.wait()
+        assert (await world.send(b"x" * 900)).status_code == 507
+        assert (await world.send(b"x" * 500)).status_code == 200
+        go.set()
+        assert (await slow).status_code == 200
+
+    run(tmp_path, story, max_file_bytes=1000, max_files_bytes=1500)
+
+
+def test_what_a_killed_server_left_of_an_upload_is_removed(tmp_path: Path):
+    async def story(world: World) -> None:
+        assert not leftover.exists()
+
+    leftover = settings_in(tmp_path).files / ".file-x.part"
+    leftover.parent.mkdir(parents=True)
+    leftover.write_bytes(b"x")
+    run(tmp_path, story)
+
+
 # -- a job that goes well -------------------------------------------------------------------
 
 
@@ -246,6 +149,8 @@ def test_a_job_ends_in_an_adapter_and_tells_every_step(tmp_path: Path):
             f"New fine-tuned model created: {name}",
             "The job has successfully completed",
         ]
+        run_folder = world.settings.runs / job["id"]
+        assert not [path for path in run_folder.iterdir() if path.is_dir()]
         steps = await world.events(job["id"], "metrics")
         assert steps[0] == "Step 1/4: training loss=1.0000"
         assert len(steps) == 4
@@ -254,8 +159,12 @@ def test_a_job_ends_in_an_adapter_and_tells_every_step(tmp_path: Path):
         assert table[0] == "step,train_loss,valid_loss,learning_rate,grad_norm,tokens"
         assert table[4] == "4,0.25,,0.001,0.5,40"
         told = (await world.client.get("/metrics")).text
-        assert 'lory_training_seconds_total{tenant="default"}' in told
-        assert 'lory_training_cost_total{tenant="default"}' in told
+        values = dict(line.rsplit(" ", 1) for line in told.splitlines() if line[0] != "#")
+        seconds = float(values['lory_training_seconds_total{tenant="default"}'])
+        assert 0 < seconds < WAIT_S
+        cost = float(values['lory_training_cost_total{tenant="default"}'])
+        assert cost == pytest.approx(seconds)
+        assert float(values["lory_training_jobs_running"]) == 0
 
     run(tmp_path, story)
 
@@ -367,6 +276,41 @@ def test_a_run_that_fails_says_why_and_the_next_one_runs(
     run(tmp_path, story, max_memory_bytes=200 * 2**20)
 
 
+def test_no_folder_of_the_machine_is_told(tmp_path: Path):
+    async def story(world: World) -> None:
+        job = await world.create(seed=fake_trainer.TELLING)
+        failed = await world.until(job["id"], "failed", "succeeded")
+        told = json.dumps(failed) + (await world.client.get(f"{JOBS}/{job['id']}/events")).text
+        assert "look at" in told
+        assert "no room" in told
+        assert str(tmp_path) not in told
+
+    run(tmp_path, story)
+
+
+def test_events_are_listed_in_pages(tmp_path: Path):
+    async def story(world: World) -> None:
+        job = await world.create()
+        await world.until(job["id"], "succeeded", "failed")
+        other = await world.create()
+        await world.until(other["id"], "succeeded", "failed")
+        path = f"{JOBS}/{job['id']}/events"
+        whole = (await world.client.get(f"{path}?limit=100")).json()
+        assert (len(whole["data"]), whole["has_more"]) == (4 + fake_trainer.NUM_STEPS, False)
+        found: list[Any] = []
+        more, after = True, ""
+        while more:
+            page = (await world.client.get(f"{path}?limit=3{after}")).json()
+            assert len(page["data"]) <= 3
+            found += page["data"]
+            more, after = page["has_more"], f"&after={page['last_id']}"
+        assert found == whole["data"]
+        stranger = (await world.client.get(f"{JOBS}/{other['id']}/events")).json()["last_id"]
+        assert (await world.client.get(f"{path}?after={stranger}")).status_code == 400
+
+    run(tmp_path, story)
+
+
 def test_an_adapter_that_the_server_refuses_is_a_failure(tmp_path: Path):
     async def story(world: World) -> None:
         job = await world.create()
@@ -375,107 +319,6 @@ def test_an_adapter_that_the_server_refuses_is_a_failure(tmp_path: Path):
         assert "a tensor matches nothing" in error["message"]
 
     run(tmp_path, story, engine=RefusingEngine)
-
-
-# -- cancel, pause, restart -----------------------------------------------------------------
-
-
-@pytest.mark.parametrize("seed", [fake_trainer.SLOW, fake_trainer.DEAF])
-def test_a_running_job_is_cancelled_and_makes_nothing(tmp_path: Path, seed: int):
-    async def story(world: World) -> None:
-        job = await world.create(seed=seed)
-        await world.until_step(job["id"])
-        assert (await world.client.post(f"{JOBS}/{job['id']}/cancel")).status_code == 200
-        done = await world.until(job["id"], "cancelled", "succeeded", "failed")
-        assert (done["status"], done["fine_tuned_model"]) == ("cancelled", None)
-        assert not (world.settings.adapters / "nothing").exists()
-        again = await world.client.post(f"{JOBS}/{job['id']}/cancel")
-        assert again.status_code == 409
-
-    run(tmp_path, story, stop_grace_s=0.1)
-
-
-def test_a_waiting_job_is_cancelled_at_once_and_never_runs(tmp_path: Path):
-    async def story(world: World) -> None:
-        first = await world.create(seed=fake_trainer.SLOW)
-        second = await world.create()
-        reply = (await world.client.post(f"{JOBS}/{second['id']}/cancel")).json()
-        assert reply["status"] == "cancelled"
-        assert reply["finished_at"] is not None
-        await world.until(first["id"], "succeeded")
-        assert (await world.job(second["id"]))["status"] == "cancelled"
-
-    run(tmp_path, story)
-
-
-def test_a_paused_job_goes_on_from_its_checkpoint(tmp_path: Path):
-    async def story(world: World) -> None:
-        job = await world.create(seed=fake_trainer.SLOW)
-        await world.until_step(job["id"])
-        await world.client.post(f"{JOBS}/{job['id']}/pause")
-        await world.until(job["id"], "paused")
-        before = len(await world.events(job["id"], "metrics"))
-        other = await world.create()
-        await world.until(other["id"], "succeeded")
-        assert (await world.client.post(f"{JOBS}/{job['id']}/resume")).status_code == 200
-        await world.until(job["id"], "succeeded")
-        steps = await world.events(job["id"], "metrics")
-        assert 0 < before < len(steps) == fake_trainer.NUM_STEPS
-        assert (await world.client.post(f"{JOBS}/{job['id']}/resume")).status_code == 409
-
-    run(tmp_path, story)
-
-
-def test_a_job_outlives_its_server(tmp_path: Path):
-    job: dict[str, Any] = {}
-
-    async def begin(world: World) -> None:
-        job.update(await world.create(seed=fake_trainer.SLOW))
-        await world.until_step(job["id"])
-
-    async def go_on(world: World) -> None:
-        done = await world.until(job["id"], "succeeded", "failed")
-        assert done["status"] == "succeeded"
-        assert len(await world.events(job["id"], "metrics")) == fake_trainer.NUM_STEPS
-
-    run(tmp_path, begin)
-    run(tmp_path, go_on)
-
-
-def test_a_job_whose_server_was_killed_goes_on(tmp_path: Path):
-    """Even one that had made its adapter, and was killed before it could say so."""
-
-    async def begin(world: World) -> None:
-        for _ in range(2):
-            job = await world.create()
-            ids.append(job["id"])
-            names.append((await world.until(job["id"], "succeeded"))["fine_tuned_model"])
-
-    async def go_on(world: World) -> None:
-        for job_id in ids:
-            assert (await world.until(job_id, "succeeded", "failed"))["status"] == "succeeded"
-
-    ids: list[str] = []
-    names: list[str] = []
-    run(tmp_path, begin)
-    with sqlite3.connect(tmp_path / "tuning" / "jobs.sqlite") as db:
-        db.execute("UPDATE jobs SET status = 'running', finished_at = 0")
-    made = tmp_path / "adapters" / names[1]
-    made.rename(tmp_path / "lost")
-    run(tmp_path, go_on)
-    assert made.is_dir()
-
-
-def test_a_database_is_one_servers(tmp_path: Path):
-    settings = settings_in(tmp_path)
-    settings.folder.mkdir()
-    store = TuningStore(settings.database)
-    with pytest.raises(TuningStoreError, match="another server uses it"):
-        TuningStore(settings.database)
-    store.close()
-    settings.database.write_bytes(b"nonsense" * 100)
-    with pytest.raises(TuningStoreError, match="is damaged"):
-        TuningStore(settings.database)
 
 
 # -- what is refused ------------------------------------------------------------------------
@@ -580,6 +423,20 @@ def test_a_tenants_files_jobs_and_adapters_are_its_own(tmp_path: Path):
     assert len(owners) == 1 + fake_trainer.NUM_STEPS
     assert set(owners.values()) == {"acme"}
     registry.close()
+
+
+def test_a_tenant_takes_no_more_than_its_share(tmp_path: Path):
+    async def story(world: World) -> None:
+        world.client.headers.update(key("of-acme"))
+        job = await world.create(seed=fake_trainer.SLOW)
+        body = {"model": BASE, "training_file": job["training_file"]}
+        assert (await world.client.post(JOBS, json=body)).status_code == 429
+        assert (await world.send(b"x" * 950)).status_code == 507
+        world.client.headers.update(key("of-other"))
+        assert (await world.send(b"x" * 900)).status_code == 200
+        await world.create()
+
+    run(tmp_path, story, max_jobs_per_tenant=1, max_files_bytes_per_tenant=1000)
 
 
 def test_a_tenants_job_needs_a_registry_that_is_kept(tmp_path: Path):

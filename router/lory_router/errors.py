@@ -8,10 +8,11 @@ ApiError
  |- RevisionNotFound 404      |                                   |
  |- BodyTooLarge 413          |- Conflict 409                     |- RegistryUnwritable 500
  |- WrongMediaType 415        |- Invalid 422 / 400                |- EngineUnavailable 503
- |- ClientGone 499                |- ContextTooLong               |- TooManyConnections 503
- |- HostForbidden 403             |- AdapterInvalid               |- SourceUnavailable 503
- |- BadHttp 400                   |- AdapterTooLarge              |- AdapterReplaced 503
-     |- HeaderTooLarge 431    |- AdapterFileTooLarge 413          |- TimedOut 504
+ |- ClientGone 499                |- ContextTooLong               |- JobsUnwritable 500
+ |- HostForbidden 403             |- AdapterInvalid               |- TooManyConnections 503
+ |- BadHttp 400                   |- AdapterTooLarge              |- SourceUnavailable 503
+     |- HeaderTooLarge 431    |- AdapterFileTooLarge 413          |- AdapterReplaced 503
+                                                                   |- TimedOut 504
                                                                    |- DiskFull 507
 
 Where two statuses stand, the first is on LoRAX's routes and the second on OpenAI's. The body is
@@ -254,6 +255,10 @@ class InternalError(ApiError):
 
 class RegistryUnwritable(ApiError):
     error_type = "registry"
+
+
+class JobsUnwritable(ApiError):
+    error_type = "fine_tuning"
 
 
 class ClientGone(ApiError):

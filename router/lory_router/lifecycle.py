@@ -129,9 +129,12 @@ class Lifecycle:
 
     async def remove(self, caller: Caller, name: str) -> None:
         """Forget a name; an adapter of that name is not served any more, and let go of when the
-        last request that holds it has ended. A local one's files stay where they are."""
-        target = self._rights.find_target(caller, name)
-        registered = self._registry.state.names.get(name)
+        last request that holds it has ended. A local one's files stay where they are. Who saved a
+        merge forgets it, too, when a source has become another's."""
+        state = self._registry.state
+        is_own_merge = name in state.merges and self._rights.owner(name) == caller.tenant
+        target = Target(name) if is_own_merge else self._rights.find_target(caller, name)
+        registered = state.names.get(name)
         if self.is_registered(caller, name) and registered and registered.adapter_id != name:
             self._rights.check_owns(caller, name)
             await self._registry.forget(name)
@@ -195,9 +198,12 @@ class Lifecycle:
 
     async def _check_free(self, caller: Caller, name: str, field: str) -> None:
         self._listing.expire()
-        if self._rights.sees(caller, name) and await self._listing.find(name) is not None:
+        is_taken = name in self._registry.state.merges  # by who may give this name, seen or not
+        if self._rights.sees(caller, name) and not is_taken:
+            is_taken = await self._listing.find(name) is not None
+        if is_taken:
             raise Conflict(
-                f"An adapter in the folder is called {shown(name)}; take another name, or an alias"
+                f"An adapter is called {shown(name)}; take another name, or an alias"
                 f" as {name}@alias",
                 param=field,
             )

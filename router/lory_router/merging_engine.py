@@ -5,7 +5,7 @@ under its name, one that a request asks for with its sources as the caller named
 know HTTP, or how adapters are merged.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -104,6 +104,7 @@ class MergingEngine:
             references.append(reference)
         if request.token and not any(references):
             raise token_without_source()
+        _check_token_has_one_reader(request.token, references)
         recipe = msgspec.structs.replace(recipe, sources=tuple(sources))
         return replace(request, recipe=recipe, references=tuple(references))
 
@@ -125,17 +126,30 @@ def found_source(
     return MergeSource(target.adapter_id, source.weight, target.revision)
 
 
+def _check_token_has_one_reader(token: str, references: Sequence[Reference | None]) -> None:
+    """A caller's token for one host is not for another that happens to stand beside it."""
+    hosts = {
+        one.place.split("/")[2] if one.kind == "web" else one.kind for one in references if one
+    }
+    if token and len(hosts) > 1:
+        raise Invalid(
+            "`api_token` is for one hub or host; the adapters merged here are of several",
+            param="api_token",
+        )
+
+
 Names = Mapping[str, str]
 """By what the engine knows of a merge's sources, how the caller named them."""
 
 
 def names_between(found: Recipe | None, named: Recipe) -> Names:
-    sources = found.sources if found else ()
-    return {
-        one.adapter_id: other.adapter_id
-        for one, other in zip(sources, named.sources, strict=True)
-        if one.adapter_id != other.adapter_id
-    }
+    """Of two names for one adapter the first, which is the one that a failure is of: all that the
+    caller may not see has one name in the engine."""
+    names: dict[str, str] = {}
+    for one, other in zip(found.sources if found else (), named.sources, strict=True):
+        if one.adapter_id != other.adapter_id:
+            names.setdefault(one.adapter_id, other.adapter_id)
+    return names
 
 
 def told_as(failure: Failure, names: Names) -> Failure:

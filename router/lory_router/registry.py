@@ -22,7 +22,8 @@ from lory_router.errors import RegistryUnwritable
 from lory_router.names import Target, is_revision, split
 from lory_router.registry_file import open_registry
 from lory_router.sources.reference import covers
-from lory_server.recipes import Recipe, merged_id
+from lory_server.messages import FETCHED
+from lory_server.recipes import MERGED, Recipe, merged_id
 
 Statement = tuple[str, tuple[str, ...]]
 
@@ -89,8 +90,11 @@ class Registry:
         """What a name stands for, whether or not it is there; None: nothing can be called so.
 
         A name that was registered goes before an adapter that is called so. To who does not see a
-        name, it is as if it were not registered.
+        name, it is as if it were not registered. What the engine calls merges and fetched adapters
+        is nobody's to say: it would pass by owners and sources.
         """
+        if name.startswith((FETCHED, MERGED)):
+            return None
         names = self._state.names
         target = names.get(name) if sees(name) else None
         if target is None:

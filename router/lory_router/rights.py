@@ -80,7 +80,7 @@ class Rights:
         if target is not None:
             return target
         adapter_id, suffix = split(name)
-        if not suffix or self._target(caller, adapter_id) is None:
+        if not (adapter_id and suffix) or self._target(caller, adapter_id) is None:
             raise adapter_not_found(name)
         raise RevisionNotFound(
             f"Adapter {shown(adapter_id)} has no alias {shown(suffix)}; GET /v1/adapters/{{id}}"
@@ -108,7 +108,9 @@ class Rights:
         """Whether the caller may give that name, which may be taken."""
         if caller.is_admin or self.owner(name) == caller.tenant:
             return
-        _check_begins(caller, field, name)
+        adapter_id, alias = split(name)
+        if not (alias and self.owner(adapter_id) == caller.tenant):
+            _check_begins(caller, field, name)
         if self.owner(name) or name in self._registry.state.names:
             self.check_owns(caller, name)
             return

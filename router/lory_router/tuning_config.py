@@ -32,6 +32,10 @@ class TuningConfig:
     max_tuning_jobs: int = flag(
         100, "Most jobs waiting, running or paused; one more is refused with 429.", at_least=1
     )
+    tenant_tuning_jobs: int = flag(0, "The same of each tenant; 0: no further limit.", at_least=0)
+    tenant_tuning_files: int = size_flag(
+        0, "Most bytes of each tenant's files together; 0: no further limit."
+    )
 
     def settings(
         self,
@@ -59,6 +63,8 @@ class TuningConfig:
             max_file_bytes=self.tuning_max_file,
             max_files_bytes=self.tuning_files,
             max_jobs=self.max_tuning_jobs,
+            max_jobs_per_tenant=self.tenant_tuning_jobs,
+            max_files_bytes_per_tenant=self.tenant_tuning_files,
         )
 
     def check(self, adapters: str) -> None:

@@ -64,9 +64,12 @@ def read_recipe(adapter_id: str) -> Recipe:
 
 
 def called(adapter_id: str) -> str:
-    """An adapter's name as a person would tell it."""
+    """An adapter's name as a person would tell it; one that only begins as a merge's, as it is."""
     if not adapter_id.startswith(MERGED):
         return adapter_id
-    recipe = read_recipe(adapter_id)
+    try:
+        recipe = read_recipe(adapter_id)
+    except msgspec.MsgspecError:
+        return adapter_id
     sources = ", ".join(source.adapter_id for source in recipe.sources)
     return recipe.name or f"{recipe.method} of {sources}"

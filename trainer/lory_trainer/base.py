@@ -14,6 +14,7 @@ from typing import Any, cast
 import torch
 from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model, set_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -147,7 +148,17 @@ def attach(base: torch.nn.Module, options: TrainOptions, folder: Path = Path()) 
     except ValueError as error:
         raise ConfigError(f"lora.target_modules: {error}") from error
     if options.lora.start_from is not None:
-        load_adapter(model, _start_folder(options.lora.start_from, folder))
+        start = _start_folder(options.lora.start_from, folder)
+        try:
+            load_adapter(model, start)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(
+                f"lora.start_from: {start.name}/{ADAPTER_TENSORS} cannot be read: {error}"
+            ) from error
+        except RuntimeError as error:
+            raise ConfigError(
+                f"lora.start_from: {start.name} is of another shape than this run's: {error}"
+            ) from error
     return cast(PeftModel, model)
 
 

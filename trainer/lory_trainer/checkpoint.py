@@ -87,19 +87,21 @@ def load_checkpoint(
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         tensors = load_file(path / OPTIMIZER_FILE)
         generator = load_file(path / RANDOM_FILE)
-    except (OSError, ValueError, SafetensorError) as error:
+        found, progress = state["fingerprint"], Progress(**state["progress"])
+        if found == fingerprint:
+            load_adapter(model, path)
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise OutputError(
             f"{path} cannot be read: {error}; remove it to go on from an earlier one"
         ) from error
-    if state["fingerprint"] != fingerprint:
+    if found != fingerprint:
         raise OutputError(
             f"{path.parent.parent} holds a run of other options or rows; give another --run, or "
             "leave --resume out to begin anew"
         )
-    load_adapter(model, path)
     _load_optimizer(optimizer, tensors)
     _set_random_states(generator)
-    return Progress(**state["progress"])
+    return progress
 
 
 def forget_old(run: Path, keep: int, spared: Path | None) -> None:

@@ -168,6 +168,9 @@ def _row(value: Any, place: str) -> RawRow:
 def _read_csv(path: Path, delimiter: str = ",") -> Iterator[RawRow]:
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file, delimiter=delimiter, restkey="", strict=True)
+        names = reader.fieldnames or ()
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise DataError(f"data: {path.name}: the first line names `{twice[0]}` twice")
         for values in reader:
             place = f"{path.name} line {reader.line_num}"
             if "" in values or None in values.values():

@@ -91,6 +91,10 @@ def _normal(text: str) -> str:
     return " ".join(text.split()).casefold()
 
 
+LEAST_SHARED = 3
+"""Words in a row that more rows than these and than half of all have are their prompt's frame."""
+
+
 def _leaks(train: Sequence[Sample], held_out: Sequence[Sample]) -> Iterator[Finding]:
     """Held-out rows that were trained on, whole or in a run of words."""
     if not held_out:
@@ -106,7 +110,9 @@ def _leaks(train: Sequence[Sample], held_out: Sequence[Sample]) -> Iterator[Find
             same,
         )
     wanted = {gram for s in held_out for gram in _grams(s.text)}
-    grams = {gram for s in train for gram in _grams(s.text) if gram in wanted}
+    counts = Counter(gram for s in train for gram in wanted.intersection(_grams(s.text)))
+    of_the_template = max(LEAST_SHARED, len(train) // 2)
+    grams = {gram for gram, count in counts.items() if count <= of_the_template}
     whole = set(same)
     near = tuple(
         s.place

@@ -30,7 +30,12 @@ def check_target(target: str) -> None:
     if "://" in target:
         parts = urlsplit(target)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise PublishError(f"--publish: {target!r} is no http URL")
+            raise PublishError(f"--publish: {parts.scheme}://{parts.hostname or ''} is no http URL")
+        if "@" in parts.netloc:
+            raise PublishError(
+                "--publish: leave the key out of the URL, which is told; give it by --api-key or "
+                "LORY_API_KEY"
+            )
         try:
             httpx.get(f"{target.rstrip('/')}/health", timeout=TIMEOUT_S)
         except httpx.HTTPError as error:

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from lory_router.tuning.news import News, figures
@@ -49,5 +50,10 @@ def publish(job: JobRecord, one: News, run: Path, adapters: Path) -> CheckpointR
 
 
 def withdraw(adapters: Path, adapter_id: str) -> None:
-    """Take a checkpoint away; those who hold it keep it."""
-    shutil.rmtree(adapters / adapter_id, ignore_errors=True)
+    """Take an adapter away, at once under its name; those who hold it keep it."""
+    folder = adapters / adapter_id
+    gone = folder.with_name(f".{folder.name}.gone")
+    shutil.rmtree(gone, ignore_errors=True)
+    with suppress(FileNotFoundError):
+        folder.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -4,6 +4,7 @@ It must not know HTTP beyond the body's bytes, nor what is done with a file.
 """
 
 import asyncio
+import errno
 import os
 import time
 from collections.abc import AsyncIterator
@@ -20,6 +21,8 @@ from lory_router.tuning.store import TuningStore
 MAX_FIELD_BYTES = 256
 MAX_FILENAME = 256
 SERVED_PURPOSE = "fine-tune"
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+NO_ROOM = "No room for more files; delete some that are not needed"
 
 
 @dataclass(slots=True)
@@ -27,6 +30,7 @@ class _Arriving:
     """What has come of a body so far."""
 
     path: Path
+    tenant: str
     purpose: bytearray = field(default_factory=bytearray)
     filename: str = ""
     num_bytes: int = 0
@@ -44,6 +48,8 @@ class KeptFiles:
         self._store = store
         self._settings = settings
         self._lock = asyncio.Lock()
+        self._coming: list[_Arriving] = []
+        """Bodies that are still on their way, none of which waits for another."""
 
     def path(self, record: FileRecord) -> Path:
         return self._settings.file(record.id)
@@ -51,14 +57,19 @@ class KeptFiles:
     async def take(self, tenant: str, boundary: bytes, body: AsyncIterator[bytes]) -> FileRecord:
         """Keep the file that `body` brings; raises an ApiError, and then keeps nothing."""
         file_id = new_id("file")
-        arriving = _Arriving(self._settings.files / f".{file_id}.part")
+        arriving = _Arriving(self._settings.files / f".{file_id}.part", tenant)
+        self._coming.append(arriving)
         try:
-            async with self._lock:
-                await self._receive(arriving, MultipartReader(boundary), body)
-            return await self._keep(file_id, tenant, arriving)
+            await self._receive(arriving, MultipartReader(boundary), body)
+            return await self._keep(file_id, arriving)
         except MultipartError as error:
             raise Invalid(f"the body is not multipart/form-data: {error}", param="file") from error
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise DiskFull("The disk that files are kept on is full") from error
         finally:
+            self._coming = [one for one in self._coming if one is not arriving]
             arriving.path.unlink(missing_ok=True)
 
     async def add(self, tenant: str, filename: str, purpose: Purpose, content: bytes) -> FileRecord:
@@ -80,7 +91,7 @@ class KeptFiles:
         await self._store.forget(record)
         await asyncio.to_thread(self.path(record).unlink, missing_ok=True)
 
-    async def _keep(self, file_id: str, tenant: str, arriving: _Arriving) -> FileRecord:
+    async def _keep(self, file_id: str, arriving: _Arriving) -> FileRecord:
         purpose = arriving.purpose.decode("ascii", "replace")
         if purpose != SERVED_PURPOSE:
             raise Invalid(
@@ -89,17 +100,30 @@ class KeptFiles:
         if "file" not in arriving.seen or not arriving.num_bytes:
             raise Invalid("`file`: is required, and must not be empty", param="file")
         name = arriving.filename or "file.jsonl"
-        record = _record(file_id, tenant, name, SERVED_PURPOSE, arriving.num_bytes)
-        await asyncio.to_thread(os.rename, arriving.path, self.path(record))
-        await self._store.put(record)
+        record = _record(file_id, arriving.tenant, name, SERVED_PURPOSE, arriving.num_bytes)
+        async with self._lock:
+            if arriving.num_bytes > min((await self._rooms(arriving.tenant)).values()):
+                raise DiskFull(NO_ROOM)
+            await asyncio.to_thread(os.rename, arriving.path, self.path(record))
+            await self._store.put(record)
         return record
+
+    async def _rooms(self, tenant: str) -> dict[str, int]:
+        """Bytes that may still be kept, by whose: everybody's under "", and the tenant's own."""
+        settings = self._settings
+        rooms = {"": settings.max_files_bytes - await self._store.num_file_bytes()}
+        if most := settings.max_files_bytes_per_tenant:
+            rooms[tenant] = most - await self._store.num_file_bytes(tenant)
+        return rooms
+
+    def _num_coming(self, tenant: str) -> int:
+        """Bytes that have come of bodies on their way, of a tenant or of everybody."""
+        return sum(one.num_bytes for one in self._coming if tenant in ("", one.tenant))
 
     async def _receive(
         self, arriving: _Arriving, reader: MultipartReader, body: AsyncIterator[bytes]
     ) -> None:
-        room = self._settings.max_files_bytes - sum(
-            record.num_bytes for record in await self._store.files()
-        )
+        rooms = await self._rooms(arriving.tenant)
         with await asyncio.to_thread(arriving.path.open, "wb") as out:
             async for data in body:
                 pieces = _take_in(arriving, reader, data)
@@ -109,8 +133,8 @@ class KeptFiles:
                         " --tuning-max-file is the most that is taken",
                         param="file",
                     )
-                if arriving.num_bytes > room:
-                    raise DiskFull("No room for more files; delete some that are not needed")
+                if any(self._num_coming(whose) > room for whose, room in rooms.items()):
+                    raise DiskFull(NO_ROOM)
                 if pieces:
                     await asyncio.to_thread(out.writelines, pieces)
         if not reader.is_whole:

@@ -8,7 +8,7 @@ are not known are skipped. It must not know processes or the database.
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,15 @@ def last_failure(run: Path) -> News | None:
     return news[-1] if news and news[-1].type == "failed" else None
 
 
-def told(job: JobRecord, one: News) -> EventRecord | None:
+def without_paths(text: str, folders: Iterable[Path]) -> str:
+    """A text that callers may read: of paths in these folders, what lies below them."""
+    for folder in folders:
+        if folder.is_absolute() and folder != Path(folder.root):
+            text = text.replace(f"{folder}/", "")
+    return text
+
+
+def told(job: JobRecord, one: News, hidden: Iterable[Path]) -> EventRecord | None:
     """The event of a job that comes of a line; None: callers need not see it."""
     place = f"Step {one.step}/{one.num_steps}"
     if one.type == "step":
@@ -98,9 +106,8 @@ def told(job: JobRecord, one: News) -> EventRecord | None:
         return _metrics(job, one, f"{place}: validation loss={_shown(one.loss)}")
     if one.type == "message":
         level: Any = LEVELS.get(one.level, "info")
-        return EventRecord(
-            new_id("ftevent"), job.id, int(one.time), level, "message", one.text, "{}"
-        )
+        text = without_paths(one.text, hidden)
+        return EventRecord(new_id("ftevent"), job.id, int(one.time), level, "message", text, "{}")
     return None
 
 

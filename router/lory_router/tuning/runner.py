@@ -9,20 +9,30 @@ It must not know HTTP, nor how training is done.
 
 import asyncio
 import logging
+import shutil
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
-from lory_router.errors import ApiError
+from lory_router.errors import ApiError, JobsUnwritable
 from lory_router.tuning.checkpoints import MAX_KEPT, checkpoint_name, publish, withdraw
 from lory_router.tuning.child import LOOK_S, Child
 from lory_router.tuning.dataset import DatasetError, check_dataset
 from lory_router.tuning.handover import Handover
 from lory_router.tuning.kept_files import KeptFiles
 from lory_router.tuning.meter import Meter
-from lory_router.tuning.news import STOPPED, News, last_failure, read_news, results_csv, told
+from lory_router.tuning.news import (
+    STOPPED,
+    News,
+    last_failure,
+    read_news,
+    results_csv,
+    told,
+    without_paths,
+)
 from lory_router.tuning.records import EventRecord, JobRecord, JobStatus, new_id
 from lory_router.tuning.run_config import RunConfig, train_command, write_config
 from lory_router.tuning.settings import TuningSettings
@@ -39,6 +49,8 @@ MESSAGES: Mapping[str, str] = {
     "paused": "Fine-tuning job paused",
     "cancelled": "Fine-tuning job cancelled",
 }
+RETRY_S = 1.0
+"""Until a database that could not be written is tried again."""
 LAST_WORDS = 2000
 """Characters of a run's log that go into the message of one that died without a word."""
 
@@ -84,7 +96,6 @@ class JobRunner:
         self._awake = asyncio.Event()
         self._stopping = False
         self._current: _Current | None = None
-        self._handing_over: asyncio.Future[None] | None = None
 
     def wake(self) -> None:
         """There may be a job to do."""
@@ -102,18 +113,32 @@ class JobRunner:
         self._stopping = True
         if self._current is not None:
             self._current.want("shutdown")
-        if self._handing_over is not None:
-            self._handing_over.cancel()
         self._awake.set()
 
     async def run(self) -> None:
-        """Do jobs until stopped."""
+        """Do jobs until stopped, and again where the database could not be written."""
+        while not self._stopping:
+            try:
+                await self._requeue()
+                await self._work()
+            except JobsUnwritable as error:
+                log.error("%s; fine-tuning goes on in %s s", error.message, RETRY_S)
+                self._awake.clear()
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._awake.wait(), RETRY_S)
+
+    async def _requeue(self) -> None:
+        """What still runs by the database's word: the server was killed, or could not write."""
         for job in await self._store.jobs():
-            if job.status == "running":  # the server was killed
+            if job.status == "running":
                 await self._store.change(job.id, lambda job: replace(job, status="queued"))
+
+    async def _work(self) -> None:
         while not self._stopping:
             self._awake.clear()
             job = await self._store.next_job()
+            if self._stopping:
+                return
             if job is None:
                 await self._awake.wait()
             else:
@@ -125,23 +150,27 @@ class JobRunner:
             end = await self._carry_out(job, current)
         except JobFailedError as error:
             await self._fail(job.id, error)
+        except JobsUnwritable:
+            raise
         except Exception as error:
             log.exception("fine-tuning job %s", job.id)
             await self._fail(job.id, JobFailedError("server_error", f"the run failed: {error}"))
         else:
-            if end != "succeeded":
-                await self._move(job.id, end)
+            await self._move(job.id, end)
+            if end in ("succeeded", "cancelled"):
+                await asyncio.to_thread(_forget_checkpoints, self._settings.runs / job.id)
         finally:
             self._current = None
 
     async def _carry_out(self, job: JobRecord, current: _Current) -> JobStatus:
         num_rows = await self._validate(job)
-        if (await self._start(job.id)).status != "running":
-            return "cancelled"
+        status = (await self._start(job.id)).status
+        if status != "running":
+            return status  # it was cancelled or paused meanwhile
         await self._handover.claim(job.adapter_id, job.owner)
         run = self._settings.runs / job.id
-        if await asyncio.to_thread(self._is_made, job):
-            return await self._hand_over(job, run)
+        if current.wish or await asyncio.to_thread(self._is_made, job):
+            return await self._conclude(job, 0, run, current)
         await asyncio.to_thread(run.mkdir, parents=True, exist_ok=True)
         file, validation = self._settings.file, job.validation_file
         config = RunConfig(
@@ -172,7 +201,7 @@ class JobRunner:
         return num_rows
 
     async def _start(self, job_id: str) -> JobRecord:
-        """Running, unless it was cancelled meanwhile."""
+        """Running, unless it waits no more."""
 
         def begin(job: JobRecord) -> JobRecord:
             waits = job.status in ("validating_files", "queued")
@@ -214,7 +243,7 @@ class JobRunner:
         news, num_bytes = await asyncio.to_thread(read_news, run, job.bytes_read)
         if not news:
             return
-        records = [record for one in news if (record := told(job, one)) is not None]
+        records = [record for one in news if (record := told(job, one, self._hidden)) is not None]
 
         def change(job: JobRecord) -> JobRecord:
             return _after(replace(job, bytes_read=num_bytes), news)
@@ -241,33 +270,44 @@ class JobRunner:
         for old in surplus:
             await asyncio.to_thread(withdraw, adapters, old.adapter_id)
 
+    @property
+    def _hidden(self) -> tuple[Path, ...]:
+        """Folders of this machine, which are no caller's to know."""
+        settings = self._settings
+        return settings.folder, settings.adapters, Path(settings.base).parent
+
     def _is_made(self, job: JobRecord) -> bool:
         return (self._settings.adapters / job.adapter_id).is_dir()
 
     async def _conclude(self, job: JobRecord, code: int, run: Path, current: _Current) -> JobStatus:
         """An adapter that is there is whole, however the process ended after it was."""
         is_made = await asyncio.to_thread(self._is_made, job)
-        if current.wish == "cancel" and is_made:
+        if is_made and not current.wish:
+            await self._hand_over(job, current)
+        if current.wish == "cancel":
             await asyncio.to_thread(withdraw, self._settings.adapters, job.adapter_id)
-        if current.wish == "cancel" or (current.wish and not is_made):
+        if current.wish:
             return ENDS[current.wish]
         if not is_made:
             raise JobFailedError("training_failed", await asyncio.to_thread(_why, run, code))
-        return await self._hand_over(job, run)
+        return await self._succeed(job, run)
 
-    async def _hand_over(self, job: JobRecord, run: Path) -> JobStatus:
-        """Serve what was made. If the server stops meanwhile, once it is back."""
-        self._handing_over = asyncio.ensure_future(self._handover.check(job.adapter_id))
+    async def _hand_over(self, job: JobRecord, current: _Current) -> None:
+        """See whether what was made can be served, until that is known or something else wanted:
+        an engine that is not there may be long in coming."""
+        checking = asyncio.ensure_future(self._handover.check(job.adapter_id))
+        asked = asyncio.ensure_future(current.asked.wait())
         try:
-            await self._handing_over
-        except asyncio.CancelledError:
-            if self._stopping:
-                return "queued"
-            raise
+            await asyncio.wait({checking, asked}, return_when=asyncio.FIRST_COMPLETED)
+            if checking.done():
+                await checking
         except ApiError as error:
             raise JobFailedError("adapter_refused", error.message) from error
         finally:
-            self._handing_over = None
+            checking.cancel()
+            asked.cancel()
+
+    async def _succeed(self, job: JobRecord, run: Path) -> JobStatus:
         table = await asyncio.to_thread(results_csv, run)
         kept = await self._files.add(job.tenant, "step_metrics.csv", "fine-tune-results", table)
         await self._store.change(
@@ -282,28 +322,39 @@ class JobRunner:
 
     async def _move(self, job_id: str, status: JobStatus) -> None:
         def change(job: JobRecord) -> JobRecord:
-            if not job.is_open:
+            if not job.is_open or job.status == status:
                 return job
             finished_at = int(time.time()) if status == "cancelled" else 0
             return replace(job, status=status, finished_at=finished_at)
 
-        await self._store.change(job_id, change, _event(job_id, MESSAGES[status]))
+        await self._store.change(job_id, change, _event(job_id, MESSAGES.get(status, status)))
 
     async def _fail(self, job_id: str, error: JobFailedError) -> None:
         log.warning("fine-tuning job %s failed: %s", job_id, error.message)
-        record = _event(job_id, f"The job failed: {error.message}", "error")
-        await self._store.change(
-            job_id,
-            lambda job: replace(
+        message = without_paths(error.message, self._hidden)
+
+        def change(job: JobRecord) -> JobRecord:
+            if not job.is_open:
+                return job
+            return replace(
                 job,
                 status="failed",
                 finished_at=int(time.time()),
                 error_code=error.code,
-                error_message=error.message,
+                error_message=message,
                 error_param=error.param,
-            ),
-            record,
-        )
+            )
+
+        record = _event(job_id, f"The job failed: {message}", "error")
+        await self._store.change(job_id, change, record)
+
+
+def _forget_checkpoints(run: Path) -> None:
+    """Of a run that is over; what it told stays."""
+    if run.is_dir():
+        for path in run.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _after(job: JobRecord, news: list[News]) -> JobRecord:

@@ -50,6 +50,8 @@ class Tuning:
         self.meter = Meter(price_per_hour)
         self._handover = handover
         self._store = TuningStore(settings.database)
+        for leftover in settings.files.glob(".*.part"):
+            leftover.unlink(missing_ok=True)
         self._files = KeptFiles(self._store, settings)
         self._runner = JobRunner(
             self._store, self._files, settings, environment, handover, self.meter
@@ -104,8 +106,7 @@ class Tuning:
                 record = await self._files.find(caller, file_id, param)
                 if record.purpose != "fine-tune":
                     raise Invalid(f"`{param}`: is no file to train on", param=param)
-        if await self._store.num_open() >= self.settings.max_jobs:
-            raise Overloaded("Too many jobs wait already; cancel some, or come back later")
+        await self._check_room(caller.tenant)
         note = EventRecord(
             new_id("ftevent"),
             job.id,
@@ -118,6 +119,13 @@ class Tuning:
         await self._store.put(job, note)
         self._runner.wake()
         return job
+
+    async def _check_room(self, tenant: str) -> None:
+        most = self.settings.max_jobs_per_tenant
+        if most and await self._store.num_open(tenant) >= most:
+            raise Overloaded(f"{most} jobs of {tenant} wait already; cancel some, or come back")
+        if await self._store.num_open() >= self.settings.max_jobs:
+            raise Overloaded("Too many jobs wait already; cancel some, or come back later")
 
     async def job(self, caller: Caller, job_id: str) -> JobRecord:
         job = await self._store.job(job_id)
@@ -136,7 +144,10 @@ class Tuning:
         self, caller: Caller, job_id: str, after: str, limit: int
     ) -> tuple[list[EventRecord], bool]:
         await self.job(caller, job_id)
-        return _page(await self._store.events(job_id), after, limit)
+        found = await self._store.events(job_id, after, limit + 1)
+        if found is None:
+            raise _no_such_entry(after)
+        return found[:limit], len(found) > limit
 
     async def checkpoints(
         self, caller: Caller, job_id: str, after: str, limit: int
@@ -168,7 +179,7 @@ class Tuning:
     ) -> JobRecord:
         """Of a job that waits at once; of one that runs, as soon as its step is over."""
         job = await self.job(caller, job_id)
-        if self._runner.wish(job_id, wish):
+        if job.is_open and self._runner.wish(job_id, wish):
             return job
         changed = await self._store.change(job_id, _from(waiting, status))
         if changed.status != status or job.status == status:
@@ -190,12 +201,16 @@ def _from(before: Sequence[JobStatus], status: JobStatus) -> Callable[[JobRecord
     return change
 
 
+def _no_such_entry(after: str) -> Invalid:
+    return Invalid(f"`after`: no such entry: {shown(after)}", param="after")
+
+
 def _page(found: list[R], after: str, limit: int) -> tuple[list[R], bool]:
     """What comes behind `after`, and whether there is more."""
     start = 0
     if after:
         places = [place for place, one in enumerate(found) if one.id == after]
         if not places:
-            raise Invalid(f"`after`: no such entry: {shown(after)}", param="after")
+            raise _no_such_entry(after)
         start = places[0] + 1
     return found[start : start + limit], len(found) > start + limit

@@ -35,6 +35,9 @@ class TuningSettings:
     """Of all files together."""
     max_jobs: int = 100
     """Waiting, running or paused; one more is refused."""
+    max_jobs_per_tenant: int = 0
+    """0: no fewer than of all together; so is the next."""
+    max_files_bytes_per_tenant: int = 0
     stop_grace_s: float = 60.0
     """How long a job may take to write its checkpoint before it is killed."""
     command: tuple[str, ...] = TRAIN_COMMAND

@@ -12,6 +12,7 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from lory_router.errors import JobsUnwritable
 from lory_router.tuning.records import (
     OPEN,
     CheckpointRecord,
@@ -70,9 +71,10 @@ class TuningStore:
         """Newest first."""
         return await self._run(lambda db: _all(db, JobRecord))
 
-    async def events(self, job_id: str) -> list[EventRecord]:
-        """Newest first."""
-        return await self._run(lambda db: _all(db, EventRecord, job_id))
+    async def events(self, job_id: str, after: str, num: int) -> list[EventRecord] | None:
+        """Newest first, at most so many of those before the event `after`, if one is named; None:
+        there is no such event."""
+        return await self._run(lambda db: _events(db, job_id, after, num))
 
     async def checkpoints(self, job_id: str) -> list[CheckpointRecord]:
         """Newest first."""
@@ -80,26 +82,39 @@ class TuningStore:
 
     async def next_job(self) -> JobRecord | None:
         """The oldest that waits to run."""
-        waiting = [job for job in await self.jobs() if job.status in ("validating_files", "queued")]
-        return waiting[-1] if waiting else None
+        names = _names(JobRecord)
+        query = (
+            f"SELECT {names} FROM jobs WHERE status IN ('validating_files', 'queued')"
+            " ORDER BY number LIMIT 1"
+        )
+        row = await self._run(lambda db: db.execute(query).fetchone())
+        return None if row is None else JobRecord(*row)
 
-    async def num_open(self) -> int:
+    async def num_open(self, tenant: str = "") -> int:
+        """Jobs that are not over, of a tenant or of all."""
         marks = ", ".join("?" * len(OPEN))
-        query = f"SELECT count(*) FROM jobs WHERE status IN ({marks})"
-        return await self._run(lambda db: db.execute(query, OPEN).fetchone()[0])
+        query = f"SELECT count(*) FROM jobs WHERE status IN ({marks}) AND ? IN ('', tenant)"
+        return await self._run(lambda db: db.execute(query, (*OPEN, tenant)).fetchone()[0])
+
+    async def num_file_bytes(self, tenant: str = "") -> int:
+        """Of a tenant's files, or of all."""
+        query = "SELECT coalesce(sum(num_bytes), 0) FROM files WHERE ? IN ('', tenant)"
+        return await self._run(lambda db: db.execute(query, (tenant,)).fetchone()[0])
 
     async def change(
         self, job_id: str, change: Callable[[JobRecord], JobRecord], *more: Record
     ) -> JobRecord:
-        """Read, change and write a job as one, with what goes with it; the job after it."""
+        """Read, change and write a job as one, with what goes with the change, if it is one; the
+        job after it."""
 
         def work(db: sqlite3.Connection) -> JobRecord:
             job = _find(db, JobRecord, job_id)
             if job is None:
                 raise KeyError(job_id)
             changed = change(job)
-            for record in (changed, *more):
-                _put(db, record)
+            if changed != job:
+                for record in (changed, *more):
+                    _put(db, record)
             return changed
 
         return await self._run(work)
@@ -118,7 +133,10 @@ class TuningStore:
 
     async def _locked(self, work: Callable[[sqlite3.Connection], T]) -> T:
         async with self._lock:
-            return await asyncio.to_thread(_in_transaction, self._connection, work)
+            try:
+                return await asyncio.to_thread(_in_transaction, self._connection, work)
+            except sqlite3.Error as error:
+                raise JobsUnwritable(f"The database of jobs cannot be used: {error}") from error
 
 
 def _in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:
@@ -139,7 +157,7 @@ def _in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection],
 def _put(db: sqlite3.Connection, record: Record) -> None:
     values = astuple(record)
     marks = ", ".join("?" * len(values))
-    table, names = _TABLES[type(record)], ", ".join(f.name for f in fields(record))
+    table, names = _TABLES[type(record)], _names(type(record))
     updates = ", ".join(f"{f.name} = excluded.{f.name}" for f in fields(record))
     db.execute(
         f"INSERT INTO {table} ({names}) VALUES ({marks}) ON CONFLICT (id) DO UPDATE SET {updates}",
@@ -147,18 +165,32 @@ def _put(db: sqlite3.Connection, record: Record) -> None:
     )
 
 
+def _names(kind: type[Any]) -> str:
+    return ", ".join(f.name for f in fields(kind))
+
+
 def _find(db: sqlite3.Connection, kind: type[R], row_id: str) -> R | None:
-    names = ", ".join(f.name for f in fields(kind))
-    query = f"SELECT {names} FROM {_TABLES[kind]} WHERE id = ?"
+    query = f"SELECT {_names(kind)} FROM {_TABLES[kind]} WHERE id = ?"
     row = db.execute(query, (row_id,)).fetchone()
     return None if row is None else kind(*row)
 
 
 def _all(db: sqlite3.Connection, kind: type[R], job_id: str = "") -> list[R]:
-    names = ", ".join(f.name for f in fields(kind))
     where, values = ("WHERE job_id = ?", (job_id,)) if job_id else ("", ())
-    query = f"SELECT {names} FROM {_TABLES[kind]} {where} ORDER BY number DESC"
+    query = f"SELECT {_names(kind)} FROM {_TABLES[kind]} {where} ORDER BY number DESC"
     return [kind(*row) for row in db.execute(query, values)]
+
+
+def _events(db: sqlite3.Connection, job_id: str, after: str, num: int) -> list[EventRecord] | None:
+    where, values = "job_id = ?", [job_id]
+    if after:
+        query = "SELECT number FROM events WHERE job_id = ? AND id = ?"
+        place = db.execute(query, (job_id, after)).fetchone()
+        if place is None:
+            return None
+        where, values = f"{where} AND number < ?", [job_id, *place]
+    query = f"SELECT {_names(EventRecord)} FROM events WHERE {where} ORDER BY number DESC LIMIT ?"
+    return [EventRecord(*row) for row in db.execute(query, (*values, num))]
 
 
 # -- opening --------------------------------------------------------------------------------

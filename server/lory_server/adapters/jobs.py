@@ -163,6 +163,7 @@ class LoadJob:
             self.readers.put(reader)
 
     def _load(self, reservation: "_Reservation", reader: Reader) -> Loaded | NeedsRoom:
+        reader.begin()
         started_s = time.monotonic()
         with locate(self.store, self.key.adapter_id) as files:
             manifest = reader.manifest(files)

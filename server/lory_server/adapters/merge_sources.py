@@ -11,7 +11,7 @@ from types import TracebackType
 
 import msgspec
 
-from lory_server.adapters.errors import AdapterError, blaming
+from lory_server.adapters.errors import AdapterError, AdapterNotFoundError, blaming
 from lory_server.adapters.store import AdapterFiles, AdapterStore, Signature
 from lory_server.recipes import MERGED, Recipe, merged_id, read_recipe
 
@@ -73,7 +73,10 @@ def locate(store: AdapterStore, adapter_id: str) -> Files:
     """Raises as `store.locate`, and says which of several sources is to blame."""
     if not adapter_id.startswith(MERGED):
         return store.locate(adapter_id)
-    recipe = read_recipe(adapter_id)
+    try:
+        recipe = read_recipe(adapter_id)
+    except msgspec.MsgspecError:
+        raise AdapterNotFoundError("no adapter is called so") from None
     with ExitStack() as opened:
         found: list[AdapterFiles] = []
         for index, source in enumerate(recipe.sources):

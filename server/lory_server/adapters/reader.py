@@ -8,6 +8,7 @@ at a time. It must not know names, budgets or tiers.
 """
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Protocol
 
 import torch
@@ -20,7 +21,18 @@ from lory_server.adapters.merge_plan import MergePlan
 from lory_server.adapters.merge_sources import Files, SourceFiles
 
 
+class ReaderEndedError(RuntimeError):
+    """A reader's process is gone, or might as well be; the next load starts another."""
+
+    def __init__(self, cause: str) -> None:
+        super().__init__(f"the process that reads adapters was lost: {cause}")
+
+
 class Reader(Protocol):
+    def begin(self) -> None:
+        """Start what has not: no load is said to have taken that long."""
+        ...
+
     def wait_until_ready(self) -> None:
         """Return when a load would not wait for the reader itself to start."""
         ...
@@ -43,8 +55,11 @@ class ThreadReader:
         self._base = base
         self._dtype = dtype
 
-    def wait_until_ready(self) -> None:
+    def begin(self) -> None:
         """There is nothing to start."""
+
+    def wait_until_ready(self) -> None:
+        """There is nothing to wait for."""
 
     def manifest(self, files: Files) -> AdapterManifest:
         if isinstance(files, SourceFiles):
@@ -71,12 +86,18 @@ class LateReader:
         self._make = make
         self._reader: Reader | None = None
 
+    def begin(self) -> None:
+        if self._reader is None:
+            self._reader = self._make()
+            with suppress(ReaderEndedError):
+                self._reader.wait_until_ready()
+
     def wait_until_ready(self) -> None:
         """What has not begun is not waited for."""
 
     def manifest(self, files: Files) -> AdapterManifest:
-        if self._reader is None:
-            self._reader = self._make()
+        self.begin()
+        assert self._reader is not None
         return self._reader.manifest(files)
 
     def blob(self, files: Files, manifest: AdapterManifest) -> AdapterBlob:

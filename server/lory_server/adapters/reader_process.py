@@ -28,6 +28,7 @@ from lory_server.adapters.manifest import AdapterManifest, Base
 from lory_server.adapters.merge import merge_numbers, read_plan
 from lory_server.adapters.merge_plan import MergePlan
 from lory_server.adapters.merge_sources import Files, SourceFiles
+from lory_server.adapters.reader import ReaderEndedError
 from lory_server.adapters.store import changed_error
 from lory_server.giving_way import giving_way
 from lory_server.lifeline import die_with_parent
@@ -100,13 +101,6 @@ Reply = Ready | Looked | ReadDone | Invalid | Failed
 Expected = TypeVar("Expected", Ready, Looked, ReadDone)
 
 
-class ReaderEndedError(RuntimeError):
-    """The reader's process is gone, or might as well be."""
-
-    def __init__(self, cause: str) -> None:
-        super().__init__(f"the process that reads adapters was lost: {cause}")
-
-
 class _Wire:
     """Frames of msgpack, four bytes of length before each, and descriptors beside them.
 
@@ -167,6 +161,9 @@ class ProcessReader:
         self._dtype = dtype
         self._is_closed = False
         self._start()
+
+    def begin(self) -> None:
+        """It has begun."""
 
     def wait_until_ready(self) -> None:
         """The process has imported what it needs, and it knows the base; ReaderEndedError."""

@@ -86,6 +86,9 @@ def _body(model: str, contest: Contest, a: str, b: str, seed: int) -> Json:
 async def _ask(server: Server, body: Json) -> str:
     """`a`, `b`, `tie`, or nothing that can be read."""
     reply = await server.post("/v1/chat/completions", body)
-    text = reply.body["choices"][0]["message"]["content"] or ""
-    found = _WORD.fullmatch(text)
+    try:
+        text = reply.body["choices"][0]["message"]["content"]
+    except (KeyError, TypeError, IndexError):
+        return ""
+    found = _WORD.fullmatch(text) if isinstance(text, str) else None
     return found["verdict"].lower() if found else ""

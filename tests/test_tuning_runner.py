@@ -1,0 +1,311 @@
+"""What becomes of jobs that are cancelled, paused, interrupted, and how their processes are run."""
+
+import asyncio
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+import fake_trainer
+from lory_router.keys import Caller
+from lory_router.registry import Registry
+from lory_router.tuning.child import LAUNCHER
+from lory_router.tuning.handover import Handover
+from lory_router.tuning.service import Tuning
+from lory_router.tuning.shapes import CreateJob
+from lory_router.tuning.store import TuningStore, TuningStoreError
+from scripted_engine import BASE
+from tuning_world import (
+    JOBS,
+    WAIT_S,
+    AbsentEngine,
+    ServingEngine,
+    World,
+    name_of,
+    run,
+    settings_in,
+    until,
+    world,
+)
+
+# -- cancel, pause, restart -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [fake_trainer.SLOW, fake_trainer.DEAF])
+def test_a_running_job_is_cancelled_and_makes_nothing(tmp_path: Path, seed: int):
+    async def story(world: World) -> None:
+        job = await world.create(seed=seed)
+        await world.until_step(job["id"])
+        assert (await world.client.post(f"{JOBS}/{job['id']}/cancel")).status_code == 200
+        done = await world.until(job["id"], "cancelled", "succeeded", "failed")
+        assert (done["status"], done["fine_tuned_model"]) == ("cancelled", None)
+        assert not (world.settings.adapters / "nothing").exists()
+        again = await world.client.post(f"{JOBS}/{job['id']}/cancel")
+        assert again.status_code == 409
+
+    run(tmp_path, story, stop_grace_s=0.1)
+
+
+@pytest.mark.parametrize(("deed", "status"), [("cancel", "cancelled"), ("pause", "paused")])
+def test_a_job_that_waits_for_the_engine_is_still_heard(tmp_path: Path, deed: str, status: str):
+    async def story(world: World) -> None:
+        job = await world.create()
+        made = world.settings.adapters / name_of(job)
+        await until(made.is_dir)
+        assert (await world.client.post(f"{JOBS}/{job['id']}/{deed}")).status_code == 200
+        assert (await world.until(job["id"], status, "succeeded"))["status"] == status
+        assert made.exists() == (status == "paused")
+        assert (await world.client.post(f"{JOBS}/{job['id']}/{deed}")).status_code == 409
+
+    run(tmp_path, story, engine=AbsentEngine)
+
+
+@pytest.mark.parametrize("seed", [fake_trainer.DEAF, 1])
+def test_a_server_stops_though_a_new_adapter_waits_for_the_engine(tmp_path: Path, seed: int):
+    """Whether it was made before the server was told to stop, or after."""
+    job: dict[str, Any] = {}
+
+    async def begin(world: World) -> None:
+        job.update(await world.create(seed=seed))
+        made = world.settings.adapters / name_of(job)
+        await (until(made.is_dir) if seed == 1 else world.until_step(job["id"]))
+
+    async def within_time() -> None:
+        async with asyncio.timeout(WAIT_S), world(tmp_path, engine=AbsentEngine) as found:
+            await begin(found)
+
+    async def go_on(world: World) -> None:
+        done = await world.until(job["id"], "succeeded", "failed")
+        assert done["fine_tuned_model"] == name_of(job)
+
+    asyncio.run(within_time())
+    run(tmp_path, go_on)
+
+
+def test_a_job_is_not_begun_by_a_server_that_stops(tmp_path: Path):
+    async def story() -> None:
+        registry = Registry()
+        tuning = Tuning(settings_in(tmp_path), {}, Handover(ServingEngine(), registry), 0.0)
+        caller = Caller("root", is_admin=True)
+        file = await tuning._files.add("root", "rows.jsonl", "fine-tune", b"{}")
+        job = await tuning.create(caller, CreateJob(model=BASE, training_file=file.id))
+        next_job = tuning._store.next_job
+
+        async def told_to_stop() -> Any:
+            found = await next_job()
+            tuning.stop()
+            return found
+
+        tuning._store.next_job = told_to_stop
+        await tuning.run()
+        assert (await tuning.job(caller, job.id)).status == "validating_files"
+        tuning.close()
+        registry.close()
+
+    asyncio.run(story())
+
+
+def test_a_job_that_is_paused_as_it_begins_is_paused(tmp_path: Path):
+    """Nothing is done to it, and nothing said of it, that was not asked for."""
+
+    async def story(world: World) -> None:
+        next_job, held = world.tuning._store.next_job, asyncio.Event()
+
+        async def slowly() -> Any:
+            found = await next_job()
+            if found is not None:
+                held.set()
+                await asyncio.sleep(0.1)
+            return found
+
+        world.tuning._store.next_job = slowly
+        job = await world.create()
+        await held.wait()
+        assert (await world.client.post(f"{JOBS}/{job['id']}/pause")).json()["status"] == "paused"
+        await asyncio.sleep(0.3)
+        assert (await world.job(job["id"]))["status"] == "paused"
+        assert await world.events(job["id"]) == [
+            f"Created fine-tuning job: {job['id']}",
+            "Fine-tuning job paused",
+        ]
+
+    run(tmp_path, story)
+
+
+def test_jobs_go_on_after_a_database_that_could_not_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    async def story(world: World) -> None:
+        job = await world.create(seed=fake_trainer.SLOW)
+        await world.until_step(job["id"])
+        await query_only(world, "ON")
+        reply = await world.client.post(JOBS, json={"model": BASE, "training_file": "file-x"})
+        assert reply.status_code == 500
+        assert "database of jobs" in reply.json()["error"]["message"]
+        async with asyncio.timeout(WAIT_S):
+            while "fine-tuning goes on" not in caplog.text:
+                await asyncio.sleep(0.05)
+        await query_only(world, "OFF")
+        assert (await world.until(job["id"], "succeeded", "failed"))["status"] == "succeeded"
+
+    run(tmp_path, story)
+
+
+async def query_only(world: World, value: str) -> None:
+    """What a full disk does, as far as statements go."""
+    await asyncio.to_thread(world.tuning._store._connection.execute, f"PRAGMA query_only = {value}")
+
+
+def test_a_waiting_job_is_cancelled_at_once_and_never_runs(tmp_path: Path):
+    async def story(world: World) -> None:
+        first = await world.create(seed=fake_trainer.SLOW)
+        second = await world.create()
+        reply = (await world.client.post(f"{JOBS}/{second['id']}/cancel")).json()
+        assert reply["status"] == "cancelled"
+        assert reply["finished_at"] is not None
+        await world.until(first["id"], "succeeded")
+        assert (await world.job(second["id"]))["status"] == "cancelled"
+
+    run(tmp_path, story)
+
+
+def test_a_paused_job_goes_on_from_its_checkpoint(tmp_path: Path):
+    async def story(world: World) -> None:
+        job = await world.create(seed=fake_trainer.SLOW)
+        await world.until_step(job["id"])
+        await world.client.post(f"{JOBS}/{job['id']}/pause")
+        await world.until(job["id"], "paused")
+        before = len(await world.events(job["id"], "metrics"))
+        other = await world.create()
+        await world.until(other["id"], "succeeded")
+        assert (await world.client.post(f"{JOBS}/{job['id']}/resume")).status_code == 200
+        await world.until(job["id"], "succeeded")
+        steps = await world.events(job["id"], "metrics")
+        assert 0 < before < len(steps) == fake_trainer.NUM_STEPS
+        assert (await world.client.post(f"{JOBS}/{job['id']}/resume")).status_code == 409
+
+    run(tmp_path, story)
+
+
+def test_a_job_outlives_its_server(tmp_path: Path):
+    job: dict[str, Any] = {}
+
+    async def begin(world: World) -> None:
+        job.update(await world.create(seed=fake_trainer.SLOW))
+        await world.until_step(job["id"])
+
+    async def go_on(world: World) -> None:
+        done = await world.until(job["id"], "succeeded", "failed")
+        assert done["status"] == "succeeded"
+        assert len(await world.events(job["id"], "metrics")) == fake_trainer.NUM_STEPS
+
+    run(tmp_path, begin)
+    run(tmp_path, go_on)
+
+
+def test_a_job_whose_server_was_killed_goes_on(tmp_path: Path):
+    """Even one that had made its adapter, and was killed before it could say so."""
+
+    async def begin(world: World) -> None:
+        for _ in range(2):
+            job = await world.create()
+            ids.append(job["id"])
+            names.append((await world.until(job["id"], "succeeded"))["fine_tuned_model"])
+
+    async def go_on(world: World) -> None:
+        for job_id in ids:
+            assert (await world.until(job_id, "succeeded", "failed"))["status"] == "succeeded"
+
+    ids: list[str] = []
+    names: list[str] = []
+    run(tmp_path, begin)
+    with sqlite3.connect(tmp_path / "tuning" / "jobs.sqlite") as db:
+        db.execute("UPDATE jobs SET status = 'running', finished_at = 0")
+    made = tmp_path / "adapters" / names[1]
+    made.rename(tmp_path / "lost")
+    run(tmp_path, go_on)
+    assert made.is_dir()
+
+
+def served_by_a_child(folder: Path) -> int:
+    """A server of its own, of which nothing is waited for."""
+    child = os.fork()
+    if child:
+        return child
+
+    async def forever(world: World) -> None:
+        await asyncio.sleep(WAIT_S)
+
+    try:
+        run(folder, forever)
+    finally:
+        os._exit(1)
+
+
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.full)])
+def test_kill_9_of_the_server_loses_no_job_and_shows_no_half_adapter(tmp_path: Path, kills: int):
+    job: dict[str, Any] = {}
+
+    async def begin(world: World) -> None:
+        job.update(await world.create(seed=fake_trainer.SLOW))
+
+    async def go_on(world: World) -> None:
+        done = await world.until(job["id"], "succeeded", "failed")
+        assert (done["status"], done["fine_tuned_model"]) == ("succeeded", name_of(job))
+
+    run(tmp_path, begin)
+    moments = Random(kills)
+    for _ in range(kills):
+        child = served_by_a_child(tmp_path)
+        time.sleep(moments.uniform(0.05, 0.9))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        for adapter in (tmp_path / "adapters").glob("ft-*"):
+            assert {path.name for path in adapter.iterdir()} == set(fake_trainer.FILES)
+    run(tmp_path, go_on)
+
+
+def test_a_database_is_one_servers(tmp_path: Path):
+    settings = settings_in(tmp_path)
+    settings.folder.mkdir()
+    store = TuningStore(settings.database)
+    with pytest.raises(TuningStoreError, match="another server uses it"):
+        TuningStore(settings.database)
+    store.close()
+    settings.database.write_bytes(b"nonsense" * 100)
+    with pytest.raises(TuningStoreError, match="is damaged"):
+        TuningStore(settings.database)
+
+
+# -- the process ----------------------------------------------------------------------------
+
+
+def test_a_run_gets_what_nobody_else_wants():
+    code = "import os; print(os.nice(0), os.sched_getscheduler(0) == os.SCHED_IDLE)"
+    command = [*LAUNCHER, str(os.getpid()), sys.executable, "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "19 True\n"
+
+
+def test_a_run_dies_with_its_server():
+    """Whose end of the pipe is closed, then, by both."""
+    run_code = "import time; print('runs', flush=True); time.sleep(60)"
+    server_code = f"""
+import os, subprocess, sys
+command = [*{LAUNCHER!r}, str(os.getpid()), sys.executable, "-c", {run_code!r}]
+subprocess.Popen(command).wait()
+"""
+    command = [sys.executable, "-c", server_code]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "runs\n"
+        server.kill()
+        out, _ = server.communicate(timeout=10)
+        assert out == ""
