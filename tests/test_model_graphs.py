@@ -461,7 +461,7 @@ def test_two_steps_send_from_four_buffers() -> None:
         sent = stage.send({"number_N": np.array([number])})
         assert sent["number_N"].tolist() == [number]
         buffers.append(stage._buffers[stage._turn])
-    assert len({id(buffer) for buffer in buffers}) == BUFFERS_IN_TURN == 4
+    assert len({id(buffer) for buffer in buffers}) == BUFFERS_IN_TURN == 16
     assert buffers[-1] is buffers[0]
 
 
