@@ -1,6 +1,7 @@
 """Embeddings, heads and norms of an adapter's own: what is accepted, what is refused, by name."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from safetensors.torch import save_file
 
 from adapter_files import HIDDEN, SITES, make_config, make_tensors
 from lory_server.adapters.errors import AdapterInvalidError
-from lory_server.adapters.format import AdapterManifest, Base, read_manifest
+from lory_server.adapters.format import NO_FILES, AdapterManifest, Base, read_manifest
 from lory_server.adapters.merge_plan import plan_merge
 from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE, Site, Slice
 from lory_server.recipes import MergeSource, Recipe
@@ -33,7 +34,11 @@ Shapes = dict[str, tuple[int, ...]]
 
 
 def manifest_of(
-    folder: Path, shapes: Shapes, base: Base = UNTIED, **fields: Any
+    folder: Path,
+    shapes: Shapes,
+    base: Base = UNTIED,
+    tokenizer_fds: Mapping[str, int] = NO_FILES,
+    **fields: Any,
 ) -> AdapterManifest:
     """Of an adapter with LoRA on q_proj and zeros of such shapes."""
     tensors = make_tensors(4, ("q_proj",)) | {name: torch.zeros(s) for name, s in shapes.items()}
@@ -43,7 +48,7 @@ def manifest_of(
         (folder / "adapter_config.json").open("rb") as config,
         (folder / "adapter_model.safetensors").open("rb") as weights,
     ):
-        return read_manifest(config.fileno(), weights.fileno(), base)
+        return read_manifest(config.fileno(), weights.fileno(), base, tokenizer_fds)
 
 
 def lora_head(rank: int = 4) -> Shapes:
@@ -221,3 +226,65 @@ def test_adapters_with_more_than_linear_factors_are_not_merged(
     recipe = Recipe(sources=(MergeSource("x", 1.0), MergeSource("y", 1.0)))
     with pytest.raises(AdapterInvalidError, match=says):
         plan_merge(recipe, [manifest, manifest])
+
+
+# -- vocabularies of another size -----------------------------------------------------------
+
+OWN: Shapes = {f"{end}.weight": (VOCAB + 3, HIDDEN) for end in (HEAD, EMBED)}
+SAVED: dict[str, Any] = {"modules_to_save": ["embed_tokens", "lm_head"]}
+TOKENIZER = {"added_tokens": [], "model": {"vocab": {"a": 0, "b": VOCAB + 2}}}
+
+
+def manifest_with_tokenizer(
+    folder: Path, shapes: Shapes, tokenizer: Any = TOKENIZER, **fields: Any
+) -> AdapterManifest:
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps(tokenizer))
+    with path.open("rb") as file:
+        return manifest_of(folder, shapes, tokenizer_fds={path.name: file.fileno()}, **fields)
+
+
+@pytest.mark.parametrize("copies", [(), ("modules_to_save.weight", "original_module.weight")])
+def test_both_ends_of_another_size_are_taken_with_a_tokenizer(
+    tmp_path: Path, copies: tuple[str, ...]
+) -> None:
+    """And what PEFT writes of them twice more is passed over."""
+    more = {f"{end}.{copy}": (VOCAB + 3, HIDDEN) for end in (HEAD, EMBED) for copy in copies}
+    manifest = manifest_with_tokenizer(tmp_path, OWN | more, **SAVED)
+    assert manifest.vocab_size == VOCAB + 3
+    assert manifest.tokenizer
+    assert sorted(weight.spec.name for weight in manifest.full) == sorted(OWN)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "fields", "says"),
+    [
+        ({f"{HEAD}.weight": (VOCAB + 3, HIDDEN)}, {}, "must both be saved, of one size"),
+        (OWN | {f"{EMBED}.weight": FULL}, {}, "must both be saved, of one size"),
+        (OWN | {f"{EMBED}.weight": (VOCAB + 2, HIDDEN)}, {}, "must both be saved, of one size"),
+        (dict.fromkeys(OWN, (4097, HIDDEN)), SAVED, "an adapter may have 4096"),
+        (dict.fromkeys(OWN, (0, HIDDEN)), SAVED, "is empty|an adapter may have 4096"),
+        (OWN | lora_head(), ON_HEAD, "served whole alone"),
+        (OWN | {f"{EMBED}.{DELTA}": (1, HIDDEN)}, {"trainable_token_indices": [2]}, "whole alone"),
+        (OWN, {"trainable_token_indices": [2]}, "trainable_tokens_delta.* is missing"),
+        (OWN | {f"{HEAD}.original_module.weight": FULL}, SAVED, "original_module.* has shape"),
+        ({f"{HEAD}.original_module.weight": FULL}, {}, "no weight that it is a copy of"),
+    ],
+)
+def test_other_vocabularies_are_refused_by_name(
+    tmp_path: Path, shapes: Shapes, fields: dict[str, Any], says: str
+) -> None:
+    with pytest.raises(AdapterInvalidError, match=says):
+        manifest_with_tokenizer(tmp_path, shapes, **fields)
+
+
+def test_a_vocabulary_of_its_own_size_takes_a_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(AdapterInvalidError, match="has 12 tokens, the base 9: save its tokenizer"):
+        manifest_of(tmp_path, OWN, **SAVED)
+
+
+def test_a_token_beyond_the_adapter_s_own_embedding_is_refused(tmp_path: Path) -> None:
+    beyond = TOKENIZER | {"added_tokens": [{"id": VOCAB + 3, "content": "x"}]}
+    says = "has a token 12, the adapter's own embedding has 12 tokens"
+    with pytest.raises(AdapterInvalidError, match=says):
+        manifest_with_tokenizer(tmp_path, OWN, beyond, **SAVED)

@@ -60,7 +60,10 @@ def own_vocab_size(tensors: dict[str, Tensors], base: Base, has_tokenizer: bool)
     most = max(ALWAYS_ALLOWED_TOKENS, MOST_TIMES_THE_BASE * num_base)
     sizes = {None if one is None else one.shape[0] for one in found.values()}
     if sizes != {spec.shape[0]}:
-        raise _own_size(spec, num_base, "embed_tokens and lm_head must both be saved, of one size")
+        reason = (
+            "in a vocabulary of its own embed_tokens and lm_head must both be saved, of one size"
+        )
+        raise _own_size(spec, num_base, reason)
     if not 0 < spec.shape[0] <= most:
         raise _own_size(spec, num_base, f"an adapter may have {most}")
     if not has_tokenizer:
