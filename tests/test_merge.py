@@ -432,7 +432,8 @@ def test_merging_knows_all_that_an_adapter_may_have() -> None:
     }  # fmt: skip
     manifest_fields = {field.name for field in dataclasses.fields(AdapterManifest)}
     assert manifest_fields == {
-        "slices", "base_model_name", "file_bytes", "digest", "invocation_tokens", "full"
+        "slices", "base_model_name", "file_bytes", "digest", "invocation_tokens", "full",
+        "tokenizer", "vocab_size",  # sources are read without their tokenizers
     }  # fmt: skip
 
 
