@@ -52,7 +52,7 @@ class Stream(threading.Thread):
             "inputs": PROMPT,
             "parameters": {
                 "adapter_id": adapter_id,
-                "max_new_tokens": 400,
+                "max_new_tokens": 900,
                 "ignore_eos_token": True,
             },
         }

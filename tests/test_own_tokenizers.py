@@ -154,17 +154,20 @@ def test_a_chat_is_made_by_the_adapter_s_own_template(world: World, url: str) ->
     assert reply["choices"][0]["message"]["content"].split() == said.split()
 
 
-def test_a_tokenizer_with_more_tokens_than_its_embedding_refuses_the_adapter(
-    world: World, url: str
-) -> None:
+CHAT = {"messages": [{"role": "user", "content": "<note>"}]}
+
+
+def test_a_token_that_has_no_row_fails_the_text_that_needs_it_alone(world: World, url: str) -> None:
     folder = world.adapters_dir / "beyond"
     shutil.copytree(world.adapters["plain"].folder, folder)
     shutil.copy(world.adapters["grown"].folder / "tokenizer.json", folder)
-    reply = all_at_once(url, [body("ab", "beyond"), body("ab", "plain")])
-    assert reply[0].status_code == 422
-    assert "'beyond'" in reply[0].json()["error"]
-    assert "has a token 33, the base has 32 tokens" in reply[0].json()["error"]
-    assert reply[1].status_code == 200
+    sent = [body("ab", "beyond"), body("a<note>b", "beyond"), body("ab", "plain")]
+    reply = all_at_once(url, sent)
+    assert [one.status_code for one in reply] == [200, 422, 200]
+    assert "`inputs` holds a token id outside 0..31" in reply[1].json()["error"]
+    for path, ask in (("completions", {"prompt": "a<note>"}), ("chat/completions", CHAT)):
+        told = httpx.post(f"{url}/v1/{path}", json={"model": "beyond", **ask}, trust_env=False)
+        assert told.status_code == 400, told.text
 
 
 def test_a_replaced_tokenizer_is_used_at_once(world: World, url: str) -> None:

@@ -83,6 +83,7 @@ async def accept(body: GenerateBody, stream: bool, context: Context) -> LoraxJob
     prompt_ids, is_cut = await _prompt_ids(prompt, wish, settings, text)
     shown = text.decode(prompt_ids) if is_cut else prompt
     validate.check_prompt("inputs", len(prompt_ids), info, settings)
+    asking.check_token_ids("inputs", prompt_ids, context)
     sampling = _sampling(wish, manner, len(prompt_ids), context)
     stops = asking.all_stops(validate.check_stops(wish.stop or (), settings), manner)
     first = asked_of(named, prompt_ids, sampling, manner)

@@ -296,8 +296,8 @@ async def _completion_ids(prompt: Prompt, context: Context) -> tuple[int, ...]:
         ids = await tokenize.encode(context.text, prompt, context.settings)
     else:
         ids = prompt
-        asking.check_token_ids("prompt", ids, context)
     validate.check_prompt("prompt", len(ids), context.info, context.settings)
+    asking.check_token_ids("prompt", ids, context)
     return ids
 
 
@@ -315,6 +315,7 @@ async def _chat_ids(body: ChatBody, context: Context) -> tuple[tuple[int, ...], 
     special = not prompt.has_specials
     ids = await tokenize.encode(context.text, prompt.text, context.settings, special)
     validate.check_prompt("messages", len(ids), context.info, context.settings)
+    asking.check_token_ids("messages", ids, context)
     return ids, prompt.template
 
 

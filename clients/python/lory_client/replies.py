@@ -52,6 +52,7 @@ _STATUS_OF_CODE = {
     "incomplete_generation": 500,
     "internal": 500,
     "registry": 500,
+    "fine_tuning": 500,
     "adapter_replaced": 503,
     "healthcheck": 503,
     "source_unavailable": 503,

@@ -110,13 +110,13 @@ def _own_tokenizer(descriptors: Mapping[str, int], vocab_size: int, base: Base) 
     """Its digest; empty where it is the base's, or there is none."""
     if not descriptors:
         return ""
-    files, num_rows = read_tokenizer(descriptors), vocab_size or base.vocab_size
-    if num_rows and files.num_tokens > num_rows:
-        whose = "the adapter's own embedding" if vocab_size else "the base"
+    files = read_tokenizer(descriptors)
+    # Beside the base's ends it may well name more, a token to pad with above all: as elsewhere
+    # that is an error of the text that needs one, not of the adapter.
+    if vocab_size and files.num_tokens > vocab_size:
         raise AdapterInvalidError(
-            f"{TOKENIZER_NAME}: has a token {files.num_tokens - 1}, {whose} has {num_rows} tokens;"
-            " resize_token_embeddings before training, or take the file out of the folder to use"
-            " the base's"
+            f"{TOKENIZER_NAME}: has a token {files.num_tokens - 1}, the adapter's own embedding has"
+            f" {vocab_size} tokens; resize_token_embeddings before training"
         )
     is_own = vocab_size or base.tokenizer is None or not files.repeats(base.tokenizer)
     return files.digest if is_own else ""
