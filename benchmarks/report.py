@@ -1,5 +1,5 @@
-"""Writes the README's tables, and those of docs/evaluation.md, from measured JSON, between
-<!-- table:NAME --> and <!-- /table -->.
+"""Writes the README's tables, and those of docs/evaluation.md and docs/fine-tuning-api.md, from
+measured JSON, between <!-- table:NAME --> and <!-- /table -->.
 
     python -m benchmarks.report            write them
     python -m benchmarks.report --check    say whether they are as they should be
@@ -19,6 +19,8 @@ from benchmarks import record
 
 README = record.ROOT / "README.md"
 EVALUATION = record.ROOT / "docs" / "evaluation.md"
+FINE_TUNING = record.ROOT / "docs" / "fine-tuning-api.md"
+PAGES = (README, EVALUATION, FINE_TUNING)
 ACCURACY = record.ROOT / "demo" / "accuracy.json"
 MISMATCHES = record.ROOT / "demo" / "mismatches.json"
 LORY = "Lory"
@@ -39,6 +41,7 @@ def fill(text: str, results: Path = record.RESULTS, accuracy: Path = ACCURACY) -
         "bench": lambda: bench_tables(results),
         "cold": lambda: cold_table(results),
         "gpu": lambda: gpu_tables(results),
+        "training": lambda: training_table(results),
         "accuracy": lambda: accuracy_table(accuracy),
         "mismatches": lambda: mismatches_table(MISMATCHES),
     }
@@ -154,6 +157,35 @@ def cold_table(results: Path) -> str:
         f"`{result['command']}`.{mark}\n"
     )
     return markdown(["gap between tokens", "p50", "p99"], rows) + "\n" + footer
+
+
+def training_table(results: Path) -> str:
+    """What streams keep of their speed while a job trains beside them."""
+    found = sorted(results.glob("training-beside-*.json"))
+    if not found:
+        return "Not measured yet: run `python -m benchmarks.training_beside`.\n"
+    result = max((record.read(path) for path in found), key=lambda one: one["date"])
+    median, settings = result["median"], result["settings"]
+    every = [
+        one["beside"]["tokens_per_s"] / one["alone"]["tokens_per_s"]
+        for one in result["repetitions"]
+    ]
+    rows = [
+        [
+            "tokens per second",
+            f"{median['tokens_per_s_beside_to_alone']:.2f} ({min(every):.2f}-{max(every):.2f})",
+        ],
+        ["gap between tokens, p50", f"{median['gap_p50_beside_to_alone']:.2f}"],
+        ["gap between tokens, p99", f"{median['gap_p99_beside_to_alone']:.2f}"],
+    ]
+    footer = (
+        f"The job made {median['training_steps_per_s']:.1f} optimizer steps a second meanwhile. "
+        f"Medians of the ratios of {len(every)} runs (least-most), the demo's base, "
+        f"{settings['streams']} streams, engine on {settings['threads']} thread, the job on "
+        f"{settings['tuning_threads']}. {machine(result)}, {result['date'][:10]}, "
+        f"{version(result)}: `{result['command']}`.\n"
+    )
+    return markdown(["beside a job, against without", ""], rows) + "\n" + footer
 
 
 def gpu_tables(results: Path) -> str:
@@ -317,8 +349,7 @@ def write_page(argv: Sequence[str], module: str, page: Path, make: Callable[[str
 
 
 def main(argv: Sequence[str]) -> int:
-    pages = (README, EVALUATION)
-    return max(write_page(argv, "benchmarks.report", page, fill) for page in pages)
+    return max(write_page(argv, "benchmarks.report", page, fill) for page in PAGES)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def write(folder: Path, name: str, value: object) -> None:
     (folder / name).write_text(json.dumps(value))
 
 
-@pytest.mark.parametrize("page", [report.README, report.EVALUATION], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", report.PAGES, ids=lambda p: p.name)
 def test_a_page_is_what_the_script_makes(page: Path) -> None:
     """If it is not: python -m benchmarks.report"""
     text = page.read_text(encoding="utf-8")
@@ -188,3 +188,29 @@ def test_filling_twice_changes_nothing(tmp_path: Path) -> None:
     assert once.startswith("a\n")
     assert once.endswith("<!-- /table -->\nb\n")
     assert report.fill(once, tmp_path) == once
+
+
+def test_what_streams_keep_beside_training_is_told_with_its_range(tmp_path: Path):
+    def one(beside: float) -> dict[str, object]:
+        return {"alone": {"tokens_per_s": 100.0}, "beside": {"tokens_per_s": beside}}
+
+    result = {
+        "date": "2026-11-21T20:00:00Z",
+        "command": "python -m benchmarks.training_beside",
+        "commit": "0" * 40,
+        "versions": {"torch": "2.13.0"},
+        "machine": {"cpu": "CPU", "cores": 2},
+        "settings": {"streams": 8, "threads": 1, "tuning_threads": 1},
+        "repetitions": [one(80.0), one(95.0), one(90.0)],
+        "median": {
+            "tokens_per_s_beside_to_alone": 0.9,
+            "gap_p50_beside_to_alone": 1.1,
+            "gap_p99_beside_to_alone": 1.3,
+            "training_steps_per_s": 3.25,
+        },
+    }
+    assert "Not measured yet" in report.training_table(tmp_path)
+    (tmp_path / "training-beside-1.json").write_text(json.dumps(result))
+    made = report.training_table(tmp_path)
+    assert "| tokens per second | 0.90 (0.80-0.95) |" in made
+    assert "3.2 optimizer steps" in made
