@@ -133,8 +133,8 @@ def completion_stream(ask: Callable[..., Any]) -> dict[str, Any]:
 
 
 def num_chunks(ask: Callable[..., Any]) -> int:
-    """Of 300 tokens: a server that collects the answer first sends few."""
-    return len(list(ask(stream=True, max_tokens=300, extra_body={"ignore_eos": True})))
+    """Of 900 tokens: a server that collects the answer first sends few."""
+    return len(list(ask(stream=True, max_tokens=900, extra_body={"ignore_eos": True})))
 
 
 def chats(client: openai.OpenAI, base: str, adapter: str) -> dict[str, Any]:
