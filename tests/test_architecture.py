@@ -25,6 +25,8 @@ MAY_IMPORT = {
     "lory_router": {
         "lory_server.messages",
         "lory_server.recipes",
+        "lory_server.lifeline",
+        "lory_server.low_priority",
         "lory_server.adapters.config",
         "lory_server.adapters.errors",
         "lory_server.adapters.header",

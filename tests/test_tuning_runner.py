@@ -288,8 +288,17 @@ def test_a_database_is_one_servers(tmp_path: Path):
 def test_a_run_gets_what_nobody_else_wants():
     code = "import os; print(os.nice(0), os.sched_getscheduler(0) == os.SCHED_IDLE)"
     command = [*LAUNCHER, str(os.getpid()), sys.executable, "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, start_new_session=True
+    )
     assert done.stdout == "19 True\n"
+
+
+@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="no autogroups here")
+def test_the_session_that_others_are_in_is_never_lowered():
+    command = [*LAUNCHER, str(os.getpid()), sys.executable, "-c", ""]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert "others of its session would be lowered with it" in done.stderr
 
 
 def test_a_run_dies_with_its_server():
@@ -298,7 +307,7 @@ def test_a_run_dies_with_its_server():
     server_code = f"""
 import os, subprocess, sys
 command = [*{LAUNCHER!r}, str(os.getpid()), sys.executable, "-c", {run_code!r}]
-subprocess.Popen(command).wait()
+subprocess.Popen(command, start_new_session=True).wait()
 """
     command = [sys.executable, "-c", server_code]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:

@@ -50,7 +50,7 @@ def lower(process_id: int) -> None:
     """Of a process of one thread that leads a session of its own. What cannot be is logged."""
     if sys.platform != "linux":
         return
-    for part in (_be_nice, _be_nice_as_session, _be_due_late):
+    for part in (_be_nice, be_nice_as_session, _be_due_late):
         try:
             part(process_id)
         except OSError as error:
@@ -61,15 +61,18 @@ def _be_nice(process_id: int) -> None:
     os.setpriority(os.PRIO_PROCESS, process_id, NICENESS)
 
 
-def _be_nice_as_session(process_id: int) -> None:
-    """A kernel without autogroups has no such file; one with them takes a change in 0.1 s."""
+def be_nice_as_session(process_id: int, niceness: int = NICENESS) -> None:
+    """Of a process that leads its session; raises OSError if it cannot be.
+
+    A kernel without autogroups has no such file; one with them takes a change in 0.1 s.
+    """
     autogroup = Path(f"/proc/{process_id}/autogroup")
     if not autogroup.exists():
         return
     assert os.getsid(process_id) == process_id, "others of its session would be lowered with it"
     for _ in range(AUTOGROUP_TRIES):
         try:
-            autogroup.write_text(str(NICENESS))
+            autogroup.write_text(str(niceness))
         except BlockingIOError:
             time.sleep(AUTOGROUP_WAIT_S)
         else:

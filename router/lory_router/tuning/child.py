@@ -1,4 +1,4 @@
-"""One training run as a process: started so that serving hardly notices it, and ended for certain.
+"""One training run as a process: started to come after serving, and ended for certain.
 
 It runs at the lowest priority, dies with the server, and gets SIGTERM to write a checkpoint and
 stop. It must not know jobs or what is trained.
