@@ -280,7 +280,9 @@ def test_a_server_that_dies_midway_is_told_with_what_was_done(tmp_path):
 
 
 def test_a_refusal_is_told_in_the_servers_words(tmp_path):
-    with pytest.raises(EvaluationError, match=r"422.*max_new_tokens.*\(0 of 4 rows of loud"):
+    with pytest.raises(
+        EvaluationError, match=r"rows.jsonl line \d: .*422.*max_new_tokens.*\(0 of 4 rows of loud"
+    ):
         run(make_front(), data=write_rows(tmp_path), max_new_tokens=1000)
 
 

@@ -78,6 +78,8 @@ def test_a_stream_takes_nothing_it_would_pass_over(tmp_path: Path, query: str):
         reply = await world.client.get(f"{JOBS}/{job['id']}/events?{query}")
         assert reply.status_code == 400
         assert (await world.client.get(f"{JOBS}/ftjob-x/events?stream=true")).status_code == 404
+        listed = await world.client.get(f"{JOBS}/{job['id']}/events?stream=false&limit=1")
+        assert len(listed.json()["data"]) == 1
 
     run(tmp_path, story)
 
@@ -236,9 +238,12 @@ def test_a_paused_job_that_is_cancelled_leaves_nothing(tmp_path: Path):
         reply = await world.client.post(f"{JOBS}/{job['id']}/pause")
         assert reply.json()["status"] == "paused"
         assert made.exists()
+        draft = made.with_name(f".{made.name}.4x7a")
+        draft.mkdir()
         reply = await world.client.post(f"{JOBS}/{job['id']}/cancel")
         assert reply.json()["status"] == "cancelled"
         assert not made.exists()
+        assert not draft.exists()
         run_folder = world.settings.runs / job["id"]
         assert [path for path in run_folder.iterdir() if path.is_dir()] == []
 

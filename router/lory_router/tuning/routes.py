@@ -136,16 +136,16 @@ class TuningRoutes:
         )
 
     async def events(self, request: Request) -> Response:
-        if "stream" in request.query_params:
+        if request.query_params.get("stream", "false") != "false":
             return await self._stream(request)
-        found, has_more = await self._tuning.events(*self._place(request, 20))
+        found, has_more = await self._tuning.events(*self._place(request, 20, "stream"))
         return _list([event_reply(one) for one in found], has_more)
 
     async def _stream(self, request: Request) -> Response:
         """Oldest first, as they come; [DONE] once the job is over."""
         query = _query(request, "stream")
-        if query["stream"].lower() not in ("true", "1"):
-            raise Invalid("`stream`: give true, or leave it out", param="stream")
+        if query["stream"] != "true":
+            raise Invalid("`stream`: give true or false", param="stream")
         caller, job_id = caller_of(request.scope), request.path_params["job_id"]
         await self._tuning.job(caller, job_id)
         lines = self._lines(caller, job_id)
@@ -166,8 +166,8 @@ class TuningRoutes:
         found, has_more = await self._tuning.checkpoints(*self._place(request, 10))
         return _list([checkpoint_reply(one) for one in found], has_more)
 
-    def _place(self, request: Request, default: int) -> tuple[Caller, str, str, int]:
-        query = _query(request, "after", "limit")
+    def _place(self, request: Request, default: int, *also: str) -> tuple[Caller, str, str, int]:
+        query = _query(request, "after", "limit", *also)
         limit = _limit(query, default, MAX_LIMIT)
         return (
             caller_of(request.scope),

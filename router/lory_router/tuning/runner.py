@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 from lory_router.errors import ApiError, JobsUnwritable
-from lory_router.tuning.checkpoints import MAX_KEPT, checkpoint_name, publish, withdraw
+from lory_router.tuning.checkpoints import MAX_KEPT, checkpoint_name, clear, publish
 from lory_router.tuning.child import LOOK_S, Child
 from lory_router.tuning.dataset import count_rows
 from lory_router.tuning.handover import Handover
@@ -154,7 +154,7 @@ class JobRunner:
             log.warning("what fine-tuning job %s leaves stays: %s", job.id, error)
 
     async def _take_back(self, adapter_id: str) -> None:
-        await asyncio.to_thread(withdraw, self._settings.adapters, adapter_id)
+        await asyncio.to_thread(clear, self._settings.adapters, adapter_id)
         self._handover.release(adapter_id)
 
     async def _work(self) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from lory_trainer.evaluation import judge
 from lory_trainer.evaluation.catalogue import make_metrics
-from lory_trainer.evaluation.errors import EvaluationError
+from lory_trainer.evaluation.errors import EvaluationError, ServerError
 from lory_trainer.evaluation.facts import AdapterFacts, ServerFacts, adapter_facts, server_facts
 from lory_trainer.evaluation.gate import Gate
 from lory_trainer.evaluation.labels import confusion
@@ -204,7 +204,10 @@ def _tell(watch: Watch, name: str, total: int, num_done: int) -> None:
 
 async def _answer(server: Server, variant: Variant, sampling: Sampling, row: Row) -> Answer:
     path, body = request(variant, row, sampling)
-    reply = await server.post(path, body)
+    try:
+        reply = await server.post(path, body)
+    except ServerError as error:
+        raise ServerError(f"{row.place}: {error}", error.status) from error
     with understood(path):
         return read_answer(variant, reply)
 
