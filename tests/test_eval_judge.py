@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import socket
 from typing import Any
 
 import httpx
@@ -61,18 +62,14 @@ def test_a_judge_that_fails_takes_only_its_verdicts_with_it(tmp_path, reply, say
 
 
 def test_a_judge_is_not_waited_for_longer_than_told():
-    async def main() -> None:
-        async def never(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            await reader.read()
-            writer.close()
+    async def ask(url: str) -> None:
+        async with Server(url, "", 1, None, 0.2) as server:
+            await server.post("/v1/chat/completions", {})
 
-        listening = await asyncio.start_server(never, "127.0.0.1", 0)
-        host, port = listening.sockets[0].getsockname()
-        async with listening, Server(f"http://{host}:{port}", "", 1, None, 0.2) as server:
-            with pytest.raises(EvaluationError, match="ReadTimeout"):
-                await server.post("/v1/chat/completions", {})
-
-    asyncio.run(main())
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        host, port = silent.getsockname()
+        with pytest.raises(EvaluationError, match="ReadTimeout"):
+            asyncio.run(ask(f"http://{host}:{port}"))
 
 
 @pytest.mark.parametrize("url", ["http://j", "http://j/", "http://j/v1", "http://j/v1/"])

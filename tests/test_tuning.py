@@ -260,7 +260,11 @@ def test_preferences_are_asked_for_by_dpo_alone(tmp_path: Path):
     ("seed", "code", "message"),
     [
         (fake_trainer.FAILING, "training_failed", "row 7 is too long"),
-        (fake_trainer.DYING, "training_failed", "was ended by signal 9: about to die"),
+        (
+            fake_trainer.DYING,
+            "training_failed",
+            "signal 9, as the kernel does where memory runs out: about to die",
+        ),
         (fake_trainer.HUNGRY, "memory_exceeded", "more than 209715200 bytes"),
     ],
 )

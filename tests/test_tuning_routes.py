@@ -3,15 +3,21 @@
 import asyncio
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fake_trainer
+from lory_router.keys import Caller
 from lory_router.registry import Registry
 from lory_router.tuning import handover, kept_files
 from lory_router.tuning import runner as runner_module
+from lory_router.tuning.records import JobRecord
+from lory_router.tuning.shapes import CreateJob
+from lory_router.tuning.store import TuningStore
+from lory_router.tuning.wishes import read_wish
 from lory_server.messages import Failure, OrderDone, OrderKind
 from scripted_engine import BASE, Front, ScriptedEngine
 from tuning_world import (
@@ -47,7 +53,7 @@ async def streamed(world: World, job_id: str, **headers: str) -> list[str]:
 
 def test_events_stream_oldest_first_until_the_job_is_over(tmp_path: Path):
     async def story(world: World) -> None:
-        job = await world.create(seed=fake_trainer.SLOW)
+        job = await world.create()
         *data, last = await streamed(world, job["id"])
         assert last == "[DONE]"
         listed = (await world.client.get(f"{JOBS}/{job['id']}/events?limit=100")).json()["data"]
@@ -62,6 +68,7 @@ def test_a_stream_of_events_ends_with_the_server(tmp_path: Path):
     async def story(world: World) -> None:
         job = await world.create(seed=fake_trainer.SLOW)
         await world.until_step(job["id"])
+        assert (await world.job(job["id"]))["trained_tokens"] is None  # as OpenAI: once it is over
         following = asyncio.create_task(streamed(world, job["id"]))
         await asyncio.sleep(0.1)
         world.tuning.stop()
@@ -174,28 +181,30 @@ def test_a_file_is_not_deleted_from_under_a_job_that_is_made(tmp_path: Path):
     run(tmp_path, story)
 
 
+def queued(tenant: str, **fields: Any) -> JobRecord:
+    wish = CreateJob(model=BASE, training_file="file-x")
+    job = read_wish(wish, Caller(tenant), (BASE,))
+    return replace(job, **{"status": "queued", **fields})
+
+
 def test_tenants_take_turns(tmp_path: Path):
-    order: list[str] = []
+    """Who waited without having run does not lose its turn to who gave up waiting."""
 
-    async def story(world: World) -> None:
-        jobs: dict[str, str] = {}
-        for tenant in ("acme", "acme", "acme", "other"):
-            world.client.headers.update(key(f"of-{tenant}"))
-            jobs[(await world.create(seed=fake_trainer.SLOW))["id"]] = tenant
-        world.client.headers.update(key("root"))
-        async with asyncio.timeout(60):
-            while len(order) < 2:
-                for job_id, tenant in list(jobs.items()):
-                    if (await world.job(job_id))["status"] == "running":
-                        order.append(tenant)
-                        await world.until(job_id, "succeeded")
-                        del jobs[job_id]
-                await asyncio.sleep(0.02)
-        for job_id in jobs:
-            await world.client.post(f"{JOBS}/{job_id}/cancel")
+    async def story() -> None:
+        settings = settings_in(tmp_path)
+        settings.folder.mkdir()
+        store = TuningStore(settings.database)
+        await store.put(*(queued(tenant) for tenant in ("acme", "acme", "acme", "other")))
+        await store.put(queued("other", status="cancelled", finished_at=99))
+        order: list[str] = []
+        while (job := await store.next_job()) is not None:
+            order.append(job.tenant)
+            over = replace(job, status="succeeded", finished_at=len(order), trained_seconds=1.0)
+            await store.put(over)
+        assert order == ["acme", "other", "acme", "acme"]
+        store.close()
 
-    run(tmp_path, story)
-    assert order == ["acme", "other"]
+    asyncio.run(story())
 
 
 def test_a_tenant_has_only_so_many_files_however_small(tmp_path: Path, monkeypatch):
@@ -330,16 +339,17 @@ def test_an_engine_without_room_is_no_reason_to_fail(tmp_path: Path, monkeypatch
 
 def test_a_full_disk_costs_the_table_not_the_adapter(tmp_path: Path, monkeypatch):
     async def story(world: World) -> None:
-        def full(*arguments: Any) -> int:
-            raise OSError(errno.ENOSPC, "No space left on device")
-
-        job = await world.create(seed=fake_trainer.SLOW)
-        await world.until_step(job["id"])
-        monkeypatch.setattr(Path, "write_bytes", full)
+        job = await world.create()
         done = await world.until(job["id"], "succeeded", "failed")
         assert (done["status"], done["result_files"]) == ("succeeded", [])
         assert "step_metrics.csv cannot be kept: No space" in str(await world.events(job["id"]))
+        assert len(list(world.settings.files.iterdir())) == 1
 
+    def full(path: Path, content: bytes) -> int:
+        path.touch()
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
     run(tmp_path, story)
 
 
@@ -390,13 +400,3 @@ def test_a_name_that_is_wanted_again_is_never_nobodys(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(handover, "UNLIST_S", 0.01)
     asyncio.run(story())
-
-
-def test_tokens_are_told_once_the_job_is_over(tmp_path: Path):
-    async def story(world: World) -> None:
-        job = await world.create(seed=fake_trainer.SLOW)
-        await world.until_step(job["id"])
-        assert (await world.job(job["id"]))["trained_tokens"] is None
-        assert (await world.until(job["id"], "succeeded"))["trained_tokens"] == 40
-
-    run(tmp_path, story)

@@ -108,6 +108,7 @@ def test_a_wrong_file_is_told_though_another_job_runs(tmp_path: Path):
         assert (await world.until(bad["id"], "failed"))["error"]["param"] == "training_file"
         assert (await world.until(good["id"], "queued"))["fine_tuned_model"] is None
         assert (await world.job(slow["id"]))["status"] == "running"
+        await world.client.post(f"{JOBS}/{slow['id']}/cancel")
         await world.until(good["id"], "succeeded")
 
     run(tmp_path, story)

@@ -76,8 +76,8 @@ def _check_keys(value: dict[str, Any], known: frozenset[str], place: str) -> Non
 
 
 def _check_supervised(row: dict[str, Any], place: str) -> None:
-    _check_keys(row, SUPERVISED_KEYS, place)
     _check_messages(row.get("messages"), f"{place}: messages", may_weigh=True)
+    _check_keys(row, SUPERVISED_KEYS, place)
     _check_tools(row, place)
     said = [message for message in row["messages"] if message["role"] == "assistant"]
     if row["messages"][-1]["role"] != "assistant":
@@ -89,10 +89,10 @@ def _check_supervised(row: dict[str, Any], place: str) -> None:
 
 
 def _check_preference(row: dict[str, Any], place: str) -> None:
-    _check_keys(row, PREFERENCE_KEYS, place)
     given = row.get("input")
     if not isinstance(given, dict):
         raise DatasetError(f'{place}: expected "input": {{"messages": [...]}}')
+    _check_keys(row, PREFERENCE_KEYS, place)
     _check_keys(given, SUPERVISED_KEYS, f"{place}: input")
     _check_messages(given.get("messages"), f"{place}: input.messages")
     _check_tools(given, f"{place}: input")

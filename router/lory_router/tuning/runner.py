@@ -341,6 +341,7 @@ class JobRunner:
         except OSError as error:
             text = f"{RESULTS} cannot be kept: {error.strerror}"
             more = message_event(job.id, text, "warn")
+        await asyncio.to_thread(_forget_checkpoints, run)
         await self._store.change(
             job.id,
             lambda job: replace(

@@ -30,7 +30,8 @@ _NUMBER = r"[0-9]+(?:\.[0-9]*)?|\.[0-9]+"
 _GATE = re.compile(
     rf"\s*(?P<figure>[a-z_0-9.]+)\s*(?P<sign>>=|<=|==|>|<)\s*"
     rf"(?:(?P<number>{_NUMBER})"
-    rf"|(?P<variant>[^\s<>=()]+)(?:\s+(?P<plus>[+-])\s+(?P<offset>{_NUMBER}))?"
+    rf"|(?P<variant>(?!(?:{_NUMBER})(?!\S))[^\s<>=()]+)"
+    rf"(?:\s+(?P<plus>[+-])\s+(?P<offset>{_NUMBER}))?"
     rf"(?:\s+\(\s*p\s*<\s*(?P<chance>{_NUMBER})\s*\))?)\s*"
 )
 

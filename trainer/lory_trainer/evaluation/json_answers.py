@@ -5,7 +5,6 @@ schema refers to elsewhere is never fetched.
 """
 
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,8 +93,6 @@ def follows(path: Path) -> Callable[[str, str], float]:
             raise EvaluationError(
                 f"{path.name} refers to {error.ref}, which is not in it, and nothing is fetched"
             ) from error
-        except re.error as error:
-            raise EvaluationError(f"{path.name}: a pattern that is not read: {error}") from error
         except RecursionError as error:
             raise EvaluationError(f"{path.name} refers to itself without an end") from error
 
