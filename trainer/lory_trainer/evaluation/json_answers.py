@@ -61,9 +61,10 @@ def _leaves(value: Any, path: str = "$") -> Iterator[tuple[str, str]]:
     elif isinstance(value, list) and value:
         for index, inner in enumerate(value):
             yield from _leaves(inner, f"{path}[{index}]")
+    elif isinstance(value, float) and value.is_integer():
+        yield path, json.dumps(int(value))
     else:
-        is_whole = isinstance(value, float) and value.is_integer()
-        yield path, json.dumps(int(value) if is_whole else value)
+        yield path, json.dumps(value)
 
 
 def follows(path: Path) -> Callable[[str, str], float]:
