@@ -5,7 +5,7 @@ ApiError
  |- Unauthorized 401          |- MethodNotAllowed 405             |- GenerationFailed 424 / 500
  |- Forbidden 403             |- BodyTimeout 408                  |- IncompleteGeneration 500
  |- AdapterNotFound 404       |- ReaderTooSlow 408                |- InternalError 500
- |- RevisionNotFound 404      |                                   |
+ |- RevisionNotFound 404      |- NotServed 404 (not done here)    |
  |- BodyTooLarge 413          |- Conflict 409                     |- RegistryUnwritable 500
  |- WrongMediaType 415        |- Invalid 422 / 400                |- EngineUnavailable 503
  |- ClientGone 499                |- ContextTooLong               |- JobsUnwritable 500
@@ -105,6 +105,12 @@ class NotFound(ApiError):
     status = 404
     error_type = "not_found"
     openai_type = "invalid_request_error"
+
+
+class NotServed(NotFound):
+    """A part of an API that is not spoken here."""
+
+    code = "not_served"
 
 
 class AdapterNotFound(ApiError):

@@ -11,7 +11,7 @@ import logging
 import math
 from dataclasses import dataclass
 
-from lory_router.base_check import ServedBase
+from lory_router.base_check import OtherPart, ServedBase
 from lory_router.engine import EngineClient, Unavailable
 from lory_router.errors import AdapterInvalid, AdapterReplaced, TimedOut, from_failure, shown
 from lory_router.keys import Caller
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Known:
     manner: Manner
-    other_parts: tuple[str, ...] | None
+    other_parts: tuple[OtherPart, ...] | None
     """Of the base that differ from the one it was trained on; None: that cannot be told."""
 
     @property
@@ -153,5 +153,5 @@ class Manners:
 
 
 def _differs(known: Known) -> str:
-    parts = " and ".join(known.other_parts or ())
-    return f"the base it was trained on has another {parts} than the one served"
+    parts = " and ".join(map(str, known.other_parts or ()))
+    return f"the base it was trained on has another {parts}"
