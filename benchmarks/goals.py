@@ -85,13 +85,11 @@ class Goal:
     what: str
     limit: str
     wanted: str
-    figures: Find | None
-    """None: no command measures it yet."""
+    figures: Find
 
     def found(self, measured: Measured) -> str:
         """What was measured, as a cell."""
-        figures = self.figures(measured) if self.figures is not None else ()
-        return "; ".join(map(str, figures)) or NOT_MEASURED
+        return "; ".join(map(str, self.figures(measured))) or NOT_MEASURED
 
 
 def median_s(contender: Mapping[str, Any]) -> float | None:
@@ -245,7 +243,12 @@ def _added_by_adapters(distinct: int, wanted_ms: float | None, wanted_share: flo
 
 
 def _points(step: Result) -> dict[tuple[int, int], Mapping[str, Any]]:
-    return {(point["batch"], point["distinct_adapters"]): point for point in step["points"]}
+    """Those of adapters of one rank."""
+    return {
+        (point["batch"], point["distinct_adapters"]): point
+        for point in step["points"]
+        if point.get("ranks") != "mixed"
+    }
 
 
 def _nf4_linears(wanted_ms: Mapping[int, float | None]) -> Find:
@@ -280,6 +283,46 @@ def _all_linears_ms(kernels: Result, op: str, rows: int, roles: Sequence[str]) -
     if not seconds.keys() >= SITES:
         return None
     return sum(seconds[site] for site in SITES) * kernels["num_layers"] * 1e3
+
+
+def _kept(fewest: int, most: int, wanted: float) -> Find:
+    """Of the throughput with `fewest` adapters, with `most`."""
+
+    def figures(measured: Measured) -> Iterator[Figure]:
+        curve = measured.gpu.get("curve")
+        points = [] if curve is None else curve.get("points", [])
+        of = {(p["popularity"], p["count"]): p["output_tokens_per_s"] for p in points}
+        for popularity in dict.fromkeys(point["popularity"] for point in points):
+            few, many = of.get((popularity, fewest)), of.get((popularity, most))
+            if curve is not None and few is not None and many is not None:
+                kept = many / few
+                yield Figure(f"{kept:.3f} with {popularity} on {curve['device']}", kept >= wanted)
+
+    return figures
+
+
+def _first_token(rank: int, wanted_ms: float) -> Find:
+    """Of an adapter in host memory, above that of a resident one."""
+
+    def figures(measured: Measured) -> Iterator[Figure]:
+        curve = measured.gpu.get("curve")
+        for one in () if curve is None else curve.get("first_tokens", ()):
+            if curve is not None and one["rank"] == rank:
+                more_ms = one["host_ms"] - one["device_ms"]
+                yield Figure(f"{more_ms:.1f} ms on {curve['device']}", more_ms < wanted_ms)
+
+    return figures
+
+
+def _idle(rows: int, wanted: float) -> Find:
+    def figures(measured: Measured) -> Iterator[Figure]:
+        curve = measured.gpu.get("curve")
+        overlap = {} if curve is None else curve.get("overlap", {})
+        if curve is not None and overlap.get("rows") == rows and overlap["idle_share"] is not None:
+            share = overlap["idle_share"]
+            yield Figure(f"{share:.1%} on {curve['device']}", share < wanted)
+
+    return figures
 
 
 # -- the goals --------------------------------------------------------------------------------
@@ -364,18 +407,18 @@ GOALS = (
         "throughput with 1,000 adapters against 5 under the same load, H200",
         "1: only adapters in use cost",
         "at least 0.97",
-        None,
+        _kept(5, 1000, 0.97),
     ),
     Goal(
         "time to the first token of an adapter in host memory, above that of a resident one, H200",
         "one copy of its bytes",
         "under 10 ms",
-        None,
+        _first_token(16, 10.0),
     ),
     Goal(
         "time that the device idles between steps at 64 rows, H200",
         "0",
         "under 5% of the step",
-        None,
+        _idle(64, 0.05),
     ),
 )
