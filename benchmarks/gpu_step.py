@@ -211,10 +211,11 @@ class Bench:
         room = (num_bytes + (8 << 20)) * count
         pool = AdapterPool(room, torch.bfloat16, self.device, sites, count)
         pool.data.normal_(std=WEIGHT_STD, generator=self._generator)
+        footprint = pool.footprint(manifest)
         for slot in range(count):
-            allocation = pool.allocate(manifest)
+            allocation = pool.allocate(footprint)
             assert allocation is not None
-            pool.publish(slot, pool.row(manifest, allocation))
+            pool.publish(slot, pool.row(footprint.columns, allocation))
         lora.attach(self.decoder, pool.tables, pool.data)
         return num_bytes
 
