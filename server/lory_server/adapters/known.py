@@ -68,6 +68,11 @@ class KnownNames:
         known.refusal = ""
         return earlier
 
+    def latest(self, adapter_id: str) -> str:
+        """What a name stood for when it was last looked up; empty: nobody knows."""
+        known = self._known.get(adapter_id)
+        return known.revision if known else ""
+
     def refused(self, adapter_id: str, reason: str) -> None:
         self._of(adapter_id).refusal = reason
 
