@@ -4,8 +4,6 @@ import asyncio
 import os
 import signal
 import sqlite3
-import subprocess
-import sys
 import time
 from pathlib import Path
 from random import Random
@@ -16,9 +14,6 @@ import pytest
 import fake_trainer
 from lory_router.keys import Caller
 from lory_router.registry import Registry
-from lory_router.tuning.child import LAUNCHER
-from lory_router.tuning.handover import Handover
-from lory_router.tuning.service import Tuning
 from lory_router.tuning.shapes import CreateJob
 from lory_router.tuning.store import TuningStore, TuningStoreError
 from scripted_engine import BASE
@@ -26,11 +21,11 @@ from tuning_world import (
     JOBS,
     WAIT_S,
     AbsentEngine,
-    ServingEngine,
     World,
     name_of,
     run,
     settings_in,
+    unserved,
     until_made,
     world,
 )
@@ -90,7 +85,7 @@ def test_a_server_stops_though_a_new_adapter_waits_for_the_engine(tmp_path: Path
 def test_a_job_is_not_begun_by_a_server_that_stops(tmp_path: Path):
     async def story() -> None:
         registry = Registry()
-        tuning = Tuning(settings_in(tmp_path), {}, Handover(ServingEngine(), registry), 0.0)
+        tuning = unserved(tmp_path, registry)
         caller = Caller("root", is_admin=True)
         file = await tuning._files.add("root", "rows.jsonl", "fine-tune", b"{}")
         job = await tuning.create(caller, CreateJob(model=BASE, training_file=file.id))
@@ -282,37 +277,22 @@ def test_a_database_is_one_servers(tmp_path: Path):
         TuningStore(settings.database)
 
 
-# -- the process ----------------------------------------------------------------------------
+def test_a_database_of_schema_1_is_brought_up_and_keeps_its_jobs(tmp_path: Path):
+    job: dict[str, Any] = {}
 
+    async def begin(world: World) -> None:
+        job.update(await world.create())
+        await world.until(job["id"], "succeeded")
 
-def test_a_run_gets_what_nobody_else_wants():
-    code = "import os; print(os.nice(0), os.sched_getscheduler(0) == os.SCHED_IDLE)"
-    command = [*LAUNCHER, str(os.getpid()), sys.executable, "-c", code]
-    done = subprocess.run(
-        command, capture_output=True, text=True, check=True, start_new_session=True
-    )
-    assert done.stdout == "19 True\n"
+    async def still_there(world: World) -> None:
+        found = await world.job(job["id"])
+        assert found["status"] == "succeeded"
+        assert found["usage"]["held_seconds"] == 0.0
+        await world.until((await world.create())["id"], "succeeded")
 
-
-@pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="no autogroups here")
-def test_the_session_that_others_are_in_is_never_lowered():
-    command = [*LAUNCHER, str(os.getpid()), sys.executable, "-c", ""]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert "others of its session would be lowered with it" in done.stderr
-
-
-def test_a_run_dies_with_its_server():
-    """Whose end of the pipe is closed, then, by both."""
-    run_code = "import time; print('runs', flush=True); time.sleep(60)"
-    server_code = f"""
-import os, subprocess, sys
-command = [*{LAUNCHER!r}, str(os.getpid()), sys.executable, "-c", {run_code!r}]
-subprocess.Popen(command, start_new_session=True).wait()
-"""
-    command = [sys.executable, "-c", server_code]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
-        assert server.stdout is not None
-        assert server.stdout.readline() == "runs\n"
-        server.kill()
-        out, _ = server.communicate(timeout=10)
-        assert out == ""
+    run(tmp_path, begin)
+    with sqlite3.connect(tmp_path / "tuning" / "jobs.sqlite") as db:
+        for name in ("held_seconds", "charged_seconds", "cost"):
+            db.execute(f"ALTER TABLE jobs DROP COLUMN {name}")
+        db.execute("PRAGMA user_version = 1")
+    run(tmp_path, still_there)
