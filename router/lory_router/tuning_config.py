@@ -3,8 +3,6 @@
 It must not know how a job is carried out.
 """
 
-# ruff: noqa: RUF009 - flag() is dataclasses.field() by another name
-
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -91,7 +89,7 @@ class TuningConfig:
             raise ValueError("--fine-tuning: must not lie in --adapters, nor the other way")
         if not _DEVICE.fullmatch(self.tuning_device):
             raise ValueError(
-                f"--tuning-device: {self.tuning_device!r} is none; give cpu, cuda, or such as cuda:1"
+                f"--tuning-device: {self.tuning_device!r} is none; give cpu, cuda, or cuda:1"
             )
         for name in ("tuning_max_file", "tuning_files"):
             if getattr(self, name) <= 0:

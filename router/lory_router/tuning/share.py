@@ -19,7 +19,7 @@ from typing import Protocol
 from lory_router.tuning.meter import Tally
 
 SLICE_S = 0.02
-"""Of running beside requests: no token is late by more."""
+"""Of running beside requests: about what a token may be late by."""
 LOOK_S = 0.5
 """At most so long until it is looked again whether anything has changed."""
 SHORTEST_S = 0.001
