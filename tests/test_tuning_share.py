@@ -18,7 +18,7 @@ from lory_router.tuning.job_usage import JobUsage
 from lory_router.tuning.meter import Meter, Tally, Usage
 from lory_router.tuning.records import JobRecord
 from lory_router.tuning.share import LOOK_S, SLICE_S, Share, kept
-from tuning_world import JOBS, World, name_of, run
+from tuning_world import JOBS, WAIT_S, World, name_of, run
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="nothing is stopped elsewhere")
 
@@ -64,7 +64,7 @@ class Day:
 def test_a_busy_server_gives_a_job_its_share_and_no_more(part: float, late_s: float):
     day = Day(Share(part), late_s)
     day.pass_time(100.0, is_serving=True)
-    assert day.beside_s == pytest.approx(part * 100.0, abs=2 * SLICE_S + late_s)
+    assert 0.95 * part * 100.0 < day.beside_s <= part * 100.0 + SLICE_S + late_s
     if not late_s:
         assert max(day.slices) <= SLICE_S / (1 - part) + 1e-9
 
@@ -165,9 +165,9 @@ def cpu_seconds(child: Child) -> float:
 
 async def until_held(world: World, job_id: str) -> dict[str, Any]:
     """Its run has begun, and stands still."""
-    while not (usage := next(iter(world.tuning.meter.usages().values()), Usage())).held:
-        await asyncio.sleep(0.02)
-    assert usage.beside < 1.0
+    async with asyncio.timeout(WAIT_S):
+        while not next(iter(world.tuning.meter.usages().values()), Usage()).held:
+            await asyncio.sleep(0.02)
     return await world.job(job_id)
 
 
@@ -179,9 +179,10 @@ def test_a_job_waits_for_requests_says_so_and_goes_on(
 
     async def story(world: World) -> None:
         world.serving.set()
-        job = await world.create()
-        while not [text for text in await world.events(job["id"]) if "Requests come first" in text]:
-            await asyncio.sleep(0.05)
+        job = await world.create(seed=fake_trainer.SLOW)
+        async with asyncio.timeout(WAIT_S):
+            while not any("Requests come first" in text for text in await world.events(job["id"])):
+                await asyncio.sleep(0.05)
         waiting = await world.job(job["id"])
         assert waiting["status"] == "running"
         assert waiting["usage"]["held_seconds"] > 0.1

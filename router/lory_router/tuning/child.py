@@ -111,8 +111,11 @@ class Child:
         return status
 
     def _send(self, number: signal.Signals) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            self._process.send_signal(number)
+        """Not by the process's own method, which looks for its end, and may take that from the one
+        who waits for it."""
+        if self.is_running:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, number)
 
     def _on_tied(self) -> None:
         """The launcher has closed its end, or has ended."""

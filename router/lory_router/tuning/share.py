@@ -59,7 +59,7 @@ class Share:
         self._is_serving = is_serving
         if not is_serving or not may_be_held or self._part >= 1.0:
             self.runs = True
-            return LOOK_S
+            return LOOK_S if may_be_held else SLICE_S
         if self.runs:
             self.runs = self._credit_s > 0.0 and not begins
         else:
