@@ -5,6 +5,7 @@ import os
 import signal
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -26,6 +27,7 @@ from tuning_world import (
     run,
     settings_in,
     unserved,
+    until,
     until_made,
     world,
 )
@@ -227,23 +229,37 @@ def test_a_job_whose_server_was_killed_goes_on(tmp_path: Path):
     assert made.is_dir()
 
 
-def served_by_a_child(folder: Path) -> int:
-    """A server of its own, of which nothing is waited for."""
+def served_by_a_child(folder: Path, *, is_busy: bool) -> int:
+    """A server of its own, of which nothing is waited for; if it is busy, its jobs are held."""
     child = os.fork()
     if child:
         return child
 
     async def forever(world: World) -> None:
+        if is_busy:
+            world.serving.set()
         await asyncio.sleep(WAIT_S)
 
     try:
-        run(folder, forever)
+        run(folder, forever, share=0.0)
     finally:
         os._exit(1)
 
 
+def is_left_of(folder: Path) -> bool:
+    """A run's process, stopped or not."""
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):
+            if f"{folder}/tuning/runs" in path.read_text():
+                return True
+    return False
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
 @pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.full)])
-def test_kill_9_of_the_server_loses_no_job_and_shows_no_half_adapter(tmp_path: Path, kills: int):
+def test_kill_9_of_the_server_loses_no_job_and_shows_no_half_adapter(
+    tmp_path: Path, kills: int, is_busy: bool
+):
     job: dict[str, Any] = {}
 
     async def begin(world: World) -> None:
@@ -256,10 +272,11 @@ def test_kill_9_of_the_server_loses_no_job_and_shows_no_half_adapter(tmp_path: P
     run(tmp_path, begin)
     moments = Random(kills)
     for _ in range(kills):
-        child = served_by_a_child(tmp_path)
+        child = served_by_a_child(tmp_path, is_busy=is_busy)
         time.sleep(moments.uniform(0.05, 0.9))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+        asyncio.run(until(lambda: not is_left_of(tmp_path)))
         for adapter in (tmp_path / "adapters").glob("ft-*"):
             assert {path.name for path in adapter.iterdir()} == set(fake_trainer.FILES)
     run(tmp_path, go_on)
