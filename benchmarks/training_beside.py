@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,8 @@ JOBS = "/v1/fine_tuning/jobs"
 TIMEOUT_S = 300.0
 MANY_EPOCHS = 50
 VOCAB_SIZE = 256
+SETTLE_S = 2.0
+"""Of streams, before what the job does beside them counts: steps are told of half a second late."""
 NUM_EVENTS = 5
 """Among so many of the newest there is a step: of others there are at most two in a row."""
 DEFAULT_SHARE = TuningConfig().tuning_share
@@ -162,13 +164,14 @@ def beside_training(
     """Streams with a job beside them, and the job with and without them."""
     with httpx.Client(base_url=url, timeout=TIMEOUT_S) as client:
         training = begin_training(client, rows)
-        began = training.progress()
+        first = training.progress()
         time.sleep(settings.seconds)
-        busy = training.progress()
+        alone = training.progress().since(first)
+        measure(url, replace(settings, seconds=SETTLE_S), number)
+        first = training.progress()
         streams = measure(url, settings, number)
-        ended = training.progress()
-        job = {"alone": busy.since(began), "beside": ended.since(busy), "usage": training.cancel()}
-    return streams, job
+        beside = training.progress().since(first)
+        return streams, {"alone": alone, "beside": beside, "usage": training.cancel()}
 
 
 def measure(url: str, settings: Settings, number: int) -> dict[str, Any]:

@@ -43,14 +43,12 @@ class Usage:
         return self.alone + PART_BESIDE * self.beside
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(
-            self.alone + other.alone, self.beside + other.beside, self.held + other.held
-        )  # fmt: skip
+        held = self.held + other.held
+        return Usage(self.alone + other.alone, self.beside + other.beside, held)
 
     def __sub__(self, other: "Usage") -> "Usage":
-        return Usage(
-            self.alone - other.alone, self.beside - other.beside, self.held - other.held
-        )  # fmt: skip
+        held = self.held - other.held
+        return Usage(self.alone - other.alone, self.beside - other.beside, held)
 
 
 class Tally:
