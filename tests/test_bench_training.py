@@ -1,7 +1,6 @@
 """What is made of turns of streams with and without a job beside them."""
 
 import pytest
-
 from benchmarks.training_beside import Progress, between, medians, ratios
 
 

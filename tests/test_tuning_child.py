@@ -149,12 +149,3 @@ def test_a_held_run_that_hears_nothing_is_killed(tmp_path: Path):
         assert await child.stop(0.05) == -signal.SIGKILL
 
     with_child(tmp_path, deaf, story)
-
-
-def test_a_held_run_can_be_killed(tmp_path: Path):
-    async def story(child: Child, log: Path) -> None:
-        child.hold()
-        await until_stopped(child)
-        assert await child.kill() == -signal.SIGKILL
-
-    with_child(tmp_path, COUNTS, story)
