@@ -23,6 +23,7 @@ from tuning_world import (
     RefusingEngine,
     World,
     key,
+    name_of,
     run,
     settings_in,
     unserved,
@@ -142,9 +143,10 @@ def test_a_job_ends_in_an_adapter_and_tells_every_step(tmp_path: Path):
         assert done["finished_at"] >= done["created_at"] > 0
         assert done["estimated_finish"] is None
         told = await world.events(job["id"])
-        assert told.pop(2).startswith("Trained for ")
+        assert told.pop(3).startswith("Trained for ")
         assert told == [
             f"Created fine-tuning job: {job['id']}",
+            "Files validated, moving job to queued state",
             "Fine-tuning job started",
             f"New fine-tuned model created: {name}",
             "The job has successfully completed",
@@ -260,7 +262,11 @@ def test_preferences_are_asked_for_by_dpo_alone(tmp_path: Path):
     ("seed", "code", "message"),
     [
         (fake_trainer.FAILING, "training_failed", "row 7 is too long"),
-        (fake_trainer.DYING, "training_failed", "was ended by signal 9: about to die"),
+        (
+            fake_trainer.DYING,
+            "training_failed",
+            "signal 9, as the kernel does where memory runs out: about to die",
+        ),
         (fake_trainer.HUNGRY, "memory_exceeded", "more than 209715200 bytes"),
         (fake_trainer.HUNGRY_CHILD, "memory_exceeded", "more than 209715200 bytes"),
     ],
@@ -299,7 +305,7 @@ def test_events_are_listed_in_pages(tmp_path: Path):
         await world.until(other["id"], "succeeded", "failed")
         path = f"{JOBS}/{job['id']}/events"
         whole = (await world.client.get(f"{path}?limit=100")).json()
-        assert (len(whole["data"]), whole["has_more"]) == (5 + fake_trainer.NUM_STEPS, False)
+        assert (len(whole["data"]), whole["has_more"]) == (6 + fake_trainer.NUM_STEPS, False)
         found: list[Any] = []
         more, after = True, ""
         while more:
@@ -320,6 +326,7 @@ def test_an_adapter_that_the_server_refuses_is_a_failure(tmp_path: Path):
         error = (await world.until(job["id"], "failed", "succeeded"))["error"]
         assert error["code"] == "adapter_refused"
         assert "a tensor matches nothing" in error["message"]
+        assert not (world.settings.adapters / name_of(job)).exists()
 
     run(tmp_path, story, engine=RefusingEngine)
 
@@ -333,6 +340,8 @@ def test_an_adapter_that_the_server_refuses_is_a_failure(tmp_path: Path):
         ({"model": "gpt-4o"}, "model"),
         ({"training_file": "file-none"}, "training_file"),
         ({"validation_file": "file-none"}, "validation_file"),
+        ({"training_file": ""}, "training_file"),
+        ({"validation_file": ""}, "validation_file"),
         ({"suffix": ""}, "suffix"),
         ({"suffix": "x" * 65}, "suffix"),
         ({"seed": -1}, "seed"),
