@@ -215,7 +215,7 @@ def _from_arrow(path: Path, batches: Callable[[], Iterable[Any]]) -> Iterator[Ra
         from pyarrow import ArrowException
     except ModuleNotFoundError as error:
         raise DataError(
-            f"data: {path.name} needs pyarrow; install it with: pip install 'lory-server[train]'"
+            f"data: {path.name} needs pyarrow: pip install '.[train]' in the checkout"
         ) from error
     number = 0
     try:
