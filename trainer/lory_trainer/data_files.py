@@ -110,7 +110,7 @@ def _read_file(path: Path) -> Iterator[RawRow]:
         yield from (read or _read_jsonl)(path)
     except FileNotFoundError as error:
         raise DataError(
-            f"data: there is no file {path}; a relative path starts at the configuration's folder"
+            f"data: there is no file {path}; a path in the configuration starts at its folder"
         ) from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"data: {path.name} cannot be read: {error}") from error
