@@ -36,7 +36,7 @@ def url(front: Front) -> Iterator[str]:
 
 
 def lory_eval(url: str, *flags: str, key: str = "secret"):
-    where = ["eval", "--server", url, "--api-key", key]
+    where = ["eval", "--url", url, "--api-key", key]
     return CliRunner().invoke(app, [*where, *flags], env={"COLUMNS": "160"})
 
 
@@ -194,7 +194,15 @@ def test_everything_can_come_from_a_file(url, tmp_path):
 def test_help_names_every_flag():
     done = CliRunner().invoke(app, ["eval", "--help"], env={"COLUMNS": "200"})
     assert done.exit_code == 0
-    for flag in ("--server", "--api-key", "--gate", "--publish", "--judge-url", "--compare"):
+    for flag in (
+        "--url",
+        "--server",
+        "--api-key",
+        "--gate",
+        "--publish",
+        "--judge-url",
+        "--compare",
+    ):
         assert flag in done.output
 
 

@@ -175,7 +175,7 @@ def test_the_mask_is_drawn_over_the_very_tokens(world):
 
 
 def test_init_writes_a_file_that_trains(world):
-    answers = "tiny\nrows.jsonl\nsft\nn\n4\n2\n64\n"
+    answers = "tiny\nrows.jsonl\nsftt\nsft\nn\n4\n2\n64\n"
     done = lory_train("new.yaml", "--init", answers=answers)
     assert done.exit_code == 0, done.output
     options = load_options(world / "new.yaml")

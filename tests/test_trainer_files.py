@@ -108,7 +108,9 @@ def test_a_bad_file_is_named_with_its_place(tmp_path, name, text, message):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(DataError, match=r"no file .*none\.jsonl; a relative path starts at"):
+    with pytest.raises(
+        DataError, match=r"no file .*none\.jsonl; a path in the configuration starts at"
+    ):
         read_data(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="holds no data files"):
         read_data(tmp_path)

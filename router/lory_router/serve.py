@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from lory_router.app import create_app
 from lory_router.base_check import ServedBase
@@ -337,7 +338,9 @@ def _load_text(config: ServeConfig) -> TextModel:
         return load_text_model(model)
     except (OSError, ValueError) as error:
         line = " ".join(str(error).split())
-        raise StartError(f"--model {model}: its tokenizer cannot be read: {line}") from error
+        known = Path(model).is_dir()
+        where = "" if known else "there is no such folder, and as a model of the hub "
+        raise StartError(f"--model {model}: {where}its tokenizer cannot be read: {line}") from error
 
 
 def _read_keys(config: ServeConfig) -> Keyring:

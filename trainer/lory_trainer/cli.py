@@ -227,7 +227,7 @@ def _load_libraries(threads: int | None) -> None:
         if error.name not in ("peft", "torch"):
             raise
         raise TrainerError(
-            f"training needs {error.name}; install it with: pip install 'lory-server[train]'"
+            f"training needs {error.name}; install it with: pip install '.[train]' in the checkout"
         ) from error
     disable_progress_bar()  # its bars would tear ours
     if threads is not None:

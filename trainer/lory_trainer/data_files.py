@@ -110,7 +110,7 @@ def _read_file(path: Path) -> Iterator[RawRow]:
         yield from (read or _read_jsonl)(path)
     except FileNotFoundError as error:
         raise DataError(
-            f"data: there is no file {path}; a relative path starts at the configuration's folder"
+            f"data: there is no file {path}; a path in the configuration starts at its folder"
         ) from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"data: {path.name} cannot be read: {error}") from error
@@ -215,7 +215,7 @@ def _from_arrow(path: Path, batches: Callable[[], Iterable[Any]]) -> Iterator[Ra
         from pyarrow import ArrowException
     except ModuleNotFoundError as error:
         raise DataError(
-            f"data: {path.name} needs pyarrow; install it with: pip install 'lory-server[train]'"
+            f"data: {path.name} needs pyarrow: pip install '.[train]' in the checkout"
         ) from error
     number = 0
     try:

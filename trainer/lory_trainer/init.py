@@ -37,7 +37,7 @@ def ask(path: Path) -> Path:
         raise OutputError(f"{path} exists; give another name")
     base = typer.prompt("Base (a folder, or an id on the hub)")
     data = typer.prompt("Rows (JSONL, JSON, CSV, Parquet, or a folder)")
-    method = typer.prompt("Method: sft, dpo or pretrain", default="sft")
+    method = typer.prompt("Method: sft, dpo or pretrain", default="sft", value_proc=_method)
     plan = _look(path.parent / data, method)
     prompt = "" if plan is None else _prompt_lines(plan)
     bits = typer.confirm("Hold the base in 4 bits (QLoRA)?", default=False)
@@ -56,6 +56,13 @@ def ask(path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def _method(text: str) -> str:
+    """Asked again, unless it is one."""
+    if text not in ("sft", "dpo", "pretrain"):
+        raise typer.BadParameter("sft, dpo or pretrain")
+    return text
 
 
 def _look(data: Path, method: str) -> Plan | None:

@@ -102,11 +102,11 @@ def _gates(options: EvaluationOptions, alias: str) -> list[str]:
 
 def _check(flags: EvalFlags) -> None:
     if bool(flags.base) != bool(flags.adapters):
-        raise EvaluationError("--base and --adapters go together; or name a --server")
+        raise EvaluationError("--base and --adapters go together; or name a server by --url")
     if flags.serve_flags and not flags.base:
         raise EvaluationError("--serve-flags is for a server that --base starts")
     if flags.base and flags.publish:
-        raise EvaluationError("--publish needs the --server that is to serve it")
+        raise EvaluationError("--publish needs the server at --url that is to serve it")
     if flags.publish and not all(flags.publish.rpartition("@")):
         raise EvaluationError(f"--publish {flags.publish}: give name@alias, such as support@prod")
     if flags.compare and flags.adapter:
