@@ -96,9 +96,8 @@ class AdapterRoutes:
         name, caller = _checked(request.path_params["adapter_id"]), caller_of(request.scope)
         reply = await self._catalogue.get(caller, name)
         try:
-            self._front.manners.forget(caller, name)
             async with asyncio.timeout(MANNER_WAIT_S):
-                known = await self._front.manners.known(caller, name)
+                known = await self._front.manners.shown(caller, name)
         except (ApiError, TimeoutError):
             known = None  # it cannot be served, which `refused` tells, or not yet
         if known is None:

@@ -25,6 +25,7 @@ from typing import Literal
 
 from lory_router.engine import Unavailable
 from lory_server.messages import Failure, Finished
+from lory_server.recipes import Recipe
 
 Dialect = Literal["lorax", "openai"]
 
@@ -145,6 +146,10 @@ class AdapterReplaced(ApiError):
     error_type = "adapter_replaced"
     adapter_id = ""
     """The name it was asked for by."""
+    recipe: Recipe | None = None
+    """Of a merge that a request asked for, as it named it."""
+    tokenizer = ""
+    """Digest of the tokenizer that such a merge is to be asked by."""
 
 
 class MethodNotAllowed(ApiError):
@@ -324,15 +329,15 @@ def from_failure(failure: Failure, retry_after_s: int, adapter_id: str = "") -> 
     if kind is AdapterNotFound and missing:
         return adapter_not_found(missing)
     if kind is AdapterReplaced:
-        return _replaced(failure.message, retry_after_s, adapter_id)
+        return _replaced(failure, retry_after_s, adapter_id)
     wait = retry_after_s if kind is Overloaded else None
     about = f"adapter {shown(adapter_id)}: " if kind is AdapterInvalid and adapter_id else ""
     return kind(about + failure.message, param=PARAMS.get(failure.code), retry_after_s=wait)
 
 
-def _replaced(message: str, retry_after_s: int, adapter_id: str) -> AdapterReplaced:
-    error = AdapterReplaced(message, retry_after_s=retry_after_s)
-    error.adapter_id = adapter_id
+def _replaced(failure: Failure, retry_after_s: int, adapter_id: str) -> AdapterReplaced:
+    error = AdapterReplaced(failure.message, retry_after_s=retry_after_s)
+    error.adapter_id, error.tokenizer = adapter_id, failure.tokenizer
     return error
 
 
