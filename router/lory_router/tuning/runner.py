@@ -180,12 +180,12 @@ class JobRunner:
         try:
             end = await self._carry_out(job, current)
         except JobFailedError as error:
-            await self._fail(job.id, error)
+            await self._fail(job, error)
         except JobsUnwritable:
             raise
         except Exception as error:
             log.exception("fine-tuning job %s", job.id)
-            await self._fail(job.id, JobFailedError("server_error", f"the run failed: {error}"))
+            await self._fail(job, JobFailedError("server_error", f"the run failed: {error}"))
         else:
             await self.clear_away(await self._move(job.id, end))
         finally:
@@ -374,14 +374,15 @@ class JobRunner:
         event = message_event(job_id, MESSAGES.get(status, status))
         return await self._store.change(job_id, change, event)
 
-    async def _fail(self, job_id: str, error: JobFailedError) -> None:
-        log.warning("fine-tuning job %s failed: %s", job_id, error.message)
+    async def _fail(self, job: JobRecord, error: JobFailedError) -> None:
+        """What was made goes before the job is called failed."""
+        log.warning("fine-tuning job %s failed: %s", job.id, error.message)
         message = without_paths(error.message, self._hidden)
-        event = message_event(job_id, f"The job failed: {message}", "error")
-        job = await self._store.change(
-            job_id, lambda job: failed(job, error.code, message, error.param), event
+        event = message_event(job.id, f"The job failed: {message}", "error")
+        await self.clear_away(failed(job, error.code, message))
+        await self._store.change(
+            job.id, lambda job: failed(job, error.code, message, error.param), event
         )
-        await self.clear_away(job)
 
 
 def _forget_checkpoints(run: Path) -> None:
