@@ -239,10 +239,11 @@ class Bench:
         room = sum(num_bytes[rank] + (8 << 20) for rank in ranks)
         pool = AdapterPool(room, DTYPE, self.device, sites, len(ranks))
         pool.data.normal_(std=0.02, generator=base.generator)
+        footprints = {rank: pool.footprint(manifests[rank]) for rank in manifests}
         for slot, rank in enumerate(ranks):
-            allocation = pool.allocate(manifests[rank])
+            allocation = pool.allocate(footprints[rank])
             assert allocation is not None, "room was made for all"
-            pool.publish(slot, pool.row(manifests[rank], allocation))
+            pool.publish(slot, pool.row(footprints[rank].columns, allocation))
         lora.attach(self.decoder, pool.tables, pool.data)
         return num_bytes
 

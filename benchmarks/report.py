@@ -281,7 +281,7 @@ def mismatches_table(path: Path) -> str:
 
 def popularity_title(popularity: str) -> str:
     kind, _, alpha = popularity.partition(":")
-    return f"Zipf {alpha}" if kind == "zipf" else kind
+    return f"Zipf {alpha}" if kind == "zipf" else "each its own" if kind == "distinct" else kind
 
 
 # -- parts ------------------------------------------------------------------------------------
