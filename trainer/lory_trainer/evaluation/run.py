@@ -90,7 +90,10 @@ def _variants(
     adapters: Sequence[AdapterFacts],
 ) -> list[Variant]:
     """The candidate first."""
-    found = [adapter_variant(one, options.template) for one in adapters]
+    is_conversation = bool(data.rows[0].messages)
+    found = [
+        adapter_variant(one, options.template, is_conversation=is_conversation) for one in adapters
+    ]
     if BASE in options.compare:
         found.append(base_variant(facts.base_name, found[0]))
     if PROMPT_ONLY in options.compare:
@@ -121,7 +124,8 @@ def _prompting(options: EvaluationOptions, data: DataSet) -> Prompting:
         source = Path(wish.shots_from or options.data)
         rows = read_data(source, options.completion).rows
         shots = pick_shots(rows, wish.shots, data.rows, options.seed)
-    return Prompting(wish.instruction, tuple(shots), wish.style == "chat")
+    is_chat = wish.style == "chat" or bool(data.rows[0].messages)
+    return Prompting(wish.instruction, tuple(shots), is_chat)
 
 
 def _longest(
