@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from lory_trainer.base import attach, find_base, load_base
 from lory_trainer.config import DpoOptions, parse_options
 from lory_trainer.data import Example, Pair, collate
-from lory_trainer.objective import Preference, accumulate, evaluate
+from lory_trainer.objective import accumulate, evaluate
+from lory_trainer.preference import Preference
 from lory_trainer.reference import with_reference
 from trainer_world import events, make_world, train, write_rows
 
@@ -190,58 +191,6 @@ def test_a_folder_of_openai_pairs_trains(world):
     assert result.losses[-1] < result.losses[0]
     manifest = json.loads((result.output / "adapter_manifest.json").read_text())
     assert (manifest["chat"], manifest["template"]) == (True, None)
-
-
-@pytest.mark.full
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        ({}, {"loss_type": ["sigmoid"]}),
-        ({"loss": "ipo"}, {"loss_type": ["ipo"]}),
-        ({"sft_weight": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
-    ],
-)
-def test_loss_and_gradients_are_trls(world, tmp_path, ours, theirs):
-    """TRL's trainer on the same ids, the adapter stirred alike."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    from lory_trainer.base import lora_config
-    from trainer_world import char_tokenizer
-
-    model = model_of(world)
-    pairs = with_reference(model, PAIRS, rows=8, base_alone=True)
-    stirred(model)
-    loss = pair_loss(model, pairs, beta=0.2, **ours)
-
-    rows = [
-        {
-            "prompt_ids": list(p.chosen.ids[: p.chosen.num_prompt_tokens]),
-            "chosen_ids": list(p.chosen.ids[p.chosen.num_prompt_tokens :]),
-            "rejected_ids": list(p.rejected.ids[p.rejected.num_prompt_tokens :]),
-        }
-        for p in PAIRS
-    ]
-    torch.manual_seed(0)
-    trainer = trl.DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(world / "tiny"),
-        args=trl.DPOConfig(
-            output_dir=str(tmp_path / "trl"), beta=0.2, use_cpu=True, report_to=[], **theirs
-        ),
-        # Its own tokens of these are not looked at: it takes no rows of ids.
-        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
-        processing_class=char_tokenizer(),
-        peft_config=lora_config(parse_options(CONFIG).lora),
-    )
-    with torch.no_grad():
-        for mine, other in zip(model.parameters(), trainer.model.parameters(), strict=True):
-            other.copy_(mine)
-    batch = trainer.data_collator(rows)
-    found = trainer.compute_loss(trainer.model, batch)
-    found.backward()
-    assert loss == pytest.approx(found.item(), rel=1e-5)
-    for mine, other in zip(model.parameters(), trainer.model.parameters(), strict=True):
-        if mine.requires_grad:
-            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.full
