@@ -56,7 +56,9 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not _is_ready(url):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit("the demo server did not start; try: lory demo")
+            raise SystemExit(
+                f"no demo server at {url}; give another port: make demo-train PORT=9000"
+            )
         time.sleep(0.2)
 
 

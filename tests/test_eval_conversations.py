@@ -29,7 +29,7 @@ def said(*messages: Any, wanted: str = "TWO") -> dict[str, Any]:
     return {"messages": [*messages, {"role": "assistant", "content": wanted}]}
 
 
-def asked(folder: Path, **keys: Any) -> tuple[Any, list[dict[str, Any]]]:
+def asked(folder: Path, turns: Any = TURNS, **keys: Any) -> tuple[Any, list[dict[str, Any]]]:
     """The evaluation, and the bodies that were sent."""
     bodies: list[dict[str, Any]] = []
 
@@ -40,7 +40,7 @@ def asked(folder: Path, **keys: Any) -> tuple[Any, list[dict[str, Any]]]:
     front = make_front(says=lambda name, prompt: "TWO" if name else "two")
     assert isinstance(front.engine, Oracle)
     front.engine.manners.clear()
-    result = run(front, data=write(folder, said(*TURNS)), transport=Around(front, see), **keys)
+    result = run(front, data=write(folder, said(*turns)), transport=Around(front, see), **keys)
     return result, bodies
 
 
@@ -58,12 +58,13 @@ def test_an_instruction_goes_before_the_conversations_own_and_examples_between(t
     shots = tmp_path / "shots.jsonl"
     shots.write_text(json.dumps(said(TURNS[0], {"role": "user", "content": "6"}, wanted="VI")))
     shown = {"instruction": "U", "shots": 1, "shots_from": str(shots)}
-    _, bodies = asked(tmp_path, compare=["prompt_only"], prompt_only=shown)
+    turns = (TURNS[0], TURNS[3])
+    _, bodies = asked(tmp_path, turns, compare=["prompt_only"], prompt_only=shown, max_new_tokens=4)
     assert bodies[1]["messages"] == [
         {"role": "system", "content": "U\n\nS"},
         {"role": "user", "content": "6"},
         {"role": "assistant", "content": "VI"},
-        *TURNS[1:],
+        TURNS[3],
     ]
 
 

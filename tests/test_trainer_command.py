@@ -306,7 +306,8 @@ def test_a_curve_is_a_picture_of_every_step(world):
 def test_a_curve_has_a_point_for_each_step_and_none_for_what_is_no_number():
     figure = draw([(1, 2.0), (2, 1.0), (4, 0.5)], [(1, 0.5)], [])
     above, below = figure.axes
-    assert above.lines[0].get_xydata().tolist() == [[1, 2], [2, 1], [4, 0.5]]
+    trained: Any = above.lines[0]
+    assert trained.get_xydata().tolist() == [[1, 2], [2, 1], [4, 0.5]]
     assert [line.get_label() for line in above.lines] == ["training", "training, smoothed"]
     assert below.lines[0].get_marker() == "o"
     told = [{"type": "step", "step": 1, "loss": None}, {"type": "step", "step": 2, "loss": 3.0}]

@@ -10,55 +10,20 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lory_trainer.base import attach, find_base, load_base
-from lory_trainer.config import DpoOptions, parse_options
+from lory_trainer.config import DpoOptions
 from lory_trainer.data import Example, Pair, collate
 from lory_trainer.objective import accumulate, evaluate
 from lory_trainer.preference import Preference
 from lory_trainer.reference import with_reference
-from trainer_world import events, make_world, train, write_rows
+from pairs_world import CONFIG, PAIRS, make_pairs_world, model_of, stirred
+from trainer_world import events, train, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-CONFIG = """
-base: tiny
-data: pairs.jsonl
-method: dpo
-template: "{prompt}>"
-lora: {r: 4, dtype: float32}
-epochs: 4
-batch_size: 4
-learning_rate: 1e-2
-"""
-PAIRS = [
-    Pair(
-        Example((0, *range(3, 6 + n), 7, 1), 3 + n),
-        Example((0, *range(3, 6 + n), 8, 9 + n, 1), 3 + n),
-    )
-    for n in range(8)
-]
 
 
 @pytest.fixture
 def world(tmp_path) -> Path:
-    make_world(tmp_path)
-    rows = [{"prompt": a + b, "chosen": b, "rejected": a} for a in "abcd" for b in "yz"]
-    write_rows(tmp_path / "pairs.jsonl", *rows)
-    return tmp_path
-
-
-def model_of(world: Path, text: str = CONFIG) -> Any:
-    options = parse_options(text)
-    return attach(load_base(find_base("tiny", world), options), options, world)
-
-
-def stirred(model: Any) -> Any:
-    """With an adapter that says something else than the base."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for tensor in model.parameters():
-            if tensor.requires_grad:
-                tensor.add_(torch.randn_like(tensor) * 0.05)
-    return model
+    return make_pairs_world(tmp_path)
 
 
 def test_the_first_loss_is_the_logarithm_of_two(world):
