@@ -75,9 +75,15 @@ def _upload(output: Path, name: str, url: str, api_key: str) -> str:
             f"{output} is written, but {url} did not take it: {error}; send it again with the "
             "adapter routes"
         ) from error
-    if reply.is_error:
+    if not reply.is_success:
         raise PublishError(f"{output} is written, but {_refusal(reply, url)}")
-    return f"{reply.json()['id']} at {url}"
+    try:
+        return f"{reply.json()['id']} at {url}"
+    except (ValueError, KeyError, TypeError) as error:
+        raise PublishError(
+            f"{output} is written, but {url} does not answer as Lory does; give --publish the URL"
+            " of a Lory server"
+        ) from error
 
 
 def _refusal(reply: httpx.Response, url: str) -> str:

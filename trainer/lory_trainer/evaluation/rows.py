@@ -105,6 +105,9 @@ def _row(place: str, value: Any, completion: str) -> Row:
             " --completion names another column"
         )
     texts = {key: text for key, text in value.items() if isinstance(text, str)}
+    for key, text in texts.items():
+        if not _is_text(text):
+            raise EvaluationError(f"{place}: column `{key}` holds half a character, a surrogate")
     texts.pop(completion)
     return Row(place, texts, wanted)
 
@@ -125,4 +128,15 @@ def _message(place: str, message: Any) -> dict[str, str]:
     names = ("role", "content")
     if not isinstance(message, dict) or not all(isinstance(message.get(n), str) for n in names):
         raise EvaluationError(f"{place}: a message needs a role, and content that is text")
+    if not _is_text(message["content"]):
+        raise EvaluationError(f"{place}: a message holds half of a character (a lone surrogate)")
     return {name: message[name] for name in names}
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be sent and written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
