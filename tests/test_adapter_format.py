@@ -483,6 +483,8 @@ def test_a_trained_bias_acts_before_any_invocation(bias: str, tmp_path: Path) ->
         (b'{"peft_type": "LORA", "lora_alpha": NaN}', "NaN"),
         (b'{"peft_type": "LORA", "lora_alpha": -Infinity}', "-Infinity"),
         (b'{"r": ' + b"9" * 5000 + b"}", "not valid JSON"),
+        (b'{"peft_type": "LORA", "\\ud800": 1}', "surrogates not allowed"),
+        (b'{"base_model_name_or_path": ["\\udfff"]}', "surrogates not allowed"),
         (b" " * (MAX_CONFIG_BYTES + 1), "larger than"),
     ],
 )
@@ -523,9 +525,19 @@ WRONG_TENSORS: list[tuple[Callable[[Tensors], object], str, str]] = [
     (_put(f"{Q0}.base_layer.bias", 16), "base_layer.bias", "bias is 'none'"),
     (_put(f"{Q0}.bias", 16), "q_proj.bias", "bias is 'none'"),
     (_put("base_model.model.lm_head.lora_A.weight", 4, 16), "lm_head", "does not have"),
-    (_put("base_model.model.model.embed_tokens.lora_embedding_C", 4, 9), "embedding_C", "served"),
+    (
+        _put("base_model.model.model.embed_tokens.lora_embedding_C", 4, 9),
+        "embedding_C",
+        "save it with that",
+    ),
     (_put("base_model.model.lm_head.weight", 9, 16), "lm_head.weight", "does not have"),
-    (_put("model.layers.0.self_attn.q_proj.lora_A.weight", 4, 16), "layers.0", "not served"),
+    (
+        _put("model.layers.0.self_attn.q_proj.lora_A.weight", 4, 16),
+        "layers.0",
+        "whose names begin with 'base_model.model.'; save it with that",
+    ),
+    (_put(f"{Q0}.lora_A.mine.weight", 4, 16), "lora_A.mine", "save it with that"),
+    (_put("vera_lambda_b", 4), "vera_lambda_b", "is not of LoRA"),
     (
         _put(f"{Q0.replace('layers.0', 'layers.9')}.lora_A.weight", 4, 16),
         "layers.9",

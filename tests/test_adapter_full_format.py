@@ -71,6 +71,7 @@ def test_a_saved_module_is_read_under_each_of_its_names(name: str, tmp_path: Pat
     [weight] = manifest.full
     assert (weight.module, weight.token_ids, weight.is_tied) == (HEAD_MODULE, (), False)
     assert manifest.has_own_head
+    assert manifest.head_params == VOCAB * HIDDEN
     assert not manifest.needs_base
     assert manifest.num_bytes(4) - manifest.pool_bytes(4) == VOCAB * HIDDEN * 4
 
@@ -80,6 +81,7 @@ def test_norm_is_every_module_whose_name_ends_so(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, shapes, modules_to_save=["norm"])
     assert [weight.module for weight in manifest.full] == [module for module, _ in NORMS]
     assert not manifest.has_own_head
+    assert manifest.head_params == 0
 
 
 def test_lora_on_an_end_may_come_with_the_base_s_own_weight(tmp_path: Path) -> None:
@@ -123,6 +125,7 @@ def test_trained_tokens_are_of_both_ends_where_peft_ties_them(
     shapes: Shapes = {f"{name}.{DELTA}": (2, HIDDEN) for name in names}
     manifest = manifest_of(tmp_path, shapes, base, trainable_token_indices=indices)
     assert {weight.is_tied for weight in manifest.full} == {tied}
+    assert manifest.head_params == (2 * HIDDEN if tied or HEAD in names else 0)
     assert len(manifest.full) == len(names)
     assert not manifest.has_own_head
 

@@ -280,6 +280,25 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         assert "damaged" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DROP TABLE pins",
+        "ALTER TABLE names RENAME COLUMN revision TO whose",
+        "INSERT INTO merges VALUES ('blend', '{')",
+        "INSERT INTO merges VALUES ('blend', '{\"sources\": 3}')",
+    ],
+)
+def test_a_sound_file_that_is_no_registry_any_more_is_refused(
+    tmp_path: Path, statement: str
+) -> None:
+    path = tmp_path / "registry"
+    Registry(str(path)).close()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(statement)
+    assert "damaged or no registry" in refusal(path)
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "folder is not there" in refusal(tmp_path / "none" / "registry")
     assert "must be a file" in refusal(tmp_path)

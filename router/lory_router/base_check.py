@@ -12,7 +12,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from lory_router.chat_template import ChatTemplate
+from lory_router.chat_template import PromptTemplate
 from lory_server.messages import TrainedOn
 from lory_trainer.digests import FILES, base_digests
 
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class ServedBase:
-    def __init__(self, model: str = "", chat_template: ChatTemplate | None = None) -> None:
+    def __init__(self, model: str = "", chat_template: PromptTemplate | None = None) -> None:
         """A local folder or a hub id; without one nothing can be told."""
         self._model = model
         self._chat_template = chat_template
@@ -47,7 +47,7 @@ class ServedBase:
         return tuple(PARTS[name] for name in told if told[name] != served.get(name, told[name]))
 
 
-def _digests_of(model: str, chat_template: ChatTemplate | None) -> dict[str, str]:
+def _digests_of(model: str, chat_template: PromptTemplate | None) -> dict[str, str]:
     source = chat_template.source if chat_template else ""
     template = {"chat_template": hashlib.sha256(source.encode()).hexdigest()}
     try:

@@ -7,13 +7,16 @@ adapters which share one share it here. It must not know requests or routes.
 
 import asyncio
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from lory_router.chat_template import ChatTemplate
+from lory_router.chat_template import ChatTemplate, PromptTemplate
 from lory_router.errors import AdapterInvalid, AdapterReplaced, shown
 from lory_router.sources.flight import Flights
+from lory_router.sources.memory import Memory
+from lory_router.template_process import AdapterTemplate, TemplateProcess
 from lory_router.text import TextModel, mark_special
 from lory_server.adapters.errors import AdapterError
 from lory_server.adapters.store import AdapterStore
@@ -22,6 +25,9 @@ from lory_server.messages import Manner
 
 MAX_KEPT_BYTES = 64 * 1024 * 1024
 """Of tokenizer.json files; in memory each takes some ten times as much. The newest always stays."""
+
+MAX_REFUSED = 1024
+REFUSED_S = 10.0
 
 PROBE = "a b\n"
 """What a tokenizer must be able to encode to be used."""
@@ -45,8 +51,11 @@ class OwnTexts:
         self._retry_after_s = retry_after_s
         self._max_kept_bytes = max_kept_bytes
         self._kept: OrderedDict[str, Read] = OrderedDict()
-        self._flights: Flights[str, Read] = Flights()
+        self._flights: Flights[tuple[str, str], Read] = Flights()
+        self._refused: Memory[tuple[str, str], str] = Memory(MAX_REFUSED)
+        """Why, so that a storm of requests does not read a broken file each time."""
         self._turn = asyncio.Semaphore(1)
+        self._templates = TemplateProcess()
 
     async def of(self, adapter_id: str, manner: Manner) -> TextModel:
         """Of an adapter, by the name of its folder; raises an ApiError."""
@@ -54,7 +63,11 @@ class OwnTexts:
         if not digest:
             return self.base
         if digest not in self._kept:
-            found = await self._flights.join(digest, lambda: self._read(adapter_id, digest))
+            # By adapter, too: what is wrong with one is not told of another, that may be others'.
+            key = (adapter_id, digest)
+            if (reason := self._refused.get(key)) is not None:
+                raise AdapterInvalid(reason)
+            found = await self._flights.join(key, lambda: self._read(adapter_id, digest))
             self._keep(digest, found)
             return found[0]
         self._kept.move_to_end(digest)
@@ -70,10 +83,12 @@ class OwnTexts:
             except (AdapterError, OSError) as error:
                 raise AdapterInvalid(f"adapter {shown(adapter_id)}: {error}") from error
             except ValueError as error:
-                raise AdapterInvalid(
+                reason = (
                     f"adapter {shown(adapter_id)}: its tokenizer cannot be used:"
                     f" {' '.join(str(error).split())[:300]}"
-                ) from error
+                )
+                self._refused.put((adapter_id, digest), reason, REFUSED_S)
+                raise AdapterInvalid(reason) from error
         return text, len(files.raw)
 
     def _files(self, adapter_id: str) -> TokenizerFiles | None:
@@ -87,12 +102,17 @@ class OwnTexts:
             tokenizer.decode(tokenizer.encode(PROBE).ids)
         except BaseException as error:  # the library raises Exception, and panics are not even that
             raise ValueError(f"{TOKENIZER_NAME}: {error}") from error
-        base = self.base.chat_template
         special_tokens = {**self.base.special_tokens, **files.special_tokens}
         mark_special(tokenizer, special_tokens.values())
-        source = files.chat_template or (base.source if base else "")
-        template = ChatTemplate(source, special_tokens, "adapter") if source else None
+        template = self._template(files.chat_template, special_tokens)
         return TextModel(tokenizer, template, special_tokens)
+
+    def _template(self, own: str, special_tokens: Mapping[str, str]) -> PromptTemplate | None:
+        """The base's is trusted, whoever brings it."""
+        base = self.base.chat_template
+        if own and (base is None or own != base.source):
+            return AdapterTemplate(self._templates, own, special_tokens)
+        return ChatTemplate(base.source, special_tokens) if base else None
 
     def _keep(self, digest: str, read: Read) -> None:
         self._kept[digest] = read

@@ -13,7 +13,7 @@ from types import MappingProxyType
 import huggingface_hub
 from tokenizers import AddedToken, Tokenizer
 
-from lory_router.chat_template import ChatTemplate
+from lory_router.chat_template import ChatTemplate, PromptTemplate
 from lory_server.adapters.tokenizer_files import chat_template_of, named_special_tokens
 
 TOKENIZER_FILES = (
@@ -32,7 +32,7 @@ class TextModel:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        chat_template: ChatTemplate | None = None,
+        chat_template: PromptTemplate | None = None,
         special_tokens: Mapping[str, str] = NO_NAMES,
     ) -> None:
         """`special_tokens`: those that have names, such as `eos_token`."""

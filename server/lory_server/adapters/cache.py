@@ -408,6 +408,7 @@ class AdapterCache:
             num_bytes=entry.device_bytes,
             full_bytes=full_bytes,
             has_own_head=entry.blob.manifest.has_own_head,
+            head_params=entry.blob.manifest.head_params,
             max_rank=entry.max_rank,
             invocation_tokens=entry.facts.invocation_tokens,
             load_seconds=time.monotonic() - asked.asked_s,

@@ -15,6 +15,7 @@ import msgspec
 
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.header import read_exactly
+from lory_server.adapters.tokenizer_steps import NO_STEPS, Steps, check_steps, steps_of
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -58,6 +59,8 @@ class TokenizerFiles:
     """Of all that matters."""
     content: str
     """Digest of tokenizer.json alone, of what of it matters."""
+    steps: Steps = NO_STEPS
+    """What it does to a text."""
 
     def repeats(self, base: "TokenizerFiles") -> bool:
         """Whether it says nothing that `base` does not say."""
@@ -97,7 +100,15 @@ def tokenizer_of(files: Mapping[str, bytes]) -> TokenizerFiles:
     num_tokens, content = _num_tokens(value), _content(value)
     parts = (content, sorted(special_tokens.items()), template)
     digest = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:DIGEST_CHARS]
-    return TokenizerFiles(raw, special_tokens, template, num_tokens, digest, content)
+    steps = steps_of(value)
+    return TokenizerFiles(raw, special_tokens, template, num_tokens, digest, content, steps)
+
+
+def check_runnable(own: TokenizerFiles, base: TokenizerFiles | None) -> None:
+    """Refuses, by AdapterInvalidError, a tokenizer that could run for ever, as the base's does
+    not."""
+    if base is None or own.content != base.content:
+        check_steps(own.steps, base.steps if base else NO_STEPS)
 
 
 def named_special_tokens(config: Mapping[str, object]) -> dict[str, str]:
