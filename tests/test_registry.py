@@ -356,3 +356,37 @@ def test_the_event_loop_goes_on_while_a_change_is_written(
 
     with closing(Registry(str(tmp_path / "registry"))) as registry:
         asyncio.run(main(registry))
+
+
+WRITING = """
+import asyncio, sys
+from lory_router.names import Target
+from lory_router.registry import Registry
+
+async def main():
+    registry = Registry(sys.argv[1])
+    for number in range(int(sys.argv[2]), 1_000_000):
+        await registry.register(f"n{number}@prod", Target("support", "0" * 32), "acme")
+        await registry.pin(Target(f"n{number}"))
+        print(number, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_what_was_answered_before_a_kill_is_there_and_nothing_is_half(tmp_path: Path) -> None:
+    path, answered = str(tmp_path / "registry"), -1
+    for num_answers in (1, 7, 20):
+        command = [sys.executable, "-c", WRITING, path, str(answered + 1)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for _ in range(num_answers):
+                answered = int(process.stdout.readline())
+            process.kill()
+            answered = max([answered, *map(int, process.stdout.read().split())])
+        with closing(Registry(path)) as registry:
+            state = registry.state
+        told = {f"n{number}@prod" for number in range(answered + 1)}
+        assert told <= state.names.keys() <= told | {f"n{answered + 1}@prod"}
+        assert state.owners.keys() == state.names.keys()
+        assert len(state.names) - len(state.pins) in (0, 1)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from lory_server.adapters import tokenizer_files
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.store import AdapterStore
 from lory_server.adapters.tokenizer_files import (
@@ -187,6 +188,22 @@ def test_nothing_is_the_base_s_where_nothing_is_known_of_it() -> None:
     check_runnable(BASE, None)
     with pytest.raises(AdapterInvalidError, match="'Replace'"):
         check_runnable(CUTTING, None)
+
+
+def test_a_vocabulary_of_its_own_may_be_some_times_as_large_as_the_base_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is read in one go, while nothing else of the front runs."""
+    monkeypatch.setattr(tokenizer_files, "ALWAYS_ALLOWED_BYTES", 100)
+    large = {"type": "BPE", "vocab": {f"t{i}": i for i in range(500)}, "merges": []}
+    with pytest.raises(AdapterInvalidError, match="another vocabulary than the base's; at most"):
+        check_runnable(made(FILE | {"model": large}), BASE)
+    with pytest.raises(AdapterInvalidError, match="at most 100 are read"):
+        check_runnable(made(FILE), None)
+    tokens = [{"id": 4 + i, "content": f"<{i}>"} for i in range(500)]
+    check_runnable(made(FILE | {"added_tokens": tokens}), BASE)
+    other = large | {"vocab": {f"u{i}": i for i in range(400)}}
+    check_runnable(made(FILE | {"model": large}), made(FILE | {"model": other}))
 
 
 def test_a_base_s_own_limits_hold_for_its_adapters() -> None:

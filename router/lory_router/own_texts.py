@@ -14,6 +14,7 @@ from tokenizers import Tokenizer
 
 from lory_router.chat_template import ChatTemplate, PromptTemplate
 from lory_router.errors import AdapterInvalid, AdapterReplaced, shown
+from lory_router.shared_tokenizer import share_model
 from lory_router.sources.flight import Flights
 from lory_router.sources.memory import Memory
 from lory_router.template_process import AdapterTemplate, TemplateProcess
@@ -24,7 +25,8 @@ from lory_server.adapters.tokenizer_files import TOKENIZER_NAME, TokenizerFiles,
 from lory_server.messages import Manner
 
 MAX_KEPT_BYTES = 64 * 1024 * 1024
-"""Of tokenizer.json files; in memory each takes some ten times as much. The newest always stays."""
+"""Of tokenizer.json files, of those that share the base's model without it; in memory each takes
+some ten times as much. The newest always stays."""
 
 MAX_REFUSED = 1024
 REFUSED_S = 10.0
@@ -79,7 +81,7 @@ class OwnTexts:
                 files = await asyncio.to_thread(self._files, adapter_id)
                 if files is None or files.digest != digest:
                     raise self._replaced(adapter_id)
-                text = await asyncio.to_thread(self._text_model, files)
+                return await asyncio.to_thread(self._text_model, files)
             except (AdapterError, OSError) as error:
                 raise AdapterInvalid(f"adapter {shown(adapter_id)}: {error}") from error
             except ValueError as error:
@@ -89,23 +91,31 @@ class OwnTexts:
                 )
                 self._refused.put((adapter_id, digest), reason, REFUSED_S)
                 raise AdapterInvalid(reason) from error
-        return text, len(files.raw)
 
     def _files(self, adapter_id: str) -> TokenizerFiles | None:
         with self._store.locate_tokenizer(adapter_id) as found:
             return read_tokenizer(found.descriptors) if found.descriptors else None
 
-    def _text_model(self, files: TokenizerFiles) -> TextModel:
+    def _text_model(self, files: TokenizerFiles) -> Read:
         """Raises ValueError. What it does not say of special tokens and template the base does."""
         try:
-            tokenizer = Tokenizer.from_str(files.raw.decode())
+            tokenizer, longest_token, num_bytes = self._tokenizer(files)
             tokenizer.decode(tokenizer.encode(PROBE).ids)
         except BaseException as error:  # the library raises Exception, and panics are not even that
             raise ValueError(f"{TOKENIZER_NAME}: {error}") from error
         special_tokens = {**self.base.special_tokens, **files.special_tokens}
         mark_special(tokenizer, special_tokens.values())
         template = self._template(files.chat_template, special_tokens)
-        return TextModel(tokenizer, template, special_tokens)
+        return TextModel(tokenizer, template, special_tokens, longest_token), num_bytes
+
+    def _tokenizer(self, files: TokenizerFiles) -> tuple[Tokenizer, int, int]:
+        """And its longest token, if that is known, and the bytes that are its own."""
+        if files.model == self.base.model_digest:
+            shared = share_model(self.base.tokenizer, files.rest)
+            if shared is not None:
+                longest = max(self.base.longest_token, shared.longest_added)
+                return shared.tokenizer, longest, len(files.rest)
+        return Tokenizer.from_str(files.raw.decode()), 0, len(files.raw)
 
     def _template(self, own: str, special_tokens: Mapping[str, str]) -> PromptTemplate | None:
         """The base's is trusted, whoever brings it."""

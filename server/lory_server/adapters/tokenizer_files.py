@@ -34,6 +34,9 @@ SPECIAL_TOKENS = (
 
 MAX_TOKENIZER_BYTES = 64 * 1024 * 1024
 MAX_CONFIG_BYTES = 8 * 1024 * 1024
+MOST_TIMES_THE_BASE = 4
+"""Of a tokenizer.json with a vocabulary of its own, beside a small base's:"""
+ALWAYS_ALLOWED_BYTES = 4 * 1024 * 1024
 MAX_TEMPLATE_CHARS = 262_144
 DIGEST_CHARS = 32
 
@@ -61,6 +64,12 @@ class TokenizerFiles:
     """Digest of tokenizer.json alone, of what of it matters."""
     steps: Steps = NO_STEPS
     """What it does to a text."""
+    model: str = ""
+    """Digest of its vocabulary and merges."""
+    rest: bytes = field(default=b"", repr=False)
+    """tokenizer.json without these."""
+    num_bytes: int = 0
+    """Of tokenizer.json."""
 
     def repeats(self, base: "TokenizerFiles") -> bool:
         """Whether it says nothing that `base` does not say."""
@@ -81,7 +90,7 @@ def read_base_tokenizer(folder: Path) -> TokenizerFiles | None:
     paths = [folder / name for name in (TOKENIZER_NAME, *COMPANIONS)]
     try:
         files = tokenizer_of({path.name: path.read_bytes() for path in paths if path.is_file()})
-        return replace(files, raw=b"")
+        return replace(files, raw=b"", rest=b"")
     except (OSError, AdapterInvalidError):
         return None
 
@@ -97,18 +106,37 @@ def tokenizer_of(files: Mapping[str, bytes]) -> TokenizerFiles:
     template = chat_template_of(config, _text(files.get(TEMPLATE_NAME), TEMPLATE_NAME))
     if len(template) > MAX_TEMPLATE_CHARS:
         raise _invalid(TEMPLATE_NAME, f"longer than {MAX_TEMPLATE_CHARS} characters")
-    num_tokens, content = _num_tokens(value), _content(value)
+    num_tokens, model, rest = _num_tokens(value), _model(value), _rest(value)
+    content = _sha256([model, {n: part for n, part in rest.items() if n not in _NOT_OF_CONTENT}])
     parts = (content, sorted(special_tokens.items()), template)
     digest = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:DIGEST_CHARS]
-    steps = steps_of(value)
-    return TokenizerFiles(raw, special_tokens, template, num_tokens, digest, content, steps)
+    return TokenizerFiles(
+        raw,
+        special_tokens,
+        template,
+        num_tokens,
+        digest,
+        content,
+        steps_of(value),
+        model,
+        msgspec.json.encode(rest),
+        len(raw),
+    )
 
 
 def check_runnable(own: TokenizerFiles, base: TokenizerFiles | None) -> None:
     """Refuses, by AdapterInvalidError, a tokenizer that could run for ever, as the base's does
-    not."""
-    if base is None or own.content != base.content:
-        check_steps(own.steps, base.steps if base else NO_STEPS)
+    not, or that takes too long to be made."""
+    if base is not None and own.content == base.content:
+        return
+    check_steps(own.steps, base.steps if base else NO_STEPS)
+    most = max(ALWAYS_ALLOWED_BYTES, MOST_TIMES_THE_BASE * base.num_bytes if base else 0)
+    if (base is None or own.model != base.model) and own.num_bytes > most:
+        raise _invalid(
+            TOKENIZER_NAME,
+            f"has {own.num_bytes} bytes and another vocabulary than the base's; at most {most} are"
+            " read of such: add tokens to the base's",
+        )
 
 
 def named_special_tokens(config: Mapping[str, object]) -> dict[str, str]:
@@ -177,15 +205,22 @@ def _checked(ids: Iterable[object]) -> int:
     return largest
 
 
-def _content(value: Object) -> str:
-    told = {name: part for name, part in value.items() if name not in _NOT_OF_CONTENT}
-    model = told["model"]
+def _model(value: Object) -> str:
+    model = value["model"]
     assert isinstance(model, dict)
     merges = model.get("merges")
     if isinstance(merges, list):
-        told["model"] = model | {"merges": [_merge(pair) for pair in merges]}
+        model = model | {"merges": [_merge(pair) for pair in merges]}
+    return _sha256(model)
+
+
+def _rest(value: Object) -> Object:
+    return {name: part for name, part in value.items() if name != "model"}
+
+
+def _sha256(value: object) -> str:
     try:
-        return hashlib.sha256(msgspec.json.encode(told, order="sorted")).hexdigest()
+        return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()
     except RecursionError:
         raise _invalid(TOKENIZER_NAME, "JSON is nested too deeply") from None
 
