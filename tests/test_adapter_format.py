@@ -580,7 +580,7 @@ WRONG_VECTORS: list[tuple[dict[str, Any], Callable[[Tensors], object], str, str]
     (DORA, _put(f"{Q0}.base_layer.bias", 16), f"{Q0}.base_layer.bias", "bias is 'none'"),
     ({"lora_bias": True}, _drop(f"{Q0}.lora_B.bias"), f"{Q0}.lora_B.bias", "missing"),
     ({"lora_bias": True}, _put(f"{Q0}.lora_B.bias", 4), f"{Q0}.lora_B.bias", "[4]"),
-    ({"lora_bias": True}, _put(f"{Q0}.lora_A.bias", 4), f"{Q0}.lora_A.bias", "does not have"),
+    ({"lora_bias": True}, _put(f"{Q0}.lora_A.bias", 4), f"{Q0}.lora_A.bias", "save it with that"),
     (ALL, _drop(f"{Q0}.base_layer.bias"), f"{Q0}.base_layer.bias", "missing"),
     (ALL, _drop(f"{Q0.replace('q_', 'k_')}.bias"), "k_proj.bias", "missing"),
     (ALL, _put(f"{Q0.replace('q_', 'k_')}.base_layer.bias", 8), "k_proj", "does not select"),

@@ -276,8 +276,7 @@ def test_a_broken_file_is_read_once_for_many_requests_and_told_of_its_adapter_al
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{{ 10**10**10 }}", "chat_template: takes more than 1 s"),
-        ("{% if messages %}{{ 'a' * 10**11 }}{% endif %}", "chat_template: takes too much memory"),
+        ("{{ 10**(10**10) }}", "chat_template: takes more than 1 s"),
         ("{% for %}", "chat_template: .*does not compile"),
     ],
 )

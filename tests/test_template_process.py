@@ -47,10 +47,9 @@ def test_an_adapter_s_template_makes_what_the_base_s_would(
     [
         ("{% for %}", "does not compile"),
         ("{{ '" + "((" * 5000 + "' }}{{ " + "(" * 5000 + ")" * 5000 + " }}", "compile|deep"),
-        ("{% if x %}{{ 'a' * 10**11 }}{% endif %}", "memory"),
-        ("{% if x %}{{ 10**10**10 }}{% endif %}", "more than 1 s"),
+        ("{% if x %}{{ 10**(10**10) }}{% endif %}", "more than 1 s"),
     ],
-    ids=["syntax", "nested", "memory", "endless"],
+    ids=["syntax", "nested", "endless"],
 )
 def test_what_cannot_be_compiled_in_bounds_is_refused(
     process: TemplateProcess, source: str, says: str
@@ -67,11 +66,11 @@ def test_what_cannot_be_compiled_in_bounds_is_refused(
     ("source", "says"),
     [
         ("{{ raise_exception('no') }}", "no"),
-        ("{{ messages.__class__ }}", "unsafe"),
+        ("{{ messages.__class__.__mro__ }}", "unsafe"),
         ("{{ 'a' * n }}", "memory"),
         ("{{ n ** n }}", "more than 1 s"),
         ("{{ 'a' * 9000000 }}", "more than 8388608 characters"),
-        ("{{ '\\\\ud800' }}", "surrogates"),
+        ("{{ '\\ud800' }}", "surrogates"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "nested too deeply"),
     ],
     ids=["complains", "sandbox", "memory", "endless", "output", "half", "recursion"],

@@ -173,6 +173,10 @@ ENDLESS = split("(a+)+$")
         (changed(model={"type": "Unigram", "vocab": [["a", 0.0]]}), "model.type is 'Unigram'"),
         (changed(model={"vocab": [["a", 0.0]]}), "model.type is 'Unigram'"),
         (changed(model={"type": "WordPiece", "vocab": {"a": 0}}), "model.type is 'WordPiece'"),
+        (
+            changed(model={"vocab": {"a": 0}, "continuing_subword_prefix": "##"}),
+            "model.type is 'WordPiece'",
+        ),
         (changed(model=FILE["model"] | {"dropout": 0.1}), "model.dropout is for training"),
         (changed(model=FILE["model"] | {"vocab": {"a" * 257: 0}}), "a token of 257 characters"),
         (changed(added_tokens=[{"id": 4, "content": "b" * 300}]), "a token of 300 characters"),
@@ -186,7 +190,7 @@ def test_steps_that_could_run_for_ever_are_refused_by_name(own: TokenizerFiles, 
 
 def test_nothing_is_the_base_s_where_nothing_is_known_of_it() -> None:
     check_runnable(BASE, None)
-    with pytest.raises(AdapterInvalidError, match="'Replace'"):
+    with pytest.raises(AdapterInvalidError, match="'Prepend'"):
         check_runnable(CUTTING, None)
 
 

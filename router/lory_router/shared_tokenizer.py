@@ -1,8 +1,8 @@
 """An adapter's tokenizer that has the base's vocabulary and merges, and tokens added: made of the
 base's, with which it shares them.
 
-The library reads a file in one go and lets nothing else of the process run meanwhile, a second for
-the size that vocabularies have today: every stream would stand still. It must not know files or
+Read from its file, one of today's vocabularies takes half a second of a core and a hundred
+megabytes; thousands of adapters bring the base's with a few tokens added. It must not know files or
 adapters.
 """
 

@@ -2,7 +2,7 @@
 
     python -m lory_router.template_process --fd N      N: an inherited socket to the router
 
-A template is a program of a stranger's: `{{ 10**10**10 }}` never ends, `{{ 'a' * 10**11 }}` takes
+A template is a program of a stranger's: `{{ 10**(10**10) }}` never ends, `{{ 'a' * 10**11 }}` takes
 all memory, and nothing within a process can stop either. Here the kernel does, after CPU_S seconds
 or MAX_MEMORY_BYTES, and the next template finds another process. It starts when it is first
 needed. It must not know adapters, tokenizers or requests.

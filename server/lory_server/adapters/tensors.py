@@ -81,6 +81,8 @@ def _why_no_role(name: str) -> str:
 
 
 def _why_no_place(module: str, role: Role, modules: Collection[str]) -> str:
+    if ".lora_" in module:
+        return _why_no_role(_PREFIX + module)
     packing = packing_of(module, modules)
     if packing:
         return f"is not for this base, which {packing}; train it on the checkpoint that is served"

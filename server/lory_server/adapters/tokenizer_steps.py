@@ -163,7 +163,9 @@ def _kind_of_model(model: Object) -> str:
         return kind
     if isinstance(model.get("vocab"), list):
         return "Unigram"
-    return "BPE" if "merges" in model else "WordPiece"
+    if "merges" in model:
+        return "BPE"
+    return "WordPiece" if "continuing_subword_prefix" in model else "WordLevel"
 
 
 def _tokens(tokenizer: Object, model: Object) -> Iterator[str]:
