@@ -255,8 +255,8 @@ def test_a_broken_file_is_read_once_for_many_requests_and_told_of_its_adapter_al
     manner = folder_with(tmp_path, "one", broken)
     folder_with(tmp_path, "two", broken)
     texts, read = OwnTexts(TEXT, str(tmp_path), 2), []
-    files = texts._files
-    monkeypatch.setattr(texts, "_files", lambda name: read.append(name) or files(name))
+    made = texts._made
+    monkeypatch.setattr(texts, "_made", lambda name, of: read.append(name) or made(name, of))
 
     async def story() -> None:
         names = ["one", "two"] * 5

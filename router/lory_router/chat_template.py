@@ -1,7 +1,7 @@
 """Chat templates: the Jinja of a tokenizer's files, rendered as transformers renders it.
 
 Templates are run in a sandbox that sees plain JSON data alone; the base's by the front itself,
-those that adapters bring by a process of their own (`template_process`), for no sandbox bounds time
+those that adapters bring by a process of their own (`text_process`), for no sandbox bounds time
 or memory. This module must not know tokenizers or requests.
 """
 

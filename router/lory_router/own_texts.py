@@ -6,6 +6,7 @@ adapters which share one share it here. It must not know requests or routes.
 """
 
 import asyncio
+import hashlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,11 +18,12 @@ from lory_router.errors import AdapterInvalid, AdapterReplaced, shown
 from lory_router.shared_tokenizer import share_model
 from lory_router.sources.flight import Flights
 from lory_router.sources.memory import Memory
-from lory_router.template_process import AdapterTemplate, TemplateProcess
 from lory_router.text import TextModel, mark_special
+from lory_router.text_process import AdapterTemplate, TextProcess
 from lory_server.adapters.errors import AdapterError
+from lory_server.adapters.header import read_exactly
 from lory_server.adapters.store import AdapterStore
-from lory_server.adapters.tokenizer_files import TOKENIZER_NAME, TokenizerFiles, read_tokenizer
+from lory_server.adapters.tokenizer_files import TOKENIZER_NAME, TokenizerFiles
 from lory_server.messages import Manner
 
 MAX_KEPT_BYTES = 64 * 1024 * 1024
@@ -57,7 +59,7 @@ class OwnTexts:
         self._refused: Memory[tuple[str, str], str] = Memory(MAX_REFUSED)
         """Why, so that a storm of requests does not read a broken file each time."""
         self._turn = asyncio.Semaphore(1)
-        self._templates = TemplateProcess()
+        self._apart = TextProcess()
 
     async def of(self, adapter_id: str, manner: Manner) -> TextModel:
         """Of an adapter, by the name of its folder; raises an ApiError."""
@@ -78,10 +80,7 @@ class OwnTexts:
     async def _read(self, adapter_id: str, digest: str) -> Read:
         async with self._turn:
             try:
-                files = await asyncio.to_thread(self._files, adapter_id)
-                if files is None or files.digest != digest:
-                    raise self._replaced(adapter_id)
-                return await asyncio.to_thread(self._text_model, files)
+                read = await asyncio.to_thread(self._made, adapter_id, digest)
             except (AdapterError, OSError) as error:
                 raise AdapterInvalid(f"adapter {shown(adapter_id)}: {error}") from error
             except ValueError as error:
@@ -91,37 +90,45 @@ class OwnTexts:
                 )
                 self._refused.put((adapter_id, digest), reason, REFUSED_S)
                 raise AdapterInvalid(reason) from error
+        if read is None:
+            raise self._replaced(adapter_id)
+        return read
 
-    def _files(self, adapter_id: str) -> TokenizerFiles | None:
+    def _made(self, adapter_id: str, digest: str) -> Read | None:
+        """None: its folder has another by now. Raises ValueError, too."""
         with self._store.locate_tokenizer(adapter_id) as found:
-            return read_tokenizer(found.descriptors) if found.descriptors else None
-
-    def _text_model(self, files: TokenizerFiles) -> Read:
-        """Raises ValueError. What it does not say of special tokens and template the base does."""
-        try:
-            tokenizer, longest_token, num_bytes = self._tokenizer(files)
-            tokenizer.decode(tokenizer.encode(PROBE).ids)
-        except BaseException as error:  # the library raises Exception, and panics are not even that
-            raise ValueError(f"{TOKENIZER_NAME}: {error}") from error
+            files = self._apart.look(found.descriptors) if found.descriptors else None
+            if files is None or files.digest != digest:
+                return None
+            tokenizer, longest_token, num_bytes = self._tokenizer(files, found.descriptors)
+        # What it does not say of special tokens and template the base does.
         special_tokens = {**self.base.special_tokens, **files.special_tokens}
         mark_special(tokenizer, special_tokens.values())
         template = self._template(files.chat_template, special_tokens)
         return TextModel(tokenizer, template, special_tokens, longest_token), num_bytes
 
-    def _tokenizer(self, files: TokenizerFiles) -> tuple[Tokenizer, int, int]:
+    def _tokenizer(
+        self, files: TokenizerFiles, descriptors: Mapping[str, int]
+    ) -> tuple[Tokenizer, int, int]:
         """And its longest token, if that is known, and the bytes that are its own."""
-        if files.model == self.base.model_digest:
-            shared = share_model(self.base.tokenizer, files.rest)
-            if shared is not None:
-                longest = max(self.base.longest_token, shared.longest_added)
-                return shared.tokenizer, longest, len(files.rest)
-        return Tokenizer.from_str(files.raw.decode()), 0, len(files.raw)
+        try:
+            if files.model == self.base.model_digest:
+                shared = share_model(self.base.tokenizer, files.rest)
+                if shared is not None:
+                    _probe(shared.tokenizer)
+                    longest = max(self.base.longest_token, shared.longest_added)
+                    return shared.tokenizer, longest, len(files.rest)
+            tokenizer = Tokenizer.from_str(_raw(files, descriptors[TOKENIZER_NAME]).decode())
+            _probe(tokenizer)
+        except BaseException as error:  # the library raises Exception, and panics are not even that
+            raise ValueError(f"{TOKENIZER_NAME}: {error}") from error
+        return tokenizer, 0, files.num_bytes
 
     def _template(self, own: str, special_tokens: Mapping[str, str]) -> PromptTemplate | None:
         """The base's is trusted, whoever brings it."""
         base = self.base.chat_template
         if own and (base is None or own != base.source):
-            return AdapterTemplate(self._templates, own, special_tokens)
+            return AdapterTemplate(self._apart, own, special_tokens)
         return ChatTemplate(base.source, special_tokens) if base else None
 
     def _keep(self, digest: str, read: Read) -> None:
@@ -140,3 +147,15 @@ class OwnTexts:
             " when the adapter was loaded; send the request again",
             retry_after_s=self._retry_after_s,
         )
+
+
+def _probe(tokenizer: Tokenizer) -> None:
+    tokenizer.decode(tokenizer.encode(PROBE).ids)
+
+
+def _raw(files: TokenizerFiles, fd: int) -> bytes:
+    """The bytes that were looked at; raises ValueError if they have been written to since."""
+    raw = read_exactly(fd, files.num_bytes, 0, TOKENIZER_NAME)
+    if hashlib.sha256(raw).hexdigest() != files.sha256:
+        raise ValueError("changed while it was read; send the request again")
+    return raw

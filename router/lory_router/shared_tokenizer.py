@@ -1,9 +1,9 @@
 """An adapter's tokenizer that has the base's vocabulary and merges, and tokens added: made of the
 base's, with which it shares them.
 
-Read from its file, one of today's vocabularies takes half a second of a core and a hundred
-megabytes; thousands of adapters bring the base's with a few tokens added. It must not know files or
-adapters.
+Read from its file, one of today's vocabularies takes a hundred megabytes, and half a second in
+which nothing else of the process runs: every stream would stand still. Thousands of adapters bring
+the base's with a few tokens added. It must not know files or adapters.
 """
 
 from dataclasses import dataclass

@@ -70,6 +70,8 @@ class TokenizerFiles:
     """tokenizer.json without these."""
     num_bytes: int = 0
     """Of tokenizer.json."""
+    sha256: str = ""
+    """Of its bytes."""
 
     def repeats(self, base: "TokenizerFiles") -> bool:
         """Whether it says nothing that `base` does not say."""
@@ -121,6 +123,7 @@ def tokenizer_of(files: Mapping[str, bytes]) -> TokenizerFiles:
         model,
         msgspec.json.encode(rest),
         len(raw),
+        hashlib.sha256(raw).hexdigest(),
     )
 
 

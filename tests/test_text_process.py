@@ -1,17 +1,26 @@
-"""Chat templates of adapters: what they make is what the base's templates make, and one that never
-ends, or takes all memory, fails alone and soon."""
+"""Chat templates of adapters, rendered apart: they make what the base's would, and one that never
+ends, or takes all memory, fails alone and soon. Their tokenizers' files are judged there as here.
+"""
 
 import asyncio
+import json
+import os
+import socket
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from lory_router import template_process
+from lory_router import text_process
 from lory_router.chat_template import ChatTemplate, TemplateError
-from lory_router.template_process import AdapterTemplate, TemplateProcess
+from lory_router.text_process import AdapterTemplate, TextProcess
+from lory_server.adapters.errors import AdapterInvalidError
+from lory_server.adapters.tokenizer_files import tokenizer_of
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
@@ -21,20 +30,20 @@ MESSAGES = [{"role": "user", "content": "h\u00e9 {{ 7 * 6 }}"}, {"role": "system
 
 
 @pytest.fixture(scope="module")
-def process() -> Iterator[TemplateProcess]:
-    process = TemplateProcess()
+def process() -> Iterator[TextProcess]:
+    process = TextProcess()
     yield process
     process._end()
 
 
-def child_of(process: TemplateProcess) -> "subprocess.Popen[bytes]":
+def child_of(process: TextProcess) -> "subprocess.Popen[bytes]":
     assert process._running is not None
     return process._running._process
 
 
 @pytest.mark.parametrize("options", [None, {"mood": "!"}, {"mood": ["a", {"b": None}]}])
 def test_an_adapter_s_template_makes_what_the_base_s_would(
-    process: TemplateProcess, options: dict[str, object] | None
+    process: TextProcess, options: dict[str, object] | None
 ) -> None:
     tokens = {"eos_token": "</s>"}
     own, base = AdapterTemplate(process, TEMPLATE, tokens), ChatTemplate(TEMPLATE, tokens)
@@ -52,7 +61,7 @@ def test_an_adapter_s_template_makes_what_the_base_s_would(
     ids=["syntax", "nested", "endless"],
 )
 def test_what_cannot_be_compiled_in_bounds_is_refused(
-    process: TemplateProcess, source: str, says: str
+    process: TextProcess, source: str, says: str
 ) -> None:
     """Constants are computed when a template is compiled."""
     began = time.monotonic()
@@ -76,7 +85,7 @@ def test_what_cannot_be_compiled_in_bounds_is_refused(
     ids=["complains", "sandbox", "memory", "endless", "output", "half", "recursion"],
 )
 def test_what_cannot_be_rendered_in_bounds_fails_alone(
-    process: TemplateProcess, source: str, says: str
+    process: TextProcess, source: str, says: str
 ) -> None:
     template = AdapterTemplate(process, source, {})
     other = AdapterTemplate(process, TEMPLATE, {})
@@ -88,7 +97,7 @@ def test_what_cannot_be_rendered_in_bounds_fails_alone(
 def test_a_template_that_took_too_long_is_not_tried_again_at_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    process = TemplateProcess()
+    process = TextProcess()
     template = AdapterTemplate(process, "{{ n ** n }}", {})
     with pytest.raises(TemplateError, match=r"more than 1 s to render$"):
         template.render([], {"n": 10**10})
@@ -102,7 +111,7 @@ def test_a_template_that_took_too_long_is_not_tried_again_at_once(
 
 
 def test_a_process_that_was_lost_is_followed_by_another() -> None:
-    process = TemplateProcess()
+    process = TextProcess()
     template = AdapterTemplate(process, "a", {})
     child_of(process).kill()
     child_of(process).wait()
@@ -113,7 +122,7 @@ def test_a_process_that_was_lost_is_followed_by_another() -> None:
 
 
 def test_a_process_ends_with_its_router() -> None:
-    process = TemplateProcess()
+    process = TextProcess()
     assert AdapterTemplate(process, "a", {}).render([]) == "a"
     assert process._running is not None
     process._running._connection.close()
@@ -121,7 +130,7 @@ def test_a_process_ends_with_its_router() -> None:
     process._end()
 
 
-def test_the_event_loop_goes_on_while_a_template_is_stuck(process: TemplateProcess) -> None:
+def test_the_event_loop_goes_on_while_a_template_is_stuck(process: TextProcess) -> None:
     template = AdapterTemplate(process, "{{ n ** n ** 2 }}", {})
 
     async def story() -> float:
@@ -139,9 +148,48 @@ def test_the_event_loop_goes_on_while_a_template_is_stuck(process: TemplateProce
 
 
 def test_a_frame_that_is_too_large_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    process = TemplateProcess()
+    process = TextProcess()
     template = AdapterTemplate(process, "{{ 'a' * 100 }}", {})
-    monkeypatch.setattr(template_process, "MAX_FRAME_BYTES", 50)
+    monkeypatch.setattr(text_process, "MAX_FRAME_BYTES", 50)
     with pytest.raises(TemplateError, match="broke the process"):
         template.render([])
+    process._end()
+
+
+FILE = {"model": {"type": "BPE", "vocab": {"a": 0, "\u00e9": 1}, "merges": ["a b"]}}
+
+
+def test_a_tokenizer_s_files_are_judged_there_as_here(process: TextProcess, tmp_path: Path) -> None:
+    files = {"tokenizer.json": json.dumps(FILE).encode(), "chat_template.jinja": b"{{ 1 }}"}
+    files["tokenizer_config.json"] = b'{"eos_token": "a"}'
+    assert AdapterTemplate(process, "ok", {}).render([]) == "ok"
+    here, num_open = tokenizer_of(files), len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        with ExitStack() as opened:
+            descriptors: dict[str, int] = {}
+            for name, raw in files.items():
+                (tmp_path / name).write_bytes(raw)
+                descriptors[name] = opened.enter_context((tmp_path / name).open("rb")).fileno()
+            assert process.look(descriptors) == replace(here, raw=b"")
+    (tmp_path / "tokenizer.json").write_bytes(b'{"model": 3}')
+    with (
+        (tmp_path / "tokenizer.json").open("rb") as file,
+        pytest.raises(AdapterInvalidError, match="has no vocabulary"),
+    ):
+        process.look({"tokenizer.json": file.fileno()})
+    assert len(os.listdir("/proc/self/fd")) == num_open
+    assert len(os.listdir(f"/proc/{child_of(process).pid}/fd")) < 10
+
+
+def test_a_look_that_is_lost_refuses_its_adapter_and_is_followed_by_others(tmp_path: Path) -> None:
+    process = TextProcess()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(FILE))
+    with (tmp_path / "tokenizer.json").open("rb") as file:
+        descriptors = {"tokenizer.json": file.fileno()}
+        process.look(descriptors)
+        assert process._running is not None
+        process._running._connection.shutdown(socket.SHUT_RDWR)
+        with pytest.raises(AdapterInvalidError, match="takes too long to read"):
+            process.look(descriptors)
+        assert process.look(descriptors).num_tokens == 2
     process._end()
