@@ -2,8 +2,11 @@
 
 One server, as many adapters on its device at most whatever there are in all. It comes to know them
 as the curve grows: the first pass over the counts is made when it knows no more than it is asked
-for, the others when it knows all, in turn, so that no stretch of time is one count's alone. It must
-not know how anything is shown.
+for, the others when it knows all, in turn, so that no stretch of time is one count's alone.
+
+Beside the curve, in the same turns: as many adapters as requests run at once, each request with one
+of its own, so that all stay on the device and a step reads as many as it ever will. What more
+adapters than those cost is the number of them. It must not know how anything is shown.
 """
 
 import random
@@ -29,6 +32,12 @@ GROWING = 0
 
 
 @dataclass(frozen=True)
+class Point:
+    popularity: str
+    count: int
+
+
+@dataclass(frozen=True)
 class CurveSettings:
     shape: Shape
     rank: int
@@ -48,8 +57,16 @@ class CurveSettings:
     seed: int
 
     @property
+    def curves(self) -> list[Point]:
+        return [Point(text, count) for count in self.counts for text in self.popularities]
+
+    @property
+    def distinct(self) -> Point:
+        return Point("distinct", self.concurrency)
+
+    @property
     def crowd(self) -> Crowd:
-        return Crowd(self.shape, self.rank, max(self.counts))
+        return Crowd(self.shape, self.rank, max(*self.counts, self.concurrency))
 
     @property
     def adapter_bytes(self) -> int:
@@ -64,12 +81,6 @@ class CurveSettings:
         }
 
 
-@dataclass(frozen=True)
-class Point:
-    popularity: str
-    count: int
-
-
 def flags(settings: CurveSettings) -> list[str]:
     """Room on the device for `resident` adapters, and on the host for all."""
     room = settings.adapter_bytes + (1 << 16)
@@ -80,7 +91,7 @@ def flags(settings: CurveSettings) -> list[str]:
         *("--dtype", "bfloat16"),
         *("--max-resident-adapters", str(settings.resident)),
         *("--adapter-memory", str(settings.resident * room)),
-        *("--adapter-host-memory", str((max(settings.counts) + settings.resident) * room)),
+        *("--adapter-host-memory", str((settings.crowd.count + settings.resident) * room)),
         *("--served-model-name", settings.shape.name),
         *("--log-level", "warning"),
     ]
@@ -95,8 +106,14 @@ def measure(settings: CurveSettings, models: Path) -> dict[str, Any]:
             for number, point in _in_turn(settings):
                 runs[point].append(run(server, point, settings, number))
             resident_bytes = tree_resident_bytes(server.pid)
-    points = [summary(point, found) for point, found in runs.items()]
-    return {"points": points, "drops": drops(points), "resident_bytes": resident_bytes}
+    points = [summary(point, runs[point]) for point in settings.curves]
+    distinct = summary(settings.distinct, runs[settings.distinct])
+    return {
+        "points": points,
+        "distinct": distinct,
+        "drops": drops(points),
+        "resident_bytes": resident_bytes,
+    }
 
 
 def _growing(
@@ -104,17 +121,15 @@ def _growing(
 ) -> Iterator[tuple[Point, list[dict[str, Any]]]]:
     """The first pass: every count when no more are known."""
     names, known = settings.crowd.names, 0
-    for count in sorted(settings.counts):
-        bring(server, names[known:count], settings)
-        known = count
-        for popularity in settings.popularities:
-            point = Point(popularity, count)
-            yield point, [run(server, point, settings, GROWING)]
+    for point in sorted([*settings.curves, settings.distinct], key=lambda point: point.count):
+        bring(server, names[known : point.count], settings)
+        known = point.count
+        yield point, [run(server, point, settings, GROWING)]
 
 
 def _in_turn(settings: CurveSettings) -> Iterator[tuple[int, Point]]:
     draw = random.Random(settings.seed)
-    points = [Point(text, count) for count in settings.counts for text in settings.popularities]
+    points = [*settings.curves, settings.distinct]
     for number in range(GROWING + 1, GROWING + 1 + settings.passes):
         for point in draw.sample(points, len(points)):
             yield number, point

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from benchmarks.gpu_step import manifest_of
+from benchmarks.gpu_base import manifest_of
 from benchmarks.models import ROOT as MODELS
 from benchmarks.models import SHAPES, ensure_base
 from lory_kernels import Segments, best_cpu_backend, select
@@ -169,10 +169,11 @@ class Bench:
         cpu = torch.device("cpu")
         pool = AdapterPool(room, torch.bfloat16, cpu, decoder.sites, settings.rows)
         pool.data.normal_(std=0.02)
+        footprint = pool.footprint(manifest)
         for slot in range(settings.rows):
-            allocation = pool.allocate(manifest)
+            allocation = pool.allocate(footprint)
             assert allocation is not None, "room was made for all"
-            pool.publish(slot, pool.row(manifest, allocation))
+            pool.publish(slot, pool.row(footprint.columns, allocation))
         lora.attach(decoder, pool.tables, pool.data)
 
     def _filled_cache(self) -> KVCache:

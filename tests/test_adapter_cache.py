@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from adapter_files import BASE, SITES, Tensors, make_folder, write_adapter
+from lory_server.adapters import cache as cache_module
 from lory_server.adapters import known as known_module
 from lory_server.adapters import refusals as refusals_module
 from lory_server.adapters import workers as workers_module
@@ -31,6 +32,7 @@ from lory_server.adapters.reader import ThreadReader
 from lory_server.adapters.refusals import Refusals
 from lory_server.adapters.store import AdapterFiles, AdapterStore
 from lory_server.plan import AdapterDemand, Residency
+from lory_server.recipes import MergeSource, Recipe, merged_id
 
 RANK_4_BYTES = 9_728
 DEADLINE_S = 20.0
@@ -185,6 +187,28 @@ class FoldGate:
 @pytest.fixture
 def fold_gate(monkeypatch: pytest.MonkeyPatch) -> FoldGate:
     return FoldGate(monkeypatch)
+
+
+class LookGate:
+    """Holds up all looks at names while it is closed, each before it has seen anything."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.opened = threading.Event()
+        self.opened.set()
+        locate = AdapterStore.locate
+
+        def slow(store: AdapterStore, adapter_id: str) -> AdapterFiles:
+            assert self.opened.wait(DEADLINE_S)
+            return locate(store, adapter_id)
+
+        monkeypatch.setattr(AdapterStore, "locate", slow)
+
+
+@pytest.fixture
+def look_gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[LookGate]:
+    gate = LookGate(monkeypatch)
+    yield gate
+    gate.opened.set()
 
 
 # -- resolving ------------------------------------------------------------------------------
@@ -602,6 +626,22 @@ def test_names_are_remembered_up_to_a_number(
     assert list(world.cache.known.names()) == ["a0", "a2"]
 
 
+def test_merges_of_requests_push_no_adapter_out_of_what_is_known(
+    make: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request may bring another recipe, some kilobytes of name."""
+    monkeypatch.setattr(known_module, "MAX_MERGES", 2)
+    monkeypatch.setattr(known_module, "MAX_NAMES", 2)
+    world = make()
+    world.hold("a0")
+    names = [
+        merged_id(Recipe(sources=(MergeSource("a0", float(weight)),))) for weight in range(1, 5)
+    ]
+    for name in names:
+        world.hold(name)
+    assert list(world.cache.known.names()) == ["a0", *names[-2:]]
+
+
 def test_a_deleted_adapter_is_gone_for_new_requests_and_stays_for_holders(
     make: MakeCache, root: Path
 ) -> None:
@@ -963,6 +1003,118 @@ def test_the_residency_reports_room_that_can_be_had(make: MakeCache) -> None:
     assert world.cache.residency() is residency
 
 
+# -- ahead of the look ----------------------------------------------------------------------
+
+NOTHING_ELSE = AdapterDemand(frozenset(), ())
+
+
+def known_on_the_host(world: World, *names: str) -> list[str]:
+    """Their revisions; nobody holds them and none is on the device."""
+    revisions = [world.hold(name).revision for name in names]
+    for revision in revisions:
+        world.cache.release(revision)
+    return revisions
+
+
+def test_an_adapter_comes_to_the_device_while_its_name_is_looked_up(
+    make: MakeCache, look_gate: LookGate
+) -> None:
+    """A request used to wait a step for the look, and another one for the copy."""
+    world = make()
+    [revision] = known_on_the_host(world, "a0")
+    look_gate.opened.clear()
+    ticket = world.ask("a0")
+    world.cache.demand(NOTHING_ELSE)
+    world.until(lambda: revision in world.cache.residency().resident)
+    assert ticket not in world.answers
+    look_gate.opened.set()
+    world.until(lambda: ticket in world.answers)
+    answer = world.answers[ticket]
+    assert isinstance(answer, Resolved)
+    assert answer.revision == revision
+
+
+def test_a_name_that_stands_for_other_bytes_by_now_gets_those(
+    make: MakeCache, root: Path, look_gate: LookGate
+) -> None:
+    world = make()
+    [old] = known_on_the_host(world, "a0")
+    replace(root, "a0", seed=99)
+    look_gate.opened.clear()
+    ticket = world.ask("a0")
+    world.cache.demand(NOTHING_ELSE)
+    world.until(lambda: old in world.cache.residency().resident)
+    look_gate.opened.set()
+    world.until(lambda: ticket in world.answers)
+    answer = world.answers[ticket]
+    assert isinstance(answer, Resolved)
+    assert answer.revision != old
+    assert not world.cache._expected
+    resident = world.bring(answer.revision).resident
+    slot = resident[answer.revision].slot
+    assert slot != resident[old].slot
+    blob = world.blob(answer.revision)
+    assert torch.equal(world.factors_on_device(answer.revision, blob), blob.data)
+
+
+def test_nothing_is_guessed_of_what_is_only_to_be_found_or_was_given_up(
+    make: MakeCache, look_gate: LookGate
+) -> None:
+    world = make()
+    known_on_the_host(world, "a0", "a1")
+    look_gate.opened.clear()
+    world.cache.resolve(101, "a0", for_device=False)
+    world.cache.resolve(102, "a1")
+    world.cache.cancel(102)
+    world.cache.demand(NOTHING_ELSE)
+    assert not world.cache.residency().loading
+
+
+def test_a_guess_that_is_not_on_the_host_any_more_loads_nothing(
+    make: MakeCache, look_gate: LookGate
+) -> None:
+    world = make()
+    [revision] = known_on_the_host(world, "a0")
+    look_gate.opened.clear()
+    ticket = world.ask("a0")
+    assert world.cache.let_go(revision)
+    world.cache.demand(NOTHING_ELSE)
+    assert not world.cache.residency().loading
+    look_gate.opened.set()
+    world.until(lambda: ticket in world.answers)
+    assert getattr(world.answers[ticket], "revision", None) == revision
+
+
+def test_a_guess_takes_no_room_from_those_in_line(make: MakeCache, look_gate: LookGate) -> None:
+    world = make(max_slots=1)
+    [guessed] = known_on_the_host(world, "a0")
+    first = world.hold("a1").revision
+    look_gate.opened.clear()
+    world.ask("a0")
+    world.cache.demand(AdapterDemand(frozenset(), (first,)))
+    assert world.cache.residency().loading == {first}
+    world.until(lambda: first in world.cache.residency().resident)
+    world.cache.demand(AdapterDemand(frozenset({first}), ()))
+    assert not world.cache.residency().loading
+    world.cache.demand(NOTHING_ELSE)
+    assert world.cache.residency().loading == {guessed}
+
+
+def test_so_many_are_guessed_at_once_and_no_more(
+    make: MakeCache, look_gate: LookGate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each load is work between two steps."""
+    monkeypatch.setattr(cache_module, "MAX_EXPECTED", 2)
+    world = make()
+    names = ("a0", "a1", "a2", "a3")
+    revisions = known_on_the_host(world, *names)
+    look_gate.opened.clear()
+    for name in names:
+        world.ask(name)
+    world.cache.demand(NOTHING_ELSE)
+    assert world.cache.residency().loading == set(revisions[:2])
+
+
 # -- reports --------------------------------------------------------------------------------
 
 
@@ -1271,5 +1423,6 @@ def test_a_soak_leaks_nothing_and_never_tears_what_is_held(
     assert cache.budget.used_bytes == 0
     assert len(cache.host) == 0
     assert not cache._tickets
+    assert not cache._expected
     cache.device.check()
     assert len(os.listdir("/proc/self/fd")) <= before

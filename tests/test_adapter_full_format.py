@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from adapter_files import HIDDEN, SITES, make_config, make_tensors
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.format import NO_FILES, AdapterManifest, Base, read_manifest
 from lory_server.adapters.merge_plan import plan_merge
+from lory_server.adapters.tokenizer_files import tokenizer_of
 from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE, Site, Slice
 from lory_server.recipes import MergeSource, Recipe
 
@@ -291,3 +293,13 @@ def test_a_token_beyond_the_adapter_s_own_embedding_is_refused(tmp_path: Path) -
     says = "has a token 12, the adapter's own embedding has 12 tokens"
     with pytest.raises(AdapterInvalidError, match=says):
         manifest_with_tokenizer(tmp_path, OWN, beyond, **SAVED)
+
+
+def test_a_tokenizer_that_could_run_for_ever_refuses_its_adapter(tmp_path: Path) -> None:
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    cutting = TOKENIZER | {"pre_tokenizer": pattern}
+    with pytest.raises(AdapterInvalidError, match="pre_tokenizer has a step 'Split'"):
+        manifest_with_tokenizer(tmp_path, {}, cutting)
+    base = replace(UNTIED, tokenizer=tokenizer_of({"tokenizer.json": json.dumps(cutting).encode()}))
+    own = cutting | {"added_tokens": [{"id": 3, "content": "x"}]}
+    assert manifest_with_tokenizer(tmp_path, {}, own, base=base).tokenizer

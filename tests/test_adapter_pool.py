@@ -155,10 +155,11 @@ def test_the_tables_lead_to_the_adapters_factors(scattered: bool, tmp_path: Path
         for block in blocks[::2]:
             assert block is not None
             pool.extents.free(block)
-    allocation = pool.allocate(manifest)
+    footprint = pool.footprint(manifest)
+    allocation = pool.allocate(footprint)
     assert allocation is not None
     assert (len(list(runs(blob, allocation))) > 1) == scattered
-    pool.publish(1, HostCopier(pool).copy(blob, allocation))
+    pool.publish(1, HostCopier(pool).copy(blob, footprint.columns, allocation))
     adapted = {(part.site, part.slice): index for index, part in enumerate(manifest.slices)}
     for i, (site, table) in enumerate(zip(SITES, pool.tables, strict=True)):
         assert table.in_features == site.in_features
@@ -194,9 +195,10 @@ def test_a_cuda_pool_gets_the_same_bytes_through_the_ring(tmp_path: Path) -> Non
         manifest = read_manifest(files.config_fd, files.weights_fd, BASE)
         blob = read_blob(files.weights_fd, manifest, torch.float32)
     pool = AdapterPool(1 << 20, torch.float32, torch.device("cuda", 0), SITES, 2)
-    allocation = pool.allocate(manifest)
+    footprint = pool.footprint(manifest)
+    allocation = pool.allocate(footprint)
     assert allocation is not None
-    pool.publish(1, StagedCopier(pool, buffer_bytes=4096).copy(blob, allocation))
+    pool.publish(1, StagedCopier(pool, buffer_bytes=4096).copy(blob, footprint.columns, allocation))
     start = allocation.chunk_starts[0] // 4
     assert torch.equal(pool.data[start : start + blob.data.numel()].cpu(), blob.data)
     assert int(pool.tables[0].rank_SK[1, 0]) == 16

@@ -136,6 +136,7 @@ class Churn:
             "threads": threading.active_count(),
             "shared memory": num_shared() - len(cache.host) * self.shares,
             "tickets": len(cache._tickets),
+            "expected": len(cache._expected),
             "loads": len(cache._loads),
             "looks": len(cache._lookups),
             "refusals": len(cache._refusals),
@@ -235,7 +236,7 @@ class Standing:
         self.num_put += 1
         copy = replace(blob, revision=revision)
         assert cache.budget.try_reserve(blob.num_bytes)
-        cache.host.put(revision, copy, 0.01, self.pool.needed_bytes(blob.manifest))
+        cache.host.put(revision, copy, 0.01, self.pool.footprint(blob.manifest))
         cache.host.use(revision)
         began_s = time.perf_counter()
         cache.demand(AdapterDemand(frozenset(), (revision,)))

@@ -115,6 +115,9 @@ def test_all_of_it_on_a_tiny_model(tmp_path: Path) -> None:
     assert [(point["popularity"], point["count"]) for point in points] == [
         ("uniform", 2), ("zipf:1.0", 2), ("uniform", 6), ("zipf:1.0", 6)
     ]  # fmt: skip
+    distinct = result["curve"]["distinct"]
+    assert (distinct["popularity"], distinct["count"]) == ("distinct", 3)
+    assert distinct["distinct_in_batch"] == 3
     assert not list((tmp_path / "m").glob("crowd-*"))
     text = scale_report.fill(scale_report.PAGE.read_text(encoding="utf-8"), tmp_path)
     assert "Not measured yet" not in text
@@ -161,8 +164,10 @@ def test_the_page_is_what_the_script_makes(capsys: pytest.CaptureFixture[str]) -
 def test_without_results_nothing_is_measured(tmp_path: Path) -> None:
     text = scale_report.fill(scale_report.PAGE.read_text(encoding="utf-8"), tmp_path)
     tables = re.findall(r"<!-- table:(\w+) -->\n(.*?)<!-- /table -->", text, re.DOTALL)
-    assert len(tables) == 6
-    assert {table for _, table in tables} == {scale_report.NOT_MEASURED}
+    on_a_gpu = {table for name, table in tables if name.startswith("gpu")}
+    assert on_a_gpu == {"Not measured yet: run `make gpu-check SECTION=curve`.\n"}
+    on_a_cpu = [table for name, table in tables if not name.startswith("gpu")]
+    assert on_a_cpu == [scale_report.NOT_MEASURED] * 6
     assert scale_report.chart(tmp_path) is None
 
 
@@ -179,15 +184,15 @@ def test_a_chart_that_is_behind_is_told_and_then_drawn(
     assert scale_report.main(["--check"]) == 0
 
 
-def curve(rates: dict[int, float], clean: bool = True) -> dict[str, Any]:
-    points = [
-        {
-            "popularity": "uniform", "count": count, "output_tokens_per_s": rate,
+def curve(rates: dict[int, float], clean: bool = True, distinct: float = 980.0) -> dict[str, Any]:
+    def point(popularity: str, count: int, rate: float) -> dict[str, Any]:
+        return {
+            "popularity": popularity, "count": count, "output_tokens_per_s": rate,
             "growing_tokens_per_s": rate, "distinct_in_batch": 5.0, "ttft_p50_s": 0.01,
             "ttft_p99_s": 0.02, "clean": clean,
-        }
-        for count, rate in rates.items()
-    ]  # fmt: skip
+        }  # fmt: skip
+
+    points = [point("uniform", count, rate) for count, rate in rates.items()]
     settings = {
         "concurrency": 32, "requests": 192, "prompt_tokens": 64, "output_tokens": 48, "passes": 3,
         "rank": 16, "resident": 256,
@@ -198,7 +203,7 @@ def curve(rates: dict[int, float], clean: bool = True) -> dict[str, Any]:
         "model": "small", "threads": 1,
         "curve": {
             "settings": settings, "points": points, "drops": drops(points),
-            "resident_bytes": 3 * 2**30,
+            "distinct": point("distinct", 32, distinct), "resident_bytes": 3 * 2**30,
         },
     }  # fmt: skip
 
@@ -209,14 +214,18 @@ def test_a_curve_is_a_table_a_verdict_a_picture_and_a_goal(tmp_path: Path) -> No
     text = scale_report.fill("<!-- table:curve -->\n<!-- /table -->", tmp_path)
     assert "| uniform | 2,000 | 955 | 955 | 5 | 10.0 ms | 20.0 ms |" in text
     assert "2,000 adapters lose **4.5%** against 5 (at most 5% is wanted: met); 0.6%" in text
+    assert "| each its own | 32 | 980 |" in text
+    assert "**2.6%** against 32 distinct ones that stay on the device." in text
     assert "](scale.svg)" in text
     picture = scale_report.chart(tmp_path)
     assert picture is not None
     root = ElementTree.fromstring(picture)
     circles = [e for e in root.iter() if e.tag.endswith("circle")]
-    assert len(circles) == 3
+    assert len(circles) == 3, "of the curve alone"
     goal = next(one for one in goals.GOALS if one.what.startswith("throughput lost with 2,000"))
     assert goal.found(goals.Measured.read(tmp_path)) == "4.5% with uniform: met"
+    beside = next(one for one in goals.GOALS if one.what.startswith("the same against 32 distinct"))
+    assert beside.found(goals.Measured.read(tmp_path)) == "2.6% with uniform: met"
     later = curve({5: 1000.0, 2000: 900.0}, clean=False) | {"date": "2026-03-01T00:00:00Z"}
     (tmp_path / "adapters-at-scale-0.json").write_text(json.dumps(later))
     assert goal.found(goals.Measured.read(tmp_path)) == "10.0% with uniform, unclean: not met"

@@ -1,8 +1,9 @@
-"""Adapters' own tokenizers: read from the adapters folder when one is first asked for, and kept.
+"""Adapters' own tokenizers: read from their folders when one is first asked for, and kept.
 
 The engine says which one a revision has, by a digest; what lies in the folder by now is used only
 if that is its digest. They are kept by digest, the least recently used let go of first, so that
-adapters which share one share it here. It must not know requests or routes.
+adapters which share one share it here. A stranger's chat template is not run, any other of an
+adapter's apart (`text_process`). It must not know requests or routes.
 """
 
 import asyncio
@@ -38,6 +39,14 @@ PROBE = "a b\n"
 
 Read = tuple[TextModel, int]
 """A tokenizer, and the bytes of its file."""
+Key = tuple[str, bool]
+"""Its digest, and whether its chat template is run."""
+
+NOT_RUN = (
+    "{{ raise_exception(\"the adapter's own is not run, for whoever likes may have written it;"
+    ' --trust-templates names the sources whose adapters may bring such") }}'
+)
+"""In place of a stranger's chat template: says why to who asks for a chat."""
 
 
 class OwnTexts:
@@ -49,53 +58,58 @@ class OwnTexts:
         adapters_dir: str,
         retry_after_s: int,
         max_kept_bytes: int = MAX_KEPT_BYTES,
+        fetched_dir: Path | None = None,
     ) -> None:
         self.base = base
-        self._store = AdapterStore(Path(adapters_dir) if adapters_dir else None)
+        self._store = AdapterStore(Path(adapters_dir) if adapters_dir else None, fetched_dir)
         self._retry_after_s = retry_after_s
         self._max_kept_bytes = max_kept_bytes
-        self._kept: OrderedDict[str, Read] = OrderedDict()
-        self._flights: Flights[tuple[str, str], Read] = Flights()
-        self._refused: Memory[tuple[str, str], str] = Memory(MAX_REFUSED)
+        self._kept: OrderedDict[Key, Read] = OrderedDict()
+        self._flights: Flights[tuple[str, Key], Read] = Flights()
+        self._refused: Memory[tuple[str, Key], str] = Memory(MAX_REFUSED)
         """Why, so that a storm of requests does not read a broken file each time."""
         self._turn = asyncio.Semaphore(1)
         self._apart = TextProcess()
 
-    async def of(self, adapter_id: str, manner: Manner) -> TextModel:
-        """Of an adapter, by the name of its folder; raises an ApiError."""
-        digest = manner.tokenizer
-        if not digest:
+    async def of(
+        self, adapter_id: str, manner: Manner, is_trusted: bool = True, name: str = ""
+    ) -> TextModel:
+        """Of an adapter, by the engine's name for its folder; raises an ApiError, which tells of
+        it by `name`, if that is another."""
+        if not manner.tokenizer:
             return self.base
-        if digest not in self._kept:
+        key = (manner.tokenizer, is_trusted)
+        if key not in self._kept:
+            about = name or adapter_id
             # By adapter, too: what is wrong with one is not told of another, that may be others'.
-            key = (adapter_id, digest)
-            if (reason := self._refused.get(key)) is not None:
-                raise AdapterInvalid(reason)
-            found = await self._flights.join(key, lambda: self._read(adapter_id, digest))
-            self._keep(digest, found)
+            if (reason := self._refused.get((adapter_id, key))) is not None:
+                raise AdapterInvalid(f"adapter {shown(about)}: {reason}")
+            found = await self._flights.join(
+                (adapter_id, key), lambda: self._read(adapter_id, key, about)
+            )
+            self._keep(key, found)
             return found[0]
-        self._kept.move_to_end(digest)
-        return self._kept[digest][0]
+        self._kept.move_to_end(key)
+        return self._kept[key][0]
 
-    async def _read(self, adapter_id: str, digest: str) -> Read:
+    async def _read(self, adapter_id: str, key: Key, name: str) -> Read:
         async with self._turn:
             try:
-                read = await asyncio.to_thread(self._made, adapter_id, digest)
+                read = await asyncio.to_thread(self._made, adapter_id, key)
             except (AdapterError, OSError) as error:
-                raise AdapterInvalid(f"adapter {shown(adapter_id)}: {error}") from error
+                raise AdapterInvalid(f"adapter {shown(name)}: {error}") from error
             except ValueError as error:
-                reason = (
-                    f"adapter {shown(adapter_id)}: its tokenizer cannot be used:"
-                    f" {' '.join(str(error).split())[:300]}"
-                )
-                self._refused.put((adapter_id, digest), reason, REFUSED_S)
-                raise AdapterInvalid(reason) from error
+                why = " ".join(str(error).split())[:300]
+                reason = f"its tokenizer cannot be used: {why}"
+                self._refused.put((adapter_id, key), reason, REFUSED_S)
+                raise AdapterInvalid(f"adapter {shown(name)}: {reason}") from error
         if read is None:
-            raise self._replaced(adapter_id)
+            raise self._replaced(name)
         return read
 
-    def _made(self, adapter_id: str, digest: str) -> Read | None:
+    def _made(self, adapter_id: str, key: Key) -> Read | None:
         """None: its folder has another by now. Raises ValueError, too."""
+        digest, is_trusted = key
         with self._store.locate_tokenizer(adapter_id) as found:
             files = self._apart.look(found.descriptors) if found.descriptors else None
             if files is None or files.digest != digest:
@@ -104,7 +118,7 @@ class OwnTexts:
         # What it does not say of special tokens and template the base does.
         special_tokens = {**self.base.special_tokens, **files.special_tokens}
         mark_special(tokenizer, special_tokens.values())
-        template = self._template(files.chat_template, special_tokens)
+        template = self._template(files.chat_template, special_tokens, is_trusted)
         return TextModel(tokenizer, template, special_tokens, longest_token), num_bytes
 
     def _tokenizer(
@@ -124,16 +138,20 @@ class OwnTexts:
             raise ValueError(f"{TOKENIZER_NAME}: {error}") from error
         return tokenizer, 0, files.num_bytes
 
-    def _template(self, own: str, special_tokens: Mapping[str, str]) -> PromptTemplate | None:
+    def _template(
+        self, own: str, special_tokens: Mapping[str, str], is_trusted: bool
+    ) -> PromptTemplate | None:
         """The base's is trusted, whoever brings it."""
         base = self.base.chat_template
         if own and (base is None or own != base.source):
+            if not is_trusted:
+                return ChatTemplate(NOT_RUN, {}, "adapter")
             return AdapterTemplate(self._apart, own, special_tokens)
         return ChatTemplate(base.source, special_tokens) if base else None
 
-    def _keep(self, digest: str, read: Read) -> None:
-        self._kept[digest] = read
-        self._kept.move_to_end(digest)
+    def _keep(self, key: Key, read: Read) -> None:
+        self._kept[key] = read
+        self._kept.move_to_end(key)
         while len(self._kept) > 1 and self._kept_bytes > self._max_kept_bytes:
             self._kept.popitem(last=False)
 
@@ -141,9 +159,9 @@ class OwnTexts:
     def _kept_bytes(self) -> int:
         return sum(num_bytes for _, num_bytes in self._kept.values())
 
-    def _replaced(self, adapter_id: str) -> AdapterReplaced:
+    def _replaced(self, name: str) -> AdapterReplaced:
         return AdapterReplaced(
-            f"the tokenizer of adapter {shown(adapter_id)} is not in its folder any more as it was"
+            f"the tokenizer of adapter {shown(name)} is not in its folder any more as it was"
             " when the adapter was loaded; send the request again",
             retry_after_s=self._retry_after_s,
         )

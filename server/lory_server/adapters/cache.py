@@ -5,6 +5,9 @@
                            poll: it needs the base's numbers -> [fold] -> poll -> Resolved, held
     residency -> scheduler -> demand -> [copy] -> residency, and so on until release
 
+A name that has been looked up before will most likely stand for the same revision: if that is on
+the host it is copied to the device meanwhile, and a request need not wait a step for either.
+
 What stands in brackets runs on other threads and hands back plain values; all state lives on the
 engine's thread, and no call here waits for a disk, a copy or a lock that is held for long. It must
 not know requests, plans' rows or HTTP.
@@ -12,7 +15,8 @@ not know requests, plans' rows or HTTP.
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from queue import Empty, SimpleQueue
 
 import torch
@@ -46,6 +50,7 @@ from lory_server.adapters.pins import Pins
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import Reader, ThreadReader
 from lory_server.adapters.refusals import Refusals
+from lory_server.adapters.shapes import Shapes
 from lory_server.adapters.store import AdapterStore
 from lory_server.adapters.walks import Walks
 from lory_server.adapters.workers import JobFailed, Workers
@@ -56,6 +61,9 @@ from lory_server.recipes import MERGED, called
 NUM_LOADERS = 2
 MAX_SPARES = 8
 """Threads of each kind beside these, while files on a disk that stalls hold them up."""
+
+MAX_EXPECTED = 16
+"""Of adapters whose names are being looked up, how many are loaded before that is done."""
 
 NAMED_HERE = ("adapter_capacity", "revision_not_found")
 """Failures whose message begins with the adapter's name here, and not where it is passed on."""
@@ -104,10 +112,11 @@ class AdapterCache:
         `make_reader` makes a reader for each loader thread.
         """
         self._store = store
-        self._limits = Limits(pool.dtype, pool.total_bytes, pool.needed_bytes, pool.full)
+        self._limits = Limits(pool.dtype, pool.total_bytes, pool.full.total_bytes, pool.footprint)
         self._outcomes: SimpleQueue[object] = SimpleQueue()
         self.budget = HostBudget(host_bytes)
         self.host = HostTier(self.budget, base.sites)
+        self._shapes = Shapes()
         self._journal = Journal()
         self.device = DeviceTier(pool, self.host, self._journal, on_ready)
         self.pins = Pins(self.host, self.device)
@@ -127,6 +136,8 @@ class AdapterCache:
         self._folder = folder
         self._folders = Workers("lory-adapter-fold", 1, self._outcomes, on_ready)
         self._tickets: dict[int, _Ticket] = {}
+        self._expected: dict[int, str] = {}
+        """What tickets for the device will most likely come to, until that is known."""
         self._lookups = Lookups(self._look)
         self._loads: dict[LoadKey, _Load] = {}
         self._waiting_for_room: list[NeedsRoom] = []
@@ -138,12 +149,17 @@ class AdapterCache:
 
     # -- requests ---------------------------------------------------------------------------
 
-    def resolve(self, ticket: int, adapter_id: str, revision: str = "") -> None:
+    def resolve(
+        self, ticket: int, adapter_id: str, revision: str = "", *, for_device: bool = True
+    ) -> None:
         """Ask for an adapter as it is on disk now, or for a revision of it, on disk or still in
-        memory; `poll` answers."""
+        memory; `poll` answers. `for_device`: whoever asks will demand it there."""
         assert ticket not in self._tickets, f"ticket {ticket} is in use"
         self._tickets[ticket] = _Ticket(adapter_id, revision, time.monotonic())
         found = self.host.find(adapter_id, revision) if revision else None
+        expected = found if revision else self.known.latest(adapter_id)
+        if for_device and expected:
+            self._expected[ticket] = expected
         if found is not None:
             self._outcomes.put(_InMemory(ticket, found))
         else:
@@ -152,6 +168,7 @@ class AdapterCache:
     def cancel(self, ticket: int) -> None:
         """Forget a ticket that `poll` has not answered; without effect on others."""
         self._tickets.pop(ticket, None)
+        self._expected.pop(ticket, None)
 
     def poll(self) -> list[Outcome]:
         """What has come of tickets and calls since the last time."""
@@ -199,7 +216,11 @@ class AdapterCache:
         return self.device.residency()
 
     def demand(self, demand: AdapterDemand) -> None:
-        self.device.demand(demand)
+        """Start the loads that fit; last those of adapters that are still being looked up."""
+        expected = dict.fromkeys(islice(self._expected.values(), MAX_EXPECTED))
+        known = (*demand.in_use, *demand.wanted)
+        more = tuple(r for r in expected if r in self.host and r not in known)
+        self.device.demand(replace(demand, wanted=(*demand.wanted, *more)) if more else demand)
 
     # -- reports ----------------------------------------------------------------------------
 
@@ -257,6 +278,7 @@ class AdapterCache:
             yield from self._on_failed(outcome)
 
     def _on_found(self, found: _InMemory) -> Iterator[Outcome]:
+        self._expected.pop(found.ticket, None)
         ticket = self._tickets.get(found.ticket)
         if ticket is None:
             return
@@ -268,8 +290,14 @@ class AdapterCache:
     def _look(self, tickets: tuple[int, ...], adapter_id: str) -> None:
         self._locators.submit(LocateJob(self._store, tickets, adapter_id, self._lookups.ended))
 
+    def _end_look(self, tickets: tuple[int, ...]) -> list[int]:
+        """Those who still wait for it; nothing is guessed for them any more."""
+        for ticket in tickets:
+            self._expected.pop(ticket, None)
+        return [ticket for ticket in tickets if ticket in self._tickets]
+
     def _on_located(self, located: Located) -> Iterator[Outcome]:
-        tickets = [ticket for ticket in located.tickets if ticket in self._tickets]
+        tickets = self._end_look(located.tickets)
         if not tickets:
             return
         revision = self._store.revision_of(located.signature)
@@ -297,8 +325,7 @@ class AdapterCache:
 
     def _on_ready_for_the_device(self, loaded: Loaded) -> Iterator[Outcome]:
         revision, blob = loaded.blob.revision, loaded.blob
-        device_bytes = self._limits.needed_bytes(blob.manifest)
-        self.host.put(loaded.key.adapter_id, blob, loaded.seconds, device_bytes)
+        self.host.put(loaded.key.adapter_id, blob, loaded.seconds, loaded.footprint)
         # Whether or not anybody still waits: unload and drop find it by its name.
         self.host.name(revision, loaded.key.adapter_id)
         if loaded.is_settled:
@@ -342,8 +369,7 @@ class AdapterCache:
         job, error = failed.job, failed.error
         self._tell(failed)
         if isinstance(job, LocateJob):
-            tickets = [ticket for ticket in job.tickets if ticket in self._tickets]
-            yield from [self._failed(ticket, error) for ticket in tickets]
+            yield from [self._failed(ticket, error) for ticket in self._end_look(job.tickets)]
         elif isinstance(job, LoadJob):
             yield from self._end_in_failure(job.key, error)
         elif isinstance(job, FoldJob):
@@ -392,9 +418,9 @@ class AdapterCache:
 
     def _resolved(self, ticket: int, revision: str, is_latest: bool = False) -> Outcome:
         entry = self.host.entry(revision)
-        full_bytes = self._limits.full.needed_bytes(entry.blob.manifest)
+        footprint = entry.footprint
         try:
-            self.pins.check_room_beside(revision, entry.device_bytes, full_bytes)
+            self.pins.check_room_beside(revision, footprint.num_bytes, footprint.full_bytes)
         except AdapterCapacityError as error:
             return self._failed(ticket, error)
         asked = self._tickets.pop(ticket)
@@ -405,11 +431,11 @@ class AdapterCache:
             adapter_id=asked.adapter_id,
             revision=revision,
             is_latest=is_latest,
-            num_bytes=entry.device_bytes,
-            full_bytes=full_bytes,
+            num_bytes=footprint.num_bytes,
+            full_bytes=footprint.full_bytes,
             has_own_head=entry.blob.manifest.has_own_head,
             head_params=entry.blob.manifest.head_params,
-            max_rank=entry.max_rank,
+            max_rank=footprint.max_rank,
             invocation_tokens=entry.facts.invocation_tokens,
             load_seconds=time.monotonic() - asked.asked_s,
             manner=entry.blob.manner,
@@ -432,7 +458,15 @@ class AdapterCache:
         lane = loaders.merges if key.adapter_id.startswith(MERGED) else loaders.plain
         readers = (lane.free, lane.spare)
         lane.workers.submit(
-            LoadJob(self._store, *readers, self._limits, self.budget, key, reserved_bytes)
+            LoadJob(
+                self._store,
+                *readers,
+                self._limits,
+                self.budget,
+                self._shapes,
+                key,
+                reserved_bytes,
+            )
         )
 
     def _grant_room(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.extents import Allocation
+from lory_server.adapters.footprint import Columns
 from lory_server.adapters.full_weights import NOTHING
 from lory_server.adapters.pool import AdapterPool, SlotRow
 
@@ -23,7 +24,11 @@ RING_BUFFER_BYTES = 8 * 1024 * 1024
 
 class Copier(Protocol):
     def copy(
-        self, blob: AdapterBlob, allocation: Allocation, full: Allocation = NOTHING
+        self,
+        blob: AdapterBlob,
+        columns: Columns,
+        allocation: Allocation,
+        full: Allocation = NOTHING,
     ) -> SlotRow:
         """Write the blob to its place in the pool, its full weights to theirs, and build the row
         that publishes it."""
@@ -83,11 +88,15 @@ class HostCopier:
         self._pool = pool
 
     def copy(
-        self, blob: AdapterBlob, allocation: Allocation, full: Allocation = NOTHING
+        self,
+        blob: AdapterBlob,
+        columns: Columns,
+        allocation: Allocation,
+        full: Allocation = NOTHING,
     ) -> SlotRow:
         _copy_runs(blob.data, self._pool.data, runs(blob, allocation))
         _copy_runs(blob.data, self._pool.full.data, full_runs(blob, full))
-        return self._pool.row(blob.manifest, allocation)
+        return self._pool.row(columns, allocation)
 
 
 def _copy_runs(data: Tensor, there: Tensor, copies: Iterator[Run]) -> None:
@@ -118,12 +127,16 @@ class StagedCopier:
         self._next = 0
 
     def copy(
-        self, blob: AdapterBlob, allocation: Allocation, full: Allocation = NOTHING
+        self,
+        blob: AdapterBlob,
+        columns: Columns,
+        allocation: Allocation,
+        full: Allocation = NOTHING,
     ) -> SlotRow:
         with torch.cuda.device(self._pool.device), torch.cuda.stream(self._stream):
             self._copy_runs(blob.data, self._pool.data, runs(blob, allocation))
             self._copy_runs(blob.data, self._pool.full.data, full_runs(blob, full))
-            row = self._pool.row(blob.manifest, allocation)
+            row = self._pool.row(columns, allocation)
             self._stream.synchronize()
         return row
 

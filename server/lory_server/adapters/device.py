@@ -17,6 +17,7 @@ from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.copier import Copier, make_copier
 from lory_server.adapters.ends import Ends
 from lory_server.adapters.extents import Allocation, ExtentAllocator
+from lory_server.adapters.footprint import Footprint
 from lory_server.adapters.host import HostEntry, HostTier
 from lory_server.adapters.journal import Journal
 from lory_server.adapters.matched import Facts
@@ -55,13 +56,16 @@ class _CopyJob:
     copier: Copier
     pool: AdapterPool
     blob: AdapterBlob
+    footprint: Footprint
     allocation: Allocation
     full: Allocation
     started_s: float
 
     def run(self) -> _Copied:
-        row = self.copier.copy(self.blob, self.allocation, self.full)
-        ends = self.pool.ends(self.blob.manifest, self.allocation, self.full)
+        row = self.copier.copy(self.blob, self.footprint.columns, self.allocation, self.full)
+        ends = None
+        if self.footprint.changes_ends:
+            ends = self.pool.ends(self.blob.manifest, self.allocation, self.full)
         return _Copied(self.blob.revision, row, ends, time.monotonic() - self.started_s)
 
 
@@ -192,12 +196,12 @@ class DeviceTier:
         stay = [self._shown[revision] for revision in kept if revision in self._shown]
         freeable_bytes = self._resident_bytes - sum(adapter.num_bytes for adapter in stay)
         has_slot = bool(self._free_slots) or len(self._resident) > len(stay)
-        has_room = self.pool.free_bytes + freeable_bytes >= entry.device_bytes
+        has_room = self.pool.free_bytes + freeable_bytes >= entry.footprint.num_bytes
         return has_slot and has_room and self._full_could_fit(entry, kept)
 
     def _full_could_fit(self, entry: HostEntry, kept: Set[str]) -> bool:
         full = self.pool.full
-        needed_bytes = full.needed_bytes(entry.blob.manifest)
+        needed_bytes = entry.footprint.full_bytes
         if needed_bytes <= full.free_bytes:
             return True
         leaving = (shown.full_bytes for r, shown in self._shown.items() if r not in kept)
@@ -205,11 +209,10 @@ class DeviceTier:
 
     def _allocate(self, entry: HostEntry) -> tuple[Allocation, Allocation] | None:
         """Both places or none."""
-        manifest = entry.blob.manifest
-        allocation = self.pool.allocate(manifest) if self._free_slots else None
+        allocation = self.pool.allocate(entry.footprint) if self._free_slots else None
         if allocation is None:
             return None
-        full = self.pool.full.allocate(manifest)
+        full = self.pool.full.allocate(entry.footprint)
         if full is None:
             self.pool.free(allocation)
             return None
@@ -217,7 +220,7 @@ class DeviceTier:
 
     def _is_short_of_full_weights(self, entry: HostEntry) -> bool:
         """And of nothing else."""
-        allocation = self.pool.allocate(entry.blob.manifest) if self._free_slots else None
+        allocation = self.pool.allocate(entry.footprint) if self._free_slots else None
         if allocation is not None:
             self.pool.free(allocation)
         return allocation is not None
@@ -229,28 +232,24 @@ class DeviceTier:
             self._ranking.put(revision, worth(self._host.uses(revision), 1.0, 1))
 
     def _start(self, entry: HostEntry, allocation: Allocation, full: Allocation) -> None:
-        blob = entry.blob
+        blob, footprint = entry.blob, entry.footprint
         self._host.hold(blob.revision)
-        manifest = blob.manifest
         shown = ResidentAdapter(
             self._free_slots.pop(),
             allocation.num_bytes,
-            entry.max_rank,
-            manifest.has_gain_or_bias,
+            footprint.max_rank,
+            footprint.has_gain_or_bias,
             full.num_bytes,
         )
         self._loading[blob.revision] = _Tenure(
             entry.adapter_id, allocation, full, shown, entry.facts
         )
-        self._largest_chunk = max(
-            self._largest_chunk, *manifest.chunk_bytes(self.pool.dtype.itemsize)
-        )
-        self._largest_full = max(
-            self._largest_full, *manifest.full_bytes(self.pool.dtype.itemsize), 0
-        )
+        self._largest_chunk = max(self._largest_chunk, footprint.largest_chunk)
+        self._largest_full = max(self._largest_full, footprint.largest_full)
         self._picture = None
+        now_s = time.monotonic()
         self._workers.submit(
-            _CopyJob(self._copier, self.pool, blob, allocation, full, time.monotonic())
+            _CopyJob(self._copier, self.pool, blob, footprint, allocation, full, now_s)
         )
 
     def _finish(self, copied: _Copied) -> None:

@@ -1,7 +1,7 @@
 """Device memory of weights that adapters have in place of the base's: heads, embeddings, norms.
 
 A budget of bytes of its own beside the pool's, so that a head of a gigabyte evicts other heads and
-not a hundred small adapters. One copy a revision, for as long as its slot is shown. In: manifests
+not a hundred small adapters. One copy a revision, for as long as its slot is shown. In: footprints
 and slots. Out: places, and what the model reads of each slot. It must not know which adapter is
 worth keeping, or when bytes are copied.
 """
@@ -13,7 +13,7 @@ import torch
 
 from lory_server.adapters.ends import Ends
 from lory_server.adapters.extents import Allocation, ExtentAllocator
-from lory_server.adapters.manifest import AdapterManifest
+from lory_server.adapters.footprint import Footprint
 
 NOTHING = Allocation((), (), 0)
 
@@ -47,11 +47,8 @@ class FullWeights:
     def free_bytes(self) -> int:
         return self.extents.free_bytes
 
-    def needed_bytes(self, manifest: AdapterManifest) -> int:
-        return self.extents.padded(sum(manifest.full_bytes(self.data.element_size())))
-
-    def allocate(self, manifest: AdapterManifest) -> Allocation | None:
-        sizes = manifest.full_bytes(self.data.element_size())
+    def allocate(self, footprint: Footprint) -> Allocation | None:
+        sizes = footprint.full_chunk_bytes
         return self.extents.allocate(sizes) if sizes else NOTHING
 
     def free(self, allocation: Allocation) -> None:

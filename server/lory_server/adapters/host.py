@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from lory_server.adapters.blob import AdapterBlob
+from lory_server.adapters.footprint import Footprint
 from lory_server.adapters.matched import Facts, facts_of
 from lory_server.adapters.ranking import Ranking, worth
 from lory_server.model.sites import Site
@@ -66,9 +67,8 @@ class HostEntry:
     facts: Facts
     load_seconds: float
     """What it took to bring it here: reading, and folding if it needs the base."""
-    device_bytes: int
-    """What it takes in the device's pool."""
-    max_rank: int
+    footprint: Footprint
+    """What it takes on the device."""
     uses: int = field(default=0)
     """Requests that were given it since it came, or since its name stood for it."""
     holds: int = field(default=0)
@@ -97,16 +97,14 @@ class HostTier:
         return self._entries[revision]
 
     def put(
-        self, adapter_id: str, blob: AdapterBlob, load_seconds: float, device_bytes: int
+        self, adapter_id: str, blob: AdapterBlob, load_seconds: float, footprint: Footprint
     ) -> None:
         """Keep a blob whose bytes have been reserved; a second copy is dropped."""
         if blob.revision in self._entries:
             self.budget.release(blob.num_bytes)
             return
         facts = facts_of(blob.manifest, self._sites)
-        entry = HostEntry(
-            adapter_id, blob, facts, load_seconds, device_bytes, blob.manifest.max_rank
-        )
+        entry = HostEntry(adapter_id, blob, facts, load_seconds, footprint)
         self._entries[blob.revision] = entry
         self._set_idle(entry)
 

@@ -15,12 +15,13 @@ import torch
 from lory_server.adapters.blob import AdapterBlob, with_manner
 from lory_server.adapters.errors import AdapterCapacityError
 from lory_server.adapters.fold import BaseFolder
-from lory_server.adapters.full_weights import FullWeights
+from lory_server.adapters.footprint import Footprint
 from lory_server.adapters.host import HostBudget
 from lory_server.adapters.manifest import AdapterManifest
 from lory_server.adapters.manner import read_manner_file, with_tokenizer
 from lory_server.adapters.merge_sources import locate
 from lory_server.adapters.reader import Reader
+from lory_server.adapters.shapes import Shapes
 from lory_server.adapters.store import AdapterStore, Signature
 from lory_server.messages import AdapterEntry
 
@@ -67,6 +68,8 @@ class Loaded:
     """Of the files that were read; another one than the key's if they were replaced meanwhile."""
     is_settled: bool
     seconds: float
+    footprint: Footprint
+    """Of the blob as it is now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,28 +86,30 @@ class Limits:
 
     dtype: torch.dtype
     pool_bytes: int
-    needed_bytes: Callable[[AdapterManifest], int]
-    full: FullWeights
+    full_bytes: int
+    footprint: Callable[[AdapterManifest], Footprint]
 
-    def check(self, manifest: AdapterManifest, budget: HostBudget) -> None:
-        needed_bytes = self.needed_bytes(manifest)
-        if needed_bytes > self.pool_bytes:
+    def check(self, manifest: AdapterManifest, budget: HostBudget) -> Footprint:
+        """What it takes on the device, which is not too much."""
+        footprint = self.footprint(manifest)
+        if footprint.num_bytes > self.pool_bytes:
             raise AdapterCapacityError(
-                f"takes {needed_bytes} bytes on the device, the whole pool holds"
+                f"takes {footprint.num_bytes} bytes on the device, the whole pool holds"
                 f" {self.pool_bytes}; raise adapter_pool_bytes or train a smaller rank"
             )
         if not manifest.needs_base:
-            self.check_full(manifest)
+            self.check_full(manifest, footprint)
         self.check_host(manifest.num_bytes(self.dtype.itemsize), budget)
+        return footprint
 
-    def check_full(self, manifest: AdapterManifest) -> None:
+    def check_full(self, manifest: AdapterManifest, footprint: Footprint) -> None:
         """Of what is left of its full weights when those that repeat others have been dropped."""
-        needed_bytes = self.full.needed_bytes(manifest)
-        if needed_bytes > self.full.total_bytes:
+        if footprint.full_bytes > self.full_bytes:
             names = ", ".join(dict.fromkeys(weight.module for weight in manifest.full[:4]))
             raise AdapterCapacityError(
-                f"takes {needed_bytes} bytes on the device for weights of its own ({names}), all"
-                f" adapters together may take {self.full.total_bytes}; raise --full-weights-memory"
+                f"takes {footprint.full_bytes} bytes on the device for weights of its own"
+                f" ({names}), all adapters together may take {self.full_bytes}; raise"
+                " --full-weights-memory"
             )
 
     def check_host(self, num_bytes: int, budget: HostBudget) -> None:
@@ -131,6 +136,7 @@ class LoadJob:
     """For spare threads, while stuck loads have all of those."""
     limits: Limits
     budget: HostBudget
+    shapes: Shapes
     key: LoadKey
     reserved_bytes: int = 0
 
@@ -169,14 +175,14 @@ class LoadJob:
             manifest = reader.manifest(files)
             manner = read_manner_file(files.manifest_fd)
             manner = with_tokenizer(manner, manifest.tokenizer, manifest.vocab_size)
-            self.limits.check(manifest, self.budget)
+            footprint = self.limits.check(manifest, self.budget)
             num_bytes = manifest.num_bytes(self.limits.dtype.itemsize)
             if not reservation.cover(num_bytes):
                 return NeedsRoom(self.key, num_bytes)
-            blob = with_manner(reader.blob(files, manifest), manner)
+            blob = self.shapes.shared(with_manner(reader.blob(files, manifest), manner))
             files.check_unchanged()
             seconds = time.monotonic() - started_s
-            return Loaded(self.key, blob, files.signature, files.is_settled, seconds)
+            return Loaded(self.key, blob, files.signature, files.is_settled, seconds, footprint)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -202,10 +208,12 @@ class FoldJob:
     def run(self) -> Folded:
         started_s = time.monotonic()
         blob = self.folder.fold(self.loaded.blob)
-        self.limits.check_full(blob.manifest)
+        footprint = self.limits.footprint(blob.manifest)
+        self.limits.check_full(blob.manifest, footprint)
         seconds = self.loaded.seconds + time.monotonic() - started_s
         freed_bytes = self.loaded.blob.num_bytes - blob.num_bytes
-        return Folded(replace(self.loaded, blob=blob, seconds=seconds), freed_bytes)
+        folded = replace(self.loaded, blob=blob, seconds=seconds, footprint=footprint)
+        return Folded(folded, freed_bytes)
 
 
 class _Reservation:

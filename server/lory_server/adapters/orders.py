@@ -45,7 +45,12 @@ class Orders:
         match order.kind:
             case "find" | "load" | "pin":
                 self._resolving[order.call_id] = order
-                self._cache.resolve(order.call_id, order.adapter_id, order.revision)
+                self._cache.resolve(
+                    order.call_id,
+                    order.adapter_id,
+                    order.revision,
+                    for_device=order.kind != "find",
+                )
             case "unload":
                 self._unload(order)
             case "unpin" | "drop":

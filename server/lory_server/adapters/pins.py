@@ -108,7 +108,7 @@ class Pins:
             )
 
     def _device_need(self, revision: str) -> int:
-        return self._host.entry(revision).device_bytes
+        return self._host.entry(revision).footprint.num_bytes
 
     def _full_need(self, revision: str) -> int:
-        return self._device.pool.full.needed_bytes(self._host.entry(revision).blob.manifest)
+        return self._host.entry(revision).footprint.full_bytes

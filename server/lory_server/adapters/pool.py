@@ -15,8 +15,9 @@ from torch import Tensor
 from lory_kernels.contract import SiteTable
 from lory_server.adapters.ends import Ends, Placed, make_ends
 from lory_server.adapters.extents import GRAIN_BYTES, Allocation, ExtentAllocator
+from lory_server.adapters.footprint import ABSENT, AFTER_THE_CHUNKS, Columns, Footprint
 from lory_server.adapters.full_weights import FullWeights
-from lory_server.adapters.manifest import CHUNK_ALIGN_BYTES, AdapterManifest, ChunkKind
+from lory_server.adapters.manifest import CHUNK_ALIGN_BYTES, AdapterManifest, is_end
 from lory_server.model.sites import Site
 
 
@@ -28,12 +29,9 @@ class SlotRow:
     """Each [C], in the order of the tables: offsets of A, B, gain and bias, ranks, scales."""
 
 
-_OFFSETS: dict[ChunkKind, int] = {"a": 0, "b": 0, "gain": -1, "bias": -1}
-"""The tables of offsets, and what stands in them for a chunk that there is not."""
-
-
 class AdapterPool:
-    """Used by the engine's thread, but for `row` and the bytes of allocations being written."""
+    """Used by the engine's thread, but for what any thread may call, and the bytes of allocations
+    being written."""
 
     def __init__(
         self,
@@ -75,32 +73,35 @@ class AdapterPool:
     def used_bytes(self) -> int:
         return self.extents.used_bytes
 
-    def needed_bytes(self, manifest: AdapterManifest) -> int:
-        """What an adapter takes here when it lies in one extent."""
-        return self.extents.padded(manifest.pool_bytes(self.dtype.itemsize))
+    def footprint(self, manifest: AdapterManifest) -> Footprint:
+        """What an adapter takes here and says in the tables; any thread may work it out."""
+        chunks = manifest.chunk_bytes(self.dtype.itemsize)
+        full = manifest.full_bytes(self.dtype.itemsize)
+        modules = (self.sites[part.site].slices[part.slice].module for part in manifest.slices)
+        return Footprint(
+            chunk_bytes=chunks,
+            num_bytes=self.extents.padded(sum(chunks)),
+            full_chunk_bytes=full,
+            full_bytes=self.full.extents.padded(sum(full)),
+            max_rank=manifest.max_rank,
+            has_gain_or_bias=manifest.has_gain_or_bias,
+            changes_ends=bool(manifest.full) or any(map(is_end, modules)),
+            columns=self._columns(manifest, len(chunks)),
+        )
 
-    def allocate(self, manifest: AdapterManifest) -> Allocation | None:
-        return self.extents.allocate(manifest.chunk_bytes(self.dtype.itemsize))
+    def allocate(self, footprint: Footprint) -> Allocation | None:
+        return self.extents.allocate(footprint.chunk_bytes)
 
     def free(self, allocation: Allocation) -> None:
         self.extents.free(allocation)
 
-    def row(self, manifest: AdapterManifest, allocation: Allocation) -> SlotRow:
+    def row(self, columns: Columns, allocation: Allocation) -> SlotRow:
         """The table entries of an adapter at its place; any thread may build them."""
-        offsets = {kind: [absent] * self._num_columns for kind, absent in _OFFSETS.items()}
-        ranks, scales = [0] * self._num_columns, [0.0] * self._num_columns
-        for part, places in manifest.placed(allocation.chunk_starts):
-            column = self._first_columns[part.site] + part.slice
-            for kind, place in places.items():
-                offsets[kind][column] = place // self.dtype.itemsize
-            ranks[column] = part.rank
-            scales[column] = part.scale
-        columns = (
-            *(torch.tensor(o, dtype=torch.int64, device=self.device) for o in offsets.values()),
-            torch.tensor(ranks, dtype=torch.int32, device=self.device),
-            torch.tensor(scales, dtype=torch.float32, device=self.device),
-        )
-        return SlotRow(columns)
+        itemsize = self.dtype.itemsize
+        offsets = [start // itemsize for start in allocation.chunk_starts]
+        starts = torch.tensor((*offsets, *AFTER_THE_CHUNKS), dtype=torch.int64)
+        parts = (*starts[columns.chunks_4C], columns.rank_C, columns.scale_C)
+        return SlotRow(tuple(part.to(self.device) for part in parts))
 
     def ends(self, manifest: AdapterManifest, place: Allocation, full: Allocation) -> Ends | None:
         """What the adapter has beside linears of the layers; any thread may make it."""
@@ -120,6 +121,24 @@ class AdapterPool:
             if column.is_cuda:
                 column.record_stream(torch.cuda.current_stream(self.device))
 
+    def _columns(self, manifest: AdapterManifest, num_chunks: int) -> Columns:
+        chunks = {
+            kind: [num_chunks + AFTER_THE_CHUNKS.index(absent)] * self._num_columns
+            for kind, absent in ABSENT.items()
+        }
+        ranks, scales = [0] * self._num_columns, [0.0] * self._num_columns
+        for part, indices in manifest.placed(range(num_chunks)):
+            column = self._first_columns[part.site] + part.slice
+            for kind, index in indices.items():
+                chunks[kind][column] = index
+            ranks[column] = part.rank
+            scales[column] = part.scale
+        return Columns(
+            torch.tensor(list(chunks.values()), dtype=torch.int64),
+            torch.tensor(ranks, dtype=torch.int32),
+            torch.tensor(scales, dtype=torch.float32),
+        )
+
     def _make_tables(self) -> None:
         """One flat tensor per field, site after site: a slot is published in six writes."""
         widths = [len(site.slices) for site in self.sites]
@@ -129,7 +148,7 @@ class AdapterPool:
         self._flat = (
             *(
                 torch.full((entries,), absent, dtype=torch.int64, device=self.device)
-                for absent in _OFFSETS.values()
+                for absent in ABSENT.values()
             ),
             torch.zeros(entries, dtype=torch.int32, device=self.device),
             torch.zeros(entries, dtype=torch.float32, device=self.device),
