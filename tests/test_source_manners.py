@@ -10,6 +10,7 @@ from tokenizers import Tokenizer
 import tiny_tokenizers
 from lory_server.adapters.manner import MANIFEST_NAME
 from lory_server.adapters.tokenizer_files import TOKENIZER_NAME
+from scripted_engine import TEXT
 from source_files import kept
 from source_servers import Reply, Repo, Seen
 from sourced_front import ONE, TWO, World, lorax
