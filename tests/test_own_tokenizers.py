@@ -4,7 +4,9 @@ which load the tokenizer from the adapter's folder."""
 import asyncio
 import json
 import shutil
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -290,6 +292,62 @@ def test_a_file_that_no_tokenizer_can_be_made_of_is_refused_by_name(
     texts = OwnTexts(TEXT, str(tmp_path), 2)
     with pytest.raises(AdapterInvalid, match="'one': its tokenizer cannot be used"):
         asyncio.run(texts.of("one", manner))
+
+
+def test_a_broken_file_is_read_once_for_many_requests_and_told_of_its_adapter_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = '{"model": {"type": "Unknown", "vocab": {"a": 0}}}'
+    manner = folder_with(tmp_path, "one", broken)
+    folder_with(tmp_path, "two", broken)
+    texts, read = OwnTexts(TEXT, str(tmp_path), 2), []
+    made = texts._made
+    monkeypatch.setattr(texts, "_made", lambda name, of: read.append(name) or made(name, of))
+
+    async def story() -> None:
+        names = ["one", "two"] * 5
+        told = await asyncio.gather(
+            *(texts.of(name, manner) for name in names), return_exceptions=True
+        )
+        for name, error in zip(names, told, strict=True):
+            assert isinstance(error, AdapterInvalid)
+            assert repr(name) in error.message
+        with pytest.raises(AdapterInvalid, match="'two'"):
+            await texts.of("two", manner)
+
+    asyncio.run(story())
+    assert sorted(read) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ 10**(10**10) }}", "chat_template: takes more than 1 s"),
+        ("{% for %}", "chat_template: .*does not compile"),
+    ],
+)
+def test_a_template_that_never_ends_refuses_its_adapter_and_stops_nobody(
+    tmp_path: Path, template: str, says: str
+) -> None:
+    folder_with(tmp_path, "one", file_with("<one>"))
+    (tmp_path / "one" / "chat_template.jinja").write_text(template)
+    files = {
+        name: (tmp_path / "one" / name).read_bytes()
+        for name in ("tokenizer.json", "chat_template.jinja")
+    }
+    manner = Manner(digest="one", tokenizer=tokenizer_of(files).digest)
+    texts, ticks = OwnTexts(TEXT, str(tmp_path), 2), []
+
+    async def story() -> None:
+        asked = asyncio.ensure_future(texts.of("one", manner))
+        while not asked.done():
+            await asyncio.sleep(0.01)
+            ticks.append(time.monotonic())
+        with pytest.raises(AdapterInvalid, match=says):
+            await asked
+
+    asyncio.run(story())
+    assert max((after - before for before, after in pairwise(ticks)), default=0) < 0.5
 
 
 def test_a_request_is_made_by_the_adapter_s_tokenizer(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ class ServeConfig:
             adapters_dir=self.model.adapters,
             strict_base=self.model.strict_base,
             adapter_sources=sources.kinds if sources else frozenset(),
-            trusted_tokenizers=self.sources.trusted,
+            trusted_templates=self.sources.trusted,
             api_keys=comma_list(self.keys.api_key),
             max_concurrent_requests=self.step.max_queued,
             max_input_length=self.limits.max_input_length,
