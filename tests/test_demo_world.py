@@ -233,9 +233,7 @@ def test_from_rows_to_an_adapter_that_answers(tmp_path):
     config.write_text(text.replace("epochs: 4", "train_steps: 60"))
     command = [sys.executable, str(DEMO / "train_demo.py"), "--config", str(config)]
     command += ["--folder", str(tmp_path / "out"), "--url", "http://127.0.0.1:9352"]
-    done = subprocess.run(
-        [*command, "--", "--threads", "1"], capture_output=True, text=True, timeout=280
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr
     assert "gate holds: exact_match > base" in done.stdout
     assert "upload:pig-latin" in done.stdout
