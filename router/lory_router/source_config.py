@@ -109,7 +109,8 @@ class SourceConfig:
     def trusted(self) -> frozenset[SourceKind]:
         """Whose chat templates are run."""
         named = comma_list(self.trust_templates)
-        return LISTED | frozenset(kind for kind in STRANGERS if kind in named)
+        strangers: set[SourceKind] = {kind for kind in STRANGERS if kind in named}
+        return LISTED | strangers
 
     def check(self, adapters: str) -> None:
         """Raises ValueError naming the flag; `adapters` is the local folder."""
