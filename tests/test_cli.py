@@ -182,7 +182,7 @@ def test_training_without_its_packages_names_the_extra(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "lory_trainer.cli", None)
     code, output = invoke("train", "run.yaml")
     assert code == 1
-    assert "pip install 'lory-server[train]'" in output
+    assert "pip install '.[train]' in the checkout" in output
 
 
 # -- a running server's commands ------------------------------------------------------------

@@ -194,7 +194,7 @@ def test_the_command_does_and_tells(url: str) -> None:
     assert "help@prod" in invoke(url, "list")[1]
     for deed, state in (("unpin", "device"), ("unload", "disk"), ("load", "device")):
         assert f"state     {state}\n" in invoke(url, deed, "french")[1]
-    assert "not served any more" in invoke(url, "delete", "french")[1]
+    assert "not served any more; no file was touched" in invoke(url, "delete", "french")[1]
     code, output = invoke(url, "show", "french")
     assert code == 1
     assert "No adapter named" in output

@@ -18,7 +18,7 @@ import tiny_tokenizers
 from clients.server_process import serving
 from lory_router.errors import AdapterInvalid, AdapterReplaced
 from lory_router.own_texts import OwnTexts
-from lory_server.adapters.tokenizer_files import tokenizer_of
+from lory_server.adapters.tokenizer_files import COMPANIONS, TOKENIZER_NAME, tokenizer_of
 from lory_server.messages import Manner
 from own_tokenizers_world import ADDED, BASE_TOKENS, OwnReference, World, make_world
 from scripted_engine import BASE, Answer, Front, ScriptedEngine
@@ -38,6 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def url(world: World) -> Iterator[str]:
     flags = ("--dtype", "float32", "--device", "cpu", "--full-weights-memory", "1MiB")
     folder = world.adapters_dir.parent
+    flags += ("--adapter-cache", str(folder / "cache"), "--adapter-uploads")
     with serving(folder / "log", *flags, adapters=world.adapters_dir, model=world.base) as url:
         yield url
 
@@ -185,6 +186,51 @@ def test_a_replaced_tokenizer_is_used_at_once(world: World, url: str) -> None:
     assert [reply.status_code for reply in replies] == [200, 200]
     tokens = [[t["id"] for t in reply.json()["details"]["tokens"]] for reply in replies]
     assert tokens[0] == tokens[1]
+
+
+def test_an_uploaded_adapter_is_the_very_one_that_lies_in_the_folder(
+    world: World, url: str
+) -> None:
+    files = [(path.name, (path.name, path.read_bytes())) for path in _parts(world, "grown")]
+    sent = httpx.put(f"{url}/v1/adapters/grown/files", files=files, trust_env=False)
+    assert sent.status_code == 201, sent.text
+    bodies = [body("x<note>y", name) for name in ("grown", "upload:grown")]
+    local, uploaded = all_at_once(url, bodies)
+    assert uploaded.status_code == 200, uploaded.text
+    assert uploaded.json() == local.json()
+    assert uploaded.headers["x-adapter-revision"] == local.headers["x-adapter-revision"]
+
+
+def _parts(world: World, name: str) -> list[Path]:
+    named = ("adapter_config.json", "adapter_model.safetensors", TOKENIZER_NAME, *COMPANIONS)
+    paths = [world.adapters[name].folder / file for file in named]
+    return [path for path in paths if path.is_file()]
+
+
+def test_a_merge_is_asked_by_the_tokenizer_that_its_sources_share(url: str) -> None:
+    """Two halves of one adapter are that adapter, whose tokenizer is not the base's."""
+
+    def merged(*names: str) -> dict[str, Any]:
+        asked = body("ab", "")
+        asked["parameters"]["merged_adapters"] = {"ids": names, "weights": [0.5] * len(names)}
+        return asked
+
+    sent = [body("ab", "swapped"), merged("swapped", "swapped"), merged("plain", "swapped")]
+    alone, halves, mixed = all_at_once(url, sent)
+    assert halves.status_code == 200, halves.text
+    ids = [[t["id"] for t in one.json()["details"]["tokens"]] for one in (alone, halves)]
+    assert ids[0] == ids[1]
+    assert halves.json()["generated_text"] == alone.json()["generated_text"]
+    assert mixed.status_code == 422
+    assert "source 2 ('swapped'): the adapter is asked by a tokenizer" in mixed.json()["error"]
+
+
+def test_a_text_is_cut_as_the_named_adapters_tokenizer_cuts_it(world: World, url: str) -> None:
+    for name in ("", "grown", "swapped", "plain"):
+        sent = {"inputs": "a<note>b", "adapter_id": name}
+        told = httpx.post(f"{url}/tokenize", json=sent, trust_env=False).json()
+        wanted = tokenizer_of_name(world, name)("a<note>b")["input_ids"]
+        assert [token["id"] for token in told] == wanted
 
 
 # -- what is kept ---------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from lory_router.config import ConfigError, ServeConfig, StartError
-from lory_router.serve import _open_sources
+from lory_router.serve import _load_text, _open_sources
 from lory_router.source_config import SourceConfig
 from lory_router.sources.disk import DiskCache
 from lory_router.sources.settings import HELD, S3Settings
@@ -113,3 +113,20 @@ def test_a_folder_that_cannot_be_used_ends_the_start(tmp_path: Path):
     (tmp_path / "c" / "mine").touch()
     with pytest.raises(StartError, match=r"--adapter-cache: .* holds other files"):
         _open_sources(config(tmp_path))
+
+
+def test_a_base_that_is_nowhere_is_told_apart_from_one_that_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def nothing(model: str) -> None:
+        raise OSError(f"{model}: nothing there")
+
+    (tmp_path / "mine").mkdir()
+    monkeypatch.setattr("lory_router.serve.load_text_model", nothing)
+    with pytest.raises(StartError, match="mine: its tokenizer cannot be read"):
+        _load_text(config(tmp_path, model=str(tmp_path / "mine")))
+    (tmp_path / "mine").rmdir()
+    with pytest.raises(
+        StartError, match="mine: there is no such folder, and as a model of the hub"
+    ):
+        _load_text(config(tmp_path, model=str(tmp_path / "mine")))

@@ -113,7 +113,9 @@ def _request(client: httpx.Client, deed: Deed, name: str, wish: Wish) -> httpx.R
 
 def _lines(told: dict[str, Any]) -> list[str]:
     if told.get("deleted"):
-        return [f"{told['id']} is not served any more; its files are where they were"]
+        # The adapters folder is the operator's; an upload, or what was fetched, goes with its name.
+        kept = "" if ":" in told["id"] else "; no file was touched"
+        return [f"{told['id']} is not served any more{kept}"]
     facts: list[tuple[str, Callable[[dict[str, Any]], object]]] = [
         ("state", lambda a: a["state"] + (", pinned" if a["pinned"] else "")),
         ("fetching", lambda a: fetched(a["fetching"]) if a.get("fetching") else None),

@@ -11,11 +11,12 @@ from lory_router.config import ENVIRONMENT_PREFIX
 from lory_router.values import first_key, with_scheme
 
 
-def server_url_option(name: str = "--url") -> Any:
+def server_url_option(*other_names: str) -> Any:
     """The `--url` of commands that talk to a running server."""
     return typer.Option(
         "http://127.0.0.1:8080",
-        name,
+        "--url",
+        *other_names,
         help="Where the server listens.",
         parser=with_scheme,
         metavar="URL",

@@ -253,7 +253,7 @@ def train(context: typer.Context) -> None:
         trainer = importlib.import_module("lory_trainer.cli")
     except ModuleNotFoundError as error:
         raise CommandError(
-            f"training needs {error.name}; install it with: pip install 'lory-server[train]'"
+            f"training needs {error.name}; install it with: pip install '.[train]' in the checkout"
         ) from error
     trainer_app = typer.Typer(
         add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False

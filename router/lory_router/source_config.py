@@ -109,8 +109,7 @@ class SourceConfig:
     def trusted(self) -> frozenset[SourceKind]:
         """Whose chat templates are run."""
         named = comma_list(self.trust_templates)
-        strangers: set[SourceKind] = {kind for kind in STRANGERS if kind in named}
-        return LISTED | strangers
+        return LISTED.union(kind for kind in STRANGERS if kind in named)
 
     def check(self, adapters: str) -> None:
         """Raises ValueError naming the flag; `adapters` is the local folder."""

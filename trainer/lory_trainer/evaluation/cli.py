@@ -26,6 +26,7 @@ from lory_trainer.evaluation.options import EvaluationOptions, read_options
 from lory_trainer.evaluation.own_server import serving
 from lory_trainer.evaluation.page import page
 from lory_trainer.evaluation.publish import publish
+from lory_trainer.evaluation.record import record
 from lory_trainer.evaluation.results import Evaluation, GateResult
 from lory_trainer.evaluation.run import Watch, evaluate
 from lory_trainer.evaluation.server import Server
@@ -102,11 +103,13 @@ def _gates(options: EvaluationOptions, alias: str) -> list[str]:
 
 def _check(flags: EvalFlags) -> None:
     if bool(flags.base) != bool(flags.adapters):
-        raise EvaluationError("--base and --adapters go together; or name a --server")
+        raise EvaluationError("--base and --adapters go together; or name a server by --url")
     if flags.serve_flags and not flags.base:
         raise EvaluationError("--serve-flags is for a server that --base starts")
+    if flags.record and not flags.base:
+        raise EvaluationError("--record needs the folder that is served: --base and --adapters")
     if flags.base and flags.publish:
-        raise EvaluationError("--publish needs the --server that is to serve it")
+        raise EvaluationError("--publish needs the server at --url that is to serve it")
     if flags.publish and not all(flags.publish.rpartition("@")):
         raise EvaluationError(f"--publish {flags.publish}: give name@alias, such as support@prod")
     if flags.compare and flags.adapter:
@@ -152,6 +155,8 @@ def _judged(result: Evaluation, gates: list[Gate], flags: EvalFlags) -> list[Gat
         verdicts.extend(gate.check(result) for gate in gates)
     finally:
         _write(result, verdicts, flags)
+    if flags.record:
+        record(Path(flags.adapters), result, verdicts)
     return verdicts
 
 

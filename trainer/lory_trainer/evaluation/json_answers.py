@@ -76,7 +76,7 @@ def follows(path: Path) -> Callable[[str, str], float]:
         from referencing.exceptions import Unresolvable
     except ModuleNotFoundError as error:
         raise EvaluationError(
-            f"json_schema needs {error.name}; install it with: pip install 'lory-server[eval]'"
+            f"json_schema needs {error.name}: pip install '.[eval]' in the checkout"
         ) from error
     schema = _read_schema(path)
     kind = validator_for(schema)
