@@ -67,8 +67,16 @@ bench: setup ## Compare with transformers + PEFT on this machine, in one run
 SECTION ?= parity
 # With SECTION=kernels: a folder of others' unpacked wheels (kernels/lory_kernels/bench/peers.py).
 KERNEL_PEERS ?=
-gpu-check: ## GPU paths against their references, and their times (SECTION=parity|step|kernels|train)
-	PYTHONPATH=.gpu-site:server:kernels:router:clients/python:trainer $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check $(SECTION) $(if $(KERNEL_PEERS),--peers $(KERNEL_PEERS))
+# The JSON that findings go to; without it benchmarks/results/gpu.json.
+RESULT ?=
+# More arguments of benchmarks.gpu_check, such as --no-cuda-graphs.
+GPU_ARGS ?=
+# The profiler stays once it has begun: begun again where there are CUDA graphs it may crash.
+GPU_ENV := TEARDOWN_CUPTI=0 DISABLE_CUPTI_LAZY_REINIT=1 \
+	PYTHONPATH=.gpu-site:server:kernels:router:clients/python:trainer
+gpu-check: ## GPU paths against references, and times (SECTION=parity|step|kernels|curve|peft|train)
+	$(GPU_ENV) $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu_check \
+		$(SECTION) $(if $(KERNEL_PEERS),--peers $(KERNEL_PEERS)) $(if $(RESULT),--out $(RESULT)) $(GPU_ARGS)
 
 clean: ## Remove the environment and caches
 	rm -rf $(VENV) .venv-clients .pytest_cache .ruff_cache .hypothesis .bench

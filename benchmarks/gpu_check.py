@@ -1,13 +1,17 @@
 """`make gpu-check`: what only a machine with a CUDA device can show, in sections of minutes each.
 
     python -m benchmarks.gpu_check parity      every GPU path against the CPU reference
-    python -m benchmarks.gpu_check step        time of a decode step of an 8B-shaped NF4 base
+    python -m benchmarks.gpu_check step        a decode step and a prompt on an 8B-shaped NF4 base
     python -m benchmarks.gpu_check kernels     every kernel alone: right, then against its limit
+    python -m benchmarks.gpu_check curve       1 to 1,000 adapters on that base, served
+    python -m benchmarks.gpu_check peft        that base served, beside transformers + PEFT
     python -m benchmarks.gpu_check train       QLoRA on it: the trainer beside PEFT alone and TRL
 
-Needs no network. Findings go to benchmarks/results/gpu.json, a section beside the others. Without
-a device nothing is run and nothing claimed; `--device cpu --tiny` runs the script itself on small
-shapes, and writes only where `--out` says. It must not know how anything is checked or measured.
+Needs no network. Findings go to benchmarks/results/gpu.json, a section beside the others, piece by
+piece; each section begins nothing more when its time is over, and names what it did not reach.
+Without a device nothing is run and nothing claimed; `--device cpu --tiny` runs the script itself on
+small shapes, and writes only where `--out` says. It must not know how anything is checked or
+measured.
 """
 
 import argparse
@@ -21,23 +25,27 @@ from typing import Any
 
 import torch
 
-from benchmarks import gpu_kernels, gpu_parity, gpu_step, record
+from benchmarks import gpu_curve, gpu_kernels, gpu_parity, gpu_step, record
+from benchmarks.deadline import Deadline
 
 Keep = Callable[[dict[str, Any]], None]
 """Puts what there is so far into the file, in case the rest never comes."""
 Section = Callable[[torch.device, argparse.Namespace, Keep], dict[str, Any]]
 RESULT = record.RESULTS / "gpu.json"
+PRICE_PER_HOUR = 4.0
+GIB = 1 << 30
 
 
 def parity(device: torch.device, arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     """Every check; `passed` only if all did."""
     checks: list[dict[str, Any]] = []
+    scope = gpu_parity.Scope(device, arguments.tiny)
 
     def found() -> dict[str, Any]:
         passed = all(check["passed"] for check in checks)
         return {"passed": passed, "num_checks": len(checks), "checks": _finite(checks)}
 
-    for check in gpu_parity.every_check(gpu_parity.Scope(device, arguments.tiny)):
+    for check in gpu_parity.every_check(scope, Deadline.within(gpu_parity.BUDGET_S)):
         checks.append(asdict(check) | {"passed": check.passed})
         mark = "ok  " if check.passed else "FAIL"
         limits = f"error {check.error:.2e}, at most {check.tolerance:.0e}"
@@ -53,60 +61,91 @@ def parity(device: torch.device, arguments: argparse.Namespace, keep: Keep) -> d
 def step(device: torch.device, arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     """Passes if no step waits for the device while it is submitted."""
     scale = gpu_step.TINY if arguments.tiny else gpu_step.FULL
-
-    def say(found: dict[str, Any]) -> None:
-        point = found["points"][-1]
-        print(
-            f"batch {point['batch']:3d}, {point['distinct_adapters']:3d} adapters: "
-            f"step {point['step_ms']:8.2f} ms, forward {point['forward_ms']:8.2f} ms, "
-            f"limit {point['limit_ms']:6.2f} ms",
-            flush=True,
-        )
-        keep({"passed": False, **found})
-
-    found = gpu_step.measure(scale, device, say)
+    deadline = Deadline.within(scale.budget_s)
+    found = gpu_step.measure(
+        scale, device, lambda so_far: keep({"passed": False, **so_far}), _print, deadline
+    )
     if found["waits"]:
         print(f"FAIL a step waits for the device: {found['waits']}")
-    return {"passed": not found["waits"], **found}
+    return {"passed": bool(found["points"]) and not found["waits"], **found}
 
 
 def kernels(device: torch.device, arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     scale = gpu_kernels.TINY if arguments.tiny else gpu_kernels.FULL
-    return gpu_kernels.measure(scale, device, arguments.peers)
+    return gpu_kernels.measure(scale, device, arguments.peers, keep)
+
+
+def curve(device: torch.device, arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
+    """Passes if anything was measured, and no two names shared their memory."""
+    scale = gpu_curve.TINY if arguments.tiny else gpu_curve.FULL
+    wishes = gpu_curve.Wishes(
+        arguments.price_per_hour, round(arguments.host_gib * GIB), arguments.cuda_graphs
+    )
+    deadline = Deadline.within(scale.budget_s)
+    return gpu_curve.measure(
+        scale, device, wishes, deadline, lambda so_far: keep({"passed": False, **so_far}), _print
+    )
+
+
+def peft(device: torch.device, arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
+    """Passes if both answered; how fast they did is told."""
+    from benchmarks import gpu_peft
+
+    scale = gpu_peft.TINY if arguments.tiny else gpu_peft.FULL
+    deadline = Deadline.within(scale.budget_s)
+    return gpu_peft.measure(scale, device, arguments.cuda_graphs, deadline, keep, _print)
 
 
 def train(device: torch.device, arguments: argparse.Namespace, keep: Keep) -> dict[str, Any]:
     """Passes if all learn the same; what they take is told."""
     from benchmarks import gpu_train
 
-    found = gpu_train.measure(gpu_train.TINY if arguments.tiny else gpu_train.FULL, device)
-    for name, one in found["contenders"].items():
-        gib = one["peak_bytes"] / 2**30
-        print(f"{name:5s} {one['tokens_per_s']:10,.1f} tokens/s, {gib:6.2f} GiB at most")
-    return found
+    scale = gpu_train.TINY if arguments.tiny else gpu_train.FULL
+    return gpu_train.measure(scale, device, Deadline.within(scale.budget_s), keep, _print)
 
 
 SECTIONS: dict[str, Section] = {
     "parity": parity,
     "step": step,
     "kernels": kernels,
+    "curve": curve,
+    "peft": peft,
     "train": train,
 }
 
 
-def main(argv: Sequence[str]) -> int:
-    """The exit code: 0 unless something failed."""
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu_check", description=__doc__)
-    parser.add_argument("section", choices=sorted(SECTIONS))
-    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes: a dry run")
-    parser.add_argument("--peers", type=Path, help="kernels: folder of others' unpacked wheels")
-    parser.add_argument("--out", type=Path, default=None, help="JSON file")
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="benchmarks.gpu_check",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("section", choices=sorted(SECTIONS))
+    add("--device", choices=["cuda", "cpu"], default="cuda")
+    add("--tiny", action="store_true", help="small shapes: a dry run")
+    add("--peers", type=Path, help="kernels: folder of others' unpacked wheels")
+    add("--out", type=Path, default=None, help="JSON file")
+    add("--price-per-hour", type=float, default=PRICE_PER_HOUR, help="curve: of one device")
+    add("--host-gib", type=float, default=0.0, help="curve: for adapters; 0: what is free")
+    add("--no-cuda-graphs", dest="cuda_graphs", action="store_false", help="curve, peft")
     arguments = parser.parse_args(argv)
     if arguments.device == "cpu" and not arguments.tiny:
         parser.error("--device cpu is for dry runs: add --tiny")
     if arguments.peers is not None and arguments.section != "kernels":
         parser.error("--peers is for the section kernels")
+    if not arguments.cuda_graphs and arguments.section not in ("curve", "peft"):
+        parser.error("--no-cuda-graphs is for the sections curve and peft")
+    if arguments.host_gib and arguments.section != "curve":
+        parser.error("--host-gib is for the section curve")
+    if arguments.price_per_hour != PRICE_PER_HOUR and arguments.section != "curve":
+        parser.error("--price-per-hour is for the section curve")
+    return arguments
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit code: 0 unless something failed."""
+    arguments = _parse(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         print("no CUDA device is visible: nothing was checked, nothing is claimed")
         return 0
@@ -121,8 +160,13 @@ def main(argv: Sequence[str]) -> int:
             facts = head | {"seconds": seconds, "is_whole": is_whole}
             merge(path, arguments.section, facts | found)
 
+    if path is not None:
+        # As it is: that a file cannot be written is noticed before anything is measured.
+        record.write(path, record.read(path) if path.exists() else {})
     found = SECTIONS[arguments.section](torch.device(arguments.device), arguments, keep)
     keep(found, is_whole=True)
+    for missed in found.get("not_reached", ()):
+        print(f"not measured: {missed}")
     if path is not None:
         print(path)
     return 0 if found["passed"] else 1
@@ -132,6 +176,10 @@ def merge(path: Path, section: str, found: dict[str, Any]) -> None:
     """Put one section's findings beside the others'."""
     known = record.read(path) if path.exists() else {}
     record.write(path, known | {section: found})
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
 
 
 def _device_facts(device: str) -> dict[str, Any]:

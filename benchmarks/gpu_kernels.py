@@ -15,7 +15,7 @@ take an hour, most of it to compile; what is cut, and why:
 It must not know where results go.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,9 +95,15 @@ def make_place(device: torch.device) -> Place:
     return Place.at("torch", device, torch.float32)
 
 
-def measure(scale: Scale, device: torch.device, peers_folder: Path | None) -> dict[str, Any]:
-    """The findings, said line by line while they are made."""
+def measure(
+    scale: Scale,
+    device: torch.device,
+    peers_folder: Path | None,
+    keep: Callable[[dict[str, Any]], None] = lambda _found: None,
+) -> dict[str, Any]:
+    """The findings, said line by line and kept while they are made."""
     place = make_place(device)
+    facts = {"model": scale.model.name, "num_layers": scale.num_layers}
     found = run(
         place,
         scale.effort,
@@ -105,8 +111,9 @@ def measure(scale: Scale, device: torch.device, peers_folder: Path | None) -> di
         lambda peers: cases_of(scale, place, peers.sgmv),
         lambda line: print(line, flush=True),
         scale.budget_s,
+        lambda found: keep(facts | found),
     )
-    return {"model": scale.model.name, "num_layers": scale.num_layers} | found
+    return facts | found
 
 
 def cases_of(scale: Scale, place: Place, peers: Peers) -> Iterator[Case[Any]]:

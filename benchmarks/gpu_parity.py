@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gpu_world
+from benchmarks.deadline import Deadline
 from benchmarks.gpu_world import FAMILIES, Answer, World
 from lory_kernels import BASE_SLOT, Backend, Segments, SiteTable, select
 from lory_kernels.nf4_choice import ANY_ROWS, Choice, Tiles, fitted
@@ -30,6 +31,8 @@ from lory_server.model.linear import Linear
 
 CAUGHT_FACTOR = 3.0
 """A wrong answer must be this much further off than the tolerance."""
+BUDGET_S = 440.0
+"""Most of a run that may take 8 minutes."""
 FEW_BLOCKS = 10
 """Of 8 float32 positions: one long request's worth and a little, so that others are preempted."""
 NEAR_TIE = 1e-3
@@ -86,23 +89,33 @@ class Scope:
         return self.device.type
 
 
-def every_check(scope: Scope) -> Iterator[Check]:
-    yield from _whole("sgmv", sgmv_checks(scope))
-    yield from _whole("nf4", nf4_checks(scope))
+def every_check(scope: Scope, deadline: Deadline) -> Iterator[Check]:
+    """Those of groups that the deadline cuts off or keeps from beginning end in one that failed."""
+
+    def whole(name: str, checks: Iterator[Check]) -> Iterator[Check]:
+        return _whole(name, checks, deadline)
+
+    yield from whole("sgmv", sgmv_checks(scope))
+    yield from whole("nf4", nf4_checks(scope))
     with tempfile.TemporaryDirectory() as folder:
         families = ["llama"] if scope.is_tiny else list(FAMILIES)
         worlds = {name: gpu_world.make_world(name, Path(folder)) for name in families}
         for name, world in worlds.items():
-            yield from _whole(f"decode {name}", decode_checks(scope, name, world))
-        yield from _whole("engine", engine_checks(scope, worlds["llama"]))
+            yield from whole(f"decode {name}", decode_checks(scope, name, world))
+        yield from whole("engine", engine_checks(scope, worlds["llama"]))
         for name, world in worlds.items():
-            yield from _whole(f"log-probabilities {name}", logprob_checks(scope, name, world))
+            yield from whole(f"log-probabilities {name}", logprob_checks(scope, name, world))
 
 
-def _whole(name: str, checks: Iterator[Check]) -> Iterator[Check]:
-    """The checks of one group; if they end in an error, one more that failed by it."""
+def _whole(name: str, checks: Iterator[Check], deadline: Deadline) -> Iterator[Check]:
+    """The checks of one group; if they end in an error, or time is over, one more that failed."""
     try:
-        yield from checks
+        while not deadline.is_over:
+            check = next(checks, None)
+            if check is None:
+                return
+            yield check
+        yield Check(f"{name}, whole", math.nan, 0.0, math.inf, str(deadline))
     except Exception as error:  # noqa: BLE001 - what breaks one group must not hide the others
         note = f"{type(error).__name__}: {error}".partition("\n")[0]
         yield Check(f"{name}, whole", math.nan, 0.0, math.inf, note)

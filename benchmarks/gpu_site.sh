@@ -16,6 +16,7 @@ packages=(
   pydantic annotated-types typing-inspection typing-extensions prometheus-client
   typer click shellingham rich markdown-it-py mdurl pygments                 # the command
   peft accelerate psutil                                                     # the peer
+  trl datasets dill multiprocess                                             # the trainer's peer
 )
 
 wheels=$(mktemp -d)

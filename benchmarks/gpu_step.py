@@ -1,55 +1,56 @@
-"""The time of a decode step: an 8B-shaped NF4 base of random weights, made on the device itself.
+"""The time of a decode step, and of a prompt, on a base of the 8B shape: whole, and by part.
 
-For each batch and number of distinct adapters three times: `step`, from a plan to its tokens on the
-host, which is what a stream waits for; `forward`, the model alone, between two events on the
-device; and `op_by_op`, the same without CUDA graphs. Beside them the bytes that the step must read,
-and how long they take at the rate that a copy reaches on this device. It must not know where
-results go.
-
-Legend: V vocabulary, H hidden, N packed width, K in features.
+For each batch and each number of adapters: `step`, from a plan to its tokens on the host, which is
+what a stream waits for; `pipelined`, the same while the next is already submitted, as the engine's
+loop has it; `forward`, the model alone, between two events on the device; and `op_by_op`, the same
+without CUDA graphs. Beside them the bytes that the step must read, and how long they take at the
+rate that a copy reaches on this device; and the parts, from a profile: what of a pipelined step
+belongs to no kernel is idle. It must not know where results go.
 """
 
 import statistics
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from lory_kernels import Ops, select
-from lory_server.adapters.format import AdapterManifest, AdapterSlice
-from lory_server.adapters.header import TensorSpec
+from benchmarks.deadline import Deadline
+from benchmarks.gpu_base import (
+    DTYPE,
+    RandomBase,
+    linear_weights,
+    llama_8b,
+    manifest_of,
+    model_name,
+    tiny_llama,
+)
+from benchmarks.gpu_trace import HEAD_START_CYCLES, NoMarksError, traced_apart
+from lory_kernels.bench.case import Place
+from lory_kernels.bench.limits import Limits, measured_limits
 from lory_server.adapters.pool import AdapterPool
 from lory_server.build import free_device_bytes
 from lory_server.messages import Sampling
 from lory_server.model import lora
-from lory_server.model.decoder import Decoder, Layer
 from lory_server.model.graphs import CudaCapture
 from lory_server.model.kv import KVCache
-from lory_server.model.linear import Linear, dense_linear
-from lory_server.model.nf4 import BLOCK, NF4Weight, nf4_linear
-from lory_server.model.norms import Norm
 from lory_server.model.packing import Packer
-from lory_server.model.rope import rope_table
 from lory_server.model.runner import Runner
-from lory_server.model.sites import Site
-from lory_server.model.spec import ModelSpec, RopeSpec
+from lory_server.model.spec import ModelSpec
 from lory_server.plan import BASE_SLOT, PlanRow, SampleRow, StepPlan
 
 BLOCK_SIZE = 16
-WEIGHT_STD = 0.02
-COPY_BYTES = 1 << 32
-SHOWN_KERNELS = 12
-SHOWN_CHARS = 80
-HEAD_START_CYCLES = 2_000_000
-"""About a millisecond, four times what the host takes to send a step."""
+LAST_SHARE = 0.75
+"""Of the time; what is left is for the profiles."""
 
 BYTES_FORMULA = (
-    "linears (NF4 codes and scales) + head + batch * context * KV bytes of a position "
-    "+ distinct * bytes of an adapter; each read once"
+    "linears (NF4 codes and scales) + head + rows * context * KV bytes of a position "
+    "+ bytes of the adapters in the step; each read once"
+)
+LIMIT_FORMULA = (
+    f"limit_ms = bytes / copy rate; bytes = {BYTES_FORMULA}. Of a prompt: that, or 2 * weights "
+    "of the linears * tokens at the rate of a large product, whichever is longer"
 )
 
 
@@ -62,53 +63,74 @@ class Scale:
     distinct: tuple[int, ...]
     context: int
     rank: int
+    mixed: tuple[int, ...]
+    """The ranks of adapters that differ, in turn."""
+    prompt: int
+    """Tokens of a prefill."""
+    prompts: tuple[tuple[int, int], ...]
+    """(Rows, adapters) that its tokens are shared by."""
     warmup: int
     most_reps: int
     seconds_a_point: float
     """No repetition beyond it starts, but three are always made."""
+    profiled_steps: int
+    budget_s: float
+    """No point beyond it starts."""
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """Of the adapter in each slot: those of one rank, then mixed ones."""
+        most = max(self.distinct)
+        return (self.rank,) * most + tuple(self.mixed[i % len(self.mixed)] for i in range(most))
+
+    @property
+    def max_positions(self) -> int:
+        return max(2 * self.context, self.prompt)
 
 
-def llama_8b() -> ModelSpec:
-    return ModelSpec(
-        architecture="LlamaForCausalLM",
-        vocab_size=128256,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_layers=32,
-        num_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        norm_eps=1e-5,
-        activation="silu",
-        rope=RopeSpec("default", 128, 8192, {"rope_theta": 500000.0}),
-        windows=(None,) * 32,
-        attention_scale=128**-0.5,
-    )
-
-
-FULL = Scale(llama_8b(), (1, 8, 32, 64), (0, 1, 32), 512, 16, 3, 30, 8.0)
-TINY = Scale(
-    replace(
-        llama_8b(),
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_layers=2,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=16,
-        rope=RopeSpec("default", 16, 128, {"rope_theta": 10000.0}),
-        windows=(None,) * 2,
-        attention_scale=0.25,
-    ),
-    (1, 4),
-    (0, 1, 4),
-    24,
-    4,
-    1,
-    3,
-    1.0,
+FULL = Scale(
+    spec=llama_8b(),
+    batches=(32, 64, 1, 8, 128),
+    distinct=(0, 1, 32, 8, 64),
+    context=512,
+    rank=16,
+    mixed=(8, 16, 32, 64),
+    prompt=2000,
+    prompts=((1, 0), (1, 1), (8, 8)),
+    warmup=3,
+    most_reps=30,
+    seconds_a_point=2.0,
+    profiled_steps=3,
+    budget_s=400.0,
 )
+TINY = Scale(
+    spec=tiny_llama(),
+    batches=(1, 4),
+    distinct=(0, 1, 4),
+    context=24,
+    rank=4,
+    mixed=(2, 4, 8),
+    prompt=20,
+    prompts=((1, 0), (2, 2)),
+    warmup=1,
+    most_reps=3,
+    seconds_a_point=1.0,
+    profiled_steps=1,
+    budget_s=60.0,
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A decode step of so many rows over so many adapters, of one rank or of mixed ones."""
+
+    batch: int
+    distinct: int
+    is_mixed: bool = False
+
+    def __str__(self) -> str:
+        ranks = " of mixed ranks" if self.is_mixed else ""
+        return f"batch {self.batch}, {self.distinct} adapters{ranks}"
 
 
 class Bench:
@@ -117,20 +139,24 @@ class Bench:
     def __init__(self, scale: Scale, device: torch.device) -> None:
         self.scale = scale
         self.device = device
-        self._generator = torch.Generator(device).manual_seed(0)
-        self.decoder = self._decoder()
-        self.adapter_bytes = self._attach(max(scale.distinct))
-        spec, blocks = scale.spec, -(-scale.context // BLOCK_SIZE)
-        self._blocks_a_row = blocks
         most = max(scale.batches)
-        self.kv = KVCache.allocate(spec, blocks * most, BLOCK_SIZE, torch.bfloat16, device)
+        base = RandomBase.of(scale.spec, device, scale.max_positions, most)
+        self.decoder = base.decoder()
+        self.adapter_bytes = self._attach(base)
+        self._blocks_a_row = -(-scale.context // BLOCK_SIZE)
+        prompt_blocks = [rows * _blocks(scale.prompt // rows) for rows, _ in scale.prompts]
+        num_blocks = max(self._blocks_a_row * most, *prompt_blocks)
+        self.kv = KVCache.allocate(scale.spec, num_blocks, BLOCK_SIZE, DTYPE, device)
         for pages in (*self.kv.keys, *self.kv.values):
-            pages.normal_(generator=self._generator)
-        self.runner, self.op_by_op = (
-            Runner(self.decoder, self.kv, Packer(most, blocks, BLOCK_SIZE), most, device)
-            for _ in range(2)
-        )
+            pages.normal_(generator=base.generator)
+        self.runner, self.op_by_op = (self._runner(self._blocks_a_row) for _ in range(2))
+        self.prompts = self._runner(_blocks(scale.prompt))
         self.captured = self._capture() if device.type == "cuda" else {}
+
+    def _runner(self, most_blocks: int) -> Runner:
+        most = max(self.scale.batches)
+        packer = Packer(most, most_blocks, BLOCK_SIZE)
+        return Runner(self.decoder, self.kv, packer, most, self.device)
 
     def _capture(self) -> dict[str, float]:
         """How many graphs, how long they took and what they hold."""
@@ -140,137 +166,171 @@ class Bench:
         mib = (before - free_device_bytes(self.device)) / (1 << 20)
         return {"graphs": count, "seconds": round(seconds, 2), "mib": round(mib, 1)}
 
-    def step_of(self, plan: StepPlan) -> Callable[[], None]:
-        return lambda: self._collect(plan)
-
-    def _collect(self, plan: StepPlan) -> None:
-        self.runner.collect(self.runner.submit(plan))
-
-    def plan(self, batch: int, distinct: int) -> StepPlan:
-        """`batch` sequences that each compute the last position of the context."""
-        rows: list[PlanRow] = []
-        for lane in range(batch):
-            first = lane * self._blocks_a_row
-            slot = lane % distinct if distinct else BASE_SLOT
-            sampling = Sampling(max_new_tokens=1, seed=lane)
-            rows.append(
-                PlanRow(
-                    sequence_id=lane,
-                    lane=lane,
-                    start=self.scale.context - 1,
-                    token_ids=(lane % self.scale.spec.vocab_size,),
-                    blocks=range(first, first + self._blocks_a_row),
-                    slot=slot,
-                    sample=SampleRow(sampling, self.scale.context),
-                    rank=0 if slot == BASE_SLOT else self.scale.rank,
-                )
+    def plan(self, cell: Cell) -> StepPlan:
+        """Sequences that each compute the last position of the context."""
+        width, context = self._blocks_a_row, self.scale.context
+        rows = [
+            self._row(
+                lane,
+                self._slot(cell, lane),
+                start=context - 1,
+                token_ids=(lane % self.scale.spec.vocab_size,),
+                blocks=range(lane * width, (lane + 1) * width),
             )
+            for lane in range(cell.batch)
+        ]
         return StepPlan(0, tuple(rows))
 
-    def bytes_read(self, batch: int, distinct: int) -> dict[str, int]:
-        spec, width = self.scale.spec, 2
+    def prompt_plan(self, num_rows: int, distinct: int) -> StepPlan:
+        """All tokens of the prompts at once, from their first position."""
+        length = self.scale.prompt // num_rows
+        width, vocab_size = _blocks(length), self.scale.spec.vocab_size
+        rows = [
+            self._row(
+                lane,
+                self._slot(Cell(num_rows, distinct), lane),
+                start=0,
+                token_ids=tuple((lane + place) % vocab_size for place in range(length)),
+                blocks=range(lane * width, (lane + 1) * width),
+            )
+            for lane in range(num_rows)
+        ]
+        return StepPlan(0, tuple(rows))
+
+    def _row(
+        self, lane: int, slot: int, *, start: int, token_ids: Sequence[int], blocks: range
+    ) -> PlanRow:
+        sampling = Sampling(max_new_tokens=1, seed=lane)
+        return PlanRow(
+            sequence_id=lane,
+            lane=lane,
+            start=start,
+            token_ids=token_ids,
+            blocks=blocks,
+            slot=slot,
+            sample=SampleRow(sampling, start + len(token_ids)),
+            rank=0 if slot == BASE_SLOT else self.scale.ranks[slot],
+        )
+
+    def _slot(self, cell: Cell, lane: int) -> int:
+        if not cell.distinct:
+            return BASE_SLOT
+        first = max(self.scale.distinct) if cell.is_mixed else 0
+        return first + lane % cell.distinct
+
+    def bytes_read(self, plan: StepPlan) -> dict[str, int]:
+        spec, width = self.scale.spec, DTYPE.itemsize
         head = spec.vocab_size * spec.hidden_size * width
         embedding = head
         position = spec.kv_bytes_per_block(1, width)
+        slots = {row.slot for row in plan.rows} - {BASE_SLOT}
         return {
             "linears": self.decoder.num_bytes - embedding - head,
             "head": head,
-            "kv": batch * self.scale.context * position,
-            "adapters": distinct * self.adapter_bytes,
+            "kv": sum(row.start + len(row.token_ids) for row in plan.rows) * position,
+            "adapters": sum(self.adapter_bytes[self.scale.ranks[slot]] for slot in slots),
         }
 
-    def _decoder(self) -> Decoder:
-        spec = self.scale.spec
-        embedding_VH = self._normal(spec.vocab_size, spec.hidden_size)
-        head_VH = self._normal(spec.vocab_size, spec.hidden_size)
-        sites = spec.sites()
-        ops = select("triton" if self.device.type == "cuda" else "torch")
-        layers = tuple(self._layer(sites[4 * n : 4 * n + 4], ops) for n in range(spec.num_layers))
-        rope_PD = rope_table(spec.rope, 2 * self.scale.context, self.device)
-        head = dense_linear(head_VH, None, max(self.scale.batches), ops)
-        return Decoder(spec, ops, embedding_VH, layers, self._ones(), head, rope_PD)
-
-    def _layer(self, sites: tuple[Site, ...], ops: Ops) -> Layer:
-        qkv, o, gate_up, down = (self._linear(site, ops) for site in sites)
-        return Layer(qkv, o, gate_up, down, self._norm(), self._norm(), None, None, None, None)
-
-    def _linear(self, site: Site, ops: Ops) -> Linear:
-        size = site.in_features * site.out_features
-        codes = torch.randint(
-            0, 256, (size // 2,), dtype=torch.uint8, device=self.device, generator=self._generator
-        )
-        absmax = torch.full((size // BLOCK,), 2 * WEIGHT_STD, device=self.device)
-        weight = NF4Weight(codes, absmax, site.out_features, site.in_features)
-        return nf4_linear(weight, None, torch.bfloat16, ops)
-
-    def _attach(self, count: int) -> int:
-        """`count` adapters on all linears, in slots 0 and up; bytes of one."""
-        sites = self.decoder.sites
-        manifest = manifest_of(sites, self.scale.rank)
-        num_bytes = manifest.num_bytes(2)
-        room = (num_bytes + (8 << 20)) * count
-        pool = AdapterPool(room, torch.bfloat16, self.device, sites, count)
-        pool.data.normal_(std=WEIGHT_STD, generator=self._generator)
-        footprint = pool.footprint(manifest)
-        for slot in range(count):
-            allocation = pool.allocate(footprint)
-            assert allocation is not None
-            pool.publish(slot, pool.row(footprint.columns, allocation))
+    def _attach(self, base: RandomBase) -> dict[int, int]:
+        """Adapters on all linears, each in its slot; bytes of one of each rank."""
+        sites, ranks = self.decoder.sites, self.scale.ranks
+        manifests = {rank: manifest_of(sites, rank) for rank in set(ranks)}
+        num_bytes = {rank: one.num_bytes(DTYPE.itemsize) for rank, one in manifests.items()}
+        room = sum(num_bytes[rank] + (8 << 20) for rank in ranks)
+        pool = AdapterPool(room, DTYPE, self.device, sites, len(ranks))
+        pool.data.normal_(std=0.02, generator=base.generator)
+        footprints = {rank: pool.footprint(manifests[rank]) for rank in manifests}
+        for slot, rank in enumerate(ranks):
+            allocation = pool.allocate(footprints[rank])
+            assert allocation is not None, "room was made for all"
+            pool.publish(slot, pool.row(footprints[rank].columns, allocation))
         lora.attach(self.decoder, pool.tables, pool.data)
         return num_bytes
 
-    def _normal(self, *shape: int) -> Tensor:
-        weight = torch.empty(shape, dtype=torch.bfloat16, device=self.device)
-        return weight.normal_(std=WEIGHT_STD, generator=self._generator)
 
-    def _norm(self) -> Norm:
-        return Norm("norm", self._ones())
-
-    def _ones(self) -> Tensor:
-        return torch.ones(self.scale.spec.hidden_size, dtype=torch.bfloat16, device=self.device)
+def _blocks(num_tokens: int) -> int:
+    return -(-num_tokens // BLOCK_SIZE)
 
 
-def manifest_of(sites: tuple[Site, ...], rank: int) -> AdapterManifest:
-    """An adapter of one rank on every projection, as if it had been read from a folder."""
-    slices = tuple(
-        AdapterSlice(
-            index,
-            k,
-            rank,
-            2.0,
-            TensorSpec("a", "BF16", (rank, site.in_features), 0, 2 * rank * site.in_features),
-            TensorSpec("b", "BF16", (part.out_features, rank), 0, 2 * rank * part.out_features),
-        )
-        for index, site in enumerate(sites)
-        for k, part in enumerate(site.slices)
-    )
-    return AdapterManifest(slices, "", 0, b"")
+Keep = Callable[[dict[str, Any]], None]
+Say = Callable[[str], None]
 
 
 def measure(
-    scale: Scale, device: torch.device, say: Callable[[dict[str, Any]], None]
+    scale: Scale, device: torch.device, keep: Keep, say: Say, deadline: Deadline
 ) -> dict[str, Any]:
-    """Every point, with the limits beside it; `say` is told all there is after each of them."""
+    """Every point, with the limits beside it; `keep` is given all there is after each of them."""
     with torch.inference_mode():
+        limits = measured_limits(Place.at("torch", device, DTYPE))
         bench = Bench(scale, device)
-        copy_rate = copy_bytes_per_s(device)
-        found = _facts(bench, copy_rate)
-        for batch, distinct in points_of(scale):
-            found["points"].append(_point(bench, batch, distinct, copy_rate))
-            say(found)
+        found = _facts(bench, limits)
+        for cell in cells_of(scale):
+            if deadline.part(LAST_SHARE).is_over:
+                found["not_reached"].append(str(cell))
+                continue
+            found["points"].append(_point(bench, cell, limits))
+            say(_line(found["points"][-1]))
+            keep(found)
+        for rows, distinct in scale.prompts:
+            if deadline.part(LAST_SHARE).is_over:
+                found["not_reached"].append(f"{rows} prompts, {distinct} adapters")
+                continue
+            found["prompts"].append(_prompt(bench, rows, distinct, limits))
+            say(_line(found["prompts"][-1]))
+            keep(found)
         found["waits"] = what_waits(bench)
-        for point in found["points"]:
-            # After all times: a profiler leaves the device slower than it was.
-            plan = bench.plan(point["batch"], point["distinct_adapters"])
-            point["kernels_ms"] = kernel_times(bench.step_of(plan), device)
+        _add_parts(bench, found, keep, deadline)
     return found
+
+
+def _add_parts(bench: Bench, found: dict[str, Any], keep: Keep, deadline: Deadline) -> None:
+    """After all times: a profiler leaves the device slower than it was."""
+    points = [*found["points"], *found["prompts"]]
+    if deadline.is_over or not points:
+        found["not_reached"].append("parts")
+        return
+    try:
+        steps = [_step_again(bench, point) for point in points]
+        traces = traced_apart(steps, bench.device, bench.scale.profiled_steps)
+    except NoMarksError as error:
+        found["not_reached"].append(f"parts: {error}")
+        return
+    for point, trace in zip(points, traces, strict=True):
+        idle_ms = max(0.0, point["pipelined_ms"] - trace.busy_ms())
+        point["parts_ms"] = trace.parts_ms() | {"idle": round(idle_ms, 4)}
+        point["kernels_ms"] = trace.largest_ms()
+    keep(found)
+
+
+def _step_again(bench: Bench, point: dict[str, Any]) -> Callable[[], object]:
+    if "tokens" in point:
+        plan = bench.prompt_plan(point["rows"], point["distinct_adapters"])
+        return _step_of(bench.prompts, plan)
+    return _step_of(bench.runner, bench.plan(_cell_of(point)))
+
+
+def _cell_of(point: dict[str, Any]) -> Cell:
+    return Cell(point["batch"], point["distinct_adapters"], point["ranks"] == "mixed")
+
+
+def _named(point: dict[str, Any]) -> str:
+    if "tokens" in point:
+        return f"{point['rows']} prompts, {point['distinct_adapters']} adapters"
+    return str(_cell_of(point))
+
+
+def _line(point: dict[str, Any]) -> str:
+    return (
+        f"{_named(point)}: step {point['step_ms']:.2f} ms, forward {point['forward_ms']:.2f} ms, "
+        f"limit {point['limit_ms']:.2f} ms"
+    )
 
 
 def what_waits(bench: Bench) -> str:
     """What made a step wait for the device while it was submitted; nothing if none did."""
     if bench.device.type != "cuda":
         return ""
-    plan = bench.plan(max(bench.scale.batches), max(bench.scale.distinct))
+    plan = bench.plan(Cell(max(bench.scale.batches), max(bench.scale.distinct)))
     for runner in (bench.runner, bench.op_by_op):
         runner.collect(runner.submit(plan))
         torch.cuda.set_sync_debug_mode("error")
@@ -284,47 +344,110 @@ def what_waits(bench: Bench) -> str:
     return ""
 
 
-def _facts(bench: Bench, copy_rate: float) -> dict[str, Any]:
+def _facts(bench: Bench, limits: Limits) -> dict[str, Any]:
     scale = bench.scale
     return {
-        "model": f"random NF4, {scale.spec.num_layers} layers of hidden {scale.spec.hidden_size}",
+        "model": model_name(scale.spec),
         "weight_bytes": bench.decoder.num_bytes,
-        "adapter_bytes": bench.adapter_bytes,
+        "adapter_bytes": bench.adapter_bytes[scale.rank],
         "rank": scale.rank,
+        "mixed_ranks": list(scale.mixed),
         "context": scale.context,
-        "copy_gb_per_s": round(copy_rate / 1e9, 1),
+        "copy_gb_per_s": round(limits.copy_bytes_per_s / 1e9, 1),
+        "tflop_per_s": round(limits.flops_per_s / 1e12, 1),
         "captured": bench.captured,
-        "limit": f"limit_ms = bytes / copy rate; bytes = {BYTES_FORMULA}",
+        "limit": LIMIT_FORMULA,
         "points": [],
+        "prompts": [],
+        "not_reached": [],
     }
 
 
-def points_of(scale: Scale) -> Iterator[tuple[int, int]]:
-    """(batch, distinct adapters); never more adapters than rows."""
-    for batch in scale.batches:
-        for distinct in dict.fromkeys(min(count, batch) for count in scale.distinct):
-            yield batch, distinct
+def cells_of(scale: Scale) -> Iterator[Cell]:
+    """Never more adapters than rows; those of mixed ranks after all of one rank."""
+    for is_mixed in (False, True):
+        for batch in scale.batches:
+            for distinct in dict.fromkeys(min(count, batch) for count in scale.distinct):
+                if not is_mixed or distinct > 1:
+                    yield Cell(batch, distinct, is_mixed)
 
 
-def _point(bench: Bench, batch: int, distinct: int, copy_rate: float) -> dict[str, Any]:
-    plan = bench.plan(batch, distinct)
+def _point(bench: Bench, cell: Cell, limits: Limits) -> dict[str, Any]:
+    plan = bench.plan(cell)
     forward = _timed_on_device(bench, lambda: bench.runner.logits(plan), head_start=True)
     op_by_op = _timed_on_device(bench, lambda: bench.op_by_op.logits(plan), head_start=False)
-    step_ms = _repeat(bench.scale, lambda: _wall_ms(bench.step_of(plan)))
-    parts = bench.bytes_read(batch, distinct)
-    limit_ms = sum(parts.values()) / copy_rate * 1e3
-    forward_ms = statistics.median(forward)
+    parts = bench.bytes_read(plan)
+    limit_ms = sum(parts.values()) / limits.copy_bytes_per_s * 1e3
     return {
-        "batch": batch,
+        "batch": cell.batch,
+        "distinct_adapters": cell.distinct,
+        "ranks": "mixed" if cell.is_mixed else str(bench.scale.rank),
+        **_steps(bench, bench.runner, plan),
+        **_against(limit_ms, forward, parts),
+        "op_by_op_ms": _median(op_by_op),
+    }
+
+
+def _prompt(bench: Bench, rows: int, distinct: int, limits: Limits) -> dict[str, Any]:
+    plan = bench.prompt_plan(rows, distinct)
+    forward = _timed_on_device(bench, lambda: bench.prompts.logits(plan), head_start=False)
+    parts = bench.bytes_read(plan)
+    flops = 2 * linear_weights(bench.scale.spec) * plan.num_tokens
+    least_s = max(sum(parts.values()) / limits.copy_bytes_per_s, flops / limits.flops_per_s)
+    return {
+        "tokens": plan.num_tokens,
+        "rows": rows,
         "distinct_adapters": distinct,
-        "step_ms": round(statistics.median(step_ms), 3),
-        "forward_ms": round(forward_ms, 3),
-        "op_by_op_ms": round(statistics.median(op_by_op), 3),
-        "limit_ms": round(limit_ms, 3),
-        "forward_to_limit": round(forward_ms / limit_ms, 2),
-        "bytes": parts,
+        "ranks": str(bench.scale.rank),
+        **_steps(bench, bench.prompts, plan),
+        **_against(least_s * 1e3, forward, parts),
+    }
+
+
+def _steps(bench: Bench, runner: Runner, plan: StepPlan) -> dict[str, Any]:
+    step_ms = _repeat(bench.scale, lambda: _wall_ms(_step_of(runner, plan)))
+    return {
+        "step_ms": _median(step_ms),
+        "pipelined_ms": round(_pipelined_ms(bench.scale, runner, plan, len(step_ms)), 3),
         "repetitions": len(step_ms),
     }
+
+
+def _against(limit_ms: float, forward: Sequence[float], parts: dict[str, int]) -> dict[str, Any]:
+    return {
+        "forward_ms": _median(forward),
+        "limit_ms": round(limit_ms, 3),
+        "forward_to_limit": round(statistics.median(forward) / limit_ms, 2),
+        "bytes": parts,
+    }
+
+
+def _step_of(runner: Runner, plan: StepPlan) -> Callable[[], object]:
+    return lambda: runner.collect(runner.submit(plan))
+
+
+def _pipelined_ms(scale: Scale, runner: Runner, plan: StepPlan, steps: int) -> float:
+    """Of a step, each submitted before the one before it is collected."""
+    ticket = runner.submit(plan)
+
+    def turn() -> None:
+        nonlocal ticket
+        following = runner.submit(plan)
+        runner.collect(ticket)
+        ticket = following
+
+    for _ in range(scale.warmup):
+        turn()
+    began_s = time.perf_counter()
+    for _ in range(steps):
+        turn()
+    seconds = time.perf_counter() - began_s
+    runner.collect(ticket)
+    return seconds * 1e3 / steps
+
+
+def _median(times: Sequence[float]) -> float:
+    return round(statistics.median(times), 3)
 
 
 def _repeat(scale: Scale, run: Callable[[], float]) -> list[float]:
@@ -365,42 +488,3 @@ def _timed_on_device(bench: Bench, run: Callable[[], object], *, head_start: boo
         return began.elapsed_time(ended)
 
     return _repeat(bench.scale, once)
-
-
-def kernel_times(step: Callable[[], None], device: torch.device) -> dict[str, float]:
-    """Milliseconds that one step spends in each kernel, the largest first."""
-    on_cuda = device.type == "cuda"
-    activity = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(
-        activities=[activity.CUDA, activity.CPU] if on_cuda else [activity.CPU]
-    ) as profile:
-        step()
-    times: dict[str, float] = defaultdict(float)
-    for row in profile.key_averages():
-        # Rows of the host hold their kernels' time once more.
-        if not on_cuda:
-            times[row.key[:SHOWN_CHARS]] += row.self_cpu_time_total / 1e3
-        elif row.device_type.name == "CUDA":
-            times[row.key[:SHOWN_CHARS]] += row.self_device_time_total / 1e3
-    largest = sorted(times.items(), key=lambda item: item[1], reverse=True)[:SHOWN_KERNELS]
-    return {key: round(value, 4) for key, value in largest if value > 0}
-
-
-def copy_bytes_per_s(device: torch.device) -> float:
-    """Bytes read and written by a large copy, each second."""
-    num_bytes = COPY_BYTES if device.type == "cuda" else COPY_BYTES >> 8
-    source = torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    times: list[float] = []
-    for _ in range(5):
-        _synchronize(device)
-        began_s = time.perf_counter()
-        target.copy_(source)
-        _synchronize(device)
-        times.append(time.perf_counter() - began_s)
-    return 2 * num_bytes / min(times)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -7,7 +7,7 @@ installed. It must not know where results are kept.
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +21,8 @@ from bitsandbytes.optim.adamw import AdamW8bit
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from lory_trainer.base import lora_config
+from benchmarks.deadline import Deadline
+from lory_trainer.base import lora_config, spare_memory
 from lory_trainer.config import LoraOptions, TrainOptions
 from lory_trainer.data import Example, collate
 from lory_trainer.objective import Answers, accumulate
@@ -45,6 +46,8 @@ class Scale:
     warm_up: int
     steps: int
     rank: int = 16
+    budget_s: float = 330.0
+    """No contender beyond it starts."""
 
 
 FULL = Scale(4096, 14336, 32, 32, 8, 128256, rows=4, length=1024, warm_up=3, steps=12)
@@ -55,14 +58,40 @@ Run = Callable[[PeftModel, Batches], list[tuple[float, float]]]
 """Takes every batch; of each step the loss, and the time when it had ended."""
 
 
-def measure(scale: Scale, device: torch.device) -> dict[str, Any]:
+def measure(
+    scale: Scale,
+    device: torch.device,
+    deadline: Deadline,
+    keep: Callable[[dict[str, Any]], None],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """`keep` is given all there is after each contender; who does not begin in time is named."""
     base = nf4_base(scale, device)
     batches = list(rows_of(scale))
-    contenders = {"lory": ours, "peft": peft_alone} | ({"trl": trl} if find_spec("trl") else {})
-    found = {name: _measured(run, base, batches, scale, device) for name, run in contenders.items()}
-    first = found["lory"]["losses"][0]
-    agree = all(abs(one["losses"][0] - first) < TOLERANCE * first for one in found.values())
-    return {"passed": agree, "trl_is_installed": "trl" in found, "contenders": found}
+    is_installed = find_spec("trl") is not None
+    contenders = {"lory": ours, "peft": peft_alone} | ({"trl": trl} if is_installed else {})
+    told: dict[str, dict[str, Any]] = {}
+    not_reached: list[str] = []
+    found = {
+        "passed": False,
+        "trl_is_installed": is_installed,
+        "contenders": told,
+        "not_reached": not_reached,
+    }
+    for name, run in contenders.items():
+        if deadline.is_over:
+            not_reached.append(name)
+            continue
+        one = told[name] = _measured(run, base, batches, scale, device)
+        gib = one["peak_bytes"] / 2**30
+        say(f"{name:5s} {one['tokens_per_s']:10,.1f} tokens/s, {gib:6.2f} GiB at most")
+        keep(found)
+    return found | {"passed": len(told) > 1 and _agree(told)}
+
+
+def _agree(told: Mapping[str, Mapping[str, Any]]) -> bool:
+    first = told["lory"]["losses"][0]
+    return all(abs(one["losses"][0] - first) < TOLERANCE * first for one in told.values())
 
 
 def _measured(
@@ -75,13 +104,13 @@ def _measured(
     torch.manual_seed(0)
     options = LoraOptions(r=scale.rank)
     model: Any = get_peft_model(base, lora_config(options))
-    model.get_base_model().activation_checkpointing_enable()
+    spare_memory(model, TrainOptions(base="", data="", gradient_checkpointing=True))
     model.train()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     taken = run(model, batches)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else 0
-    model.get_base_model().activation_checkpointing_disable()
+    _keep_activations(model.get_base_model())
     model.unload()
     tokens = scale.steps * scale.rows * scale.length
     seconds = taken[-1][1] - taken[scale.warm_up - 1][1]
@@ -90,6 +119,14 @@ def _measured(
         "peak_bytes": peak,
         "losses": [round(loss, 4) for loss, _ in taken],
     }
+
+
+def _keep_activations(base: Any) -> None:
+    """What `spare_memory` did, undone; transformers has renamed it."""
+    if hasattr(base, "activation_checkpointing_disable"):
+        base.activation_checkpointing_disable()
+    else:
+        base.gradient_checkpointing_disable()
 
 
 def nf4_base(scale: Scale, device: torch.device) -> LlamaForCausalLM:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import goals, record, report
+from benchmarks import goals, gpu_report, record, report
 
 PAGE = record.ROOT / "docs" / "performance.md"
 
@@ -30,6 +30,9 @@ def fill(text: str, results: Path = record.RESULTS) -> str:
             "parts": lambda: parts_tables(results),
             "kernels": lambda: kernels_tables(results),
             "gpu": lambda: report.gpu_tables(results),
+            "gpuparts": lambda: gpu_report.parts_tables(results),
+            "gpupeft": lambda: gpu_report.peft_table(results),
+            "gputrain": lambda: gpu_report.train_table(results),
         },
     )
 

@@ -35,8 +35,11 @@ def facts(module: str, arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
+    """Whole or not at all, whenever it is cut off."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    beside.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:

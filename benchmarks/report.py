@@ -220,18 +220,28 @@ def _step_table(step: Mapping[str, Any]) -> str:
     rows = [
         [
             str(point["batch"]),
-            str(point["distinct_adapters"]),
+            distinct_adapters(point),
             *(f"{point[key]:.2f}" for key in columns),
         ]
-        for point in points
+        for point in sorted(points, key=step_place)
     ]
     heads = ["batch", "distinct adapters", *(_STEP_COLUMNS[key] for key in columns)]
     footer = (
         f"A decode step of {step['model']} at {step['context']} tokens of context, adapters of "
-        f"rank {step['rank']}. The limit is the bytes read once at the {step['copy_gb_per_s']} "
-        f"GB/s that a copy reaches. {_captured(step)}{gpu(step)}.\n"
+        f"rank {step['rank']} unless it says otherwise. The limit is the bytes read once at the "
+        f"{step['copy_gb_per_s']} GB/s that a copy reaches. {_captured(step)}{gpu(step)}.\n"
     )
     return markdown(heads, rows) + "\n" + footer
+
+
+def step_place(point: Mapping[str, Any]) -> tuple[int, str, int]:
+    """Where a step stands in tables."""
+    return point["batch"], point.get("ranks", ""), point["distinct_adapters"]
+
+
+def distinct_adapters(point: Mapping[str, Any]) -> str:
+    mixed = " of mixed ranks" if point.get("ranks") == "mixed" else ""
+    return f"{point['distinct_adapters']}{mixed}"
 
 
 def _captured(step: Mapping[str, Any]) -> str:
@@ -267,6 +277,11 @@ def mismatches_table(path: Path) -> str:
     ]
     heads = [f"`{told['task']}` served", "valid JSON", "follows the schema", "fields", "exact"]
     return markdown(heads, rows)
+
+
+def popularity_title(popularity: str) -> str:
+    kind, _, alpha = popularity.partition(":")
+    return f"Zipf {alpha}" if kind == "zipf" else "each its own" if kind == "distinct" else kind
 
 
 # -- parts ------------------------------------------------------------------------------------

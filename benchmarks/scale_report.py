@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import record, report, svg
+from benchmarks import gpu_report, record, report, svg
 
 PAGE = record.ROOT / "docs" / "scale.md"
 CHART = "scale.svg"
@@ -39,6 +39,8 @@ def fill(text: str, results: Path = record.RESULTS) -> str:
             "loads": lambda: _of(results, "loads", loads_table),
             "firsttokens": lambda: _of(results, "loads", first_tokens_table),
             "curve": lambda: _of(results, "curve", curve_table),
+            "gpucurve": lambda: gpu_report.curve_table(results),
+            "gpucopies": lambda: gpu_report.copies_tables(results),
         },
     )
 
@@ -50,7 +52,10 @@ def chart(results: Path = record.RESULTS) -> str | None:
         return None
     settings = result["curve"]["settings"]
     lines = [
-        svg.Line(title(popularity), [(p["count"], p["output_tokens_per_s"]) for p in points])
+        svg.Line(
+            report.popularity_title(popularity),
+            [(p["count"], p["output_tokens_per_s"]) for p in points],
+        )
         for popularity, points in _by_popularity(result["curve"]["points"]).items()
     ]
     return svg.draw(
@@ -166,7 +171,7 @@ def curve_table(result: Result) -> str:
     groups = _by_popularity(([distinct] if distinct else []) + curve["points"])
     rows = [
         [
-            title(point["popularity"]),
+            report.popularity_title(point["popularity"]),
             f"{point['count']:,}",
             f"{point['output_tokens_per_s']:,.0f}" + ("" if point["clean"] else " (unclean)"),
             f"{point['growing_tokens_per_s']:,.0f}",
@@ -214,14 +219,9 @@ def _drop(
             "device"
         )
     return (
-        f"{title(popularity)}: {most:,} adapters lose **{lost:.1%}** against {least} (at most "
-        f"{DROP_GOAL:.0%} is wanted: {is_met}); {others}{beside}.\n"
+        f"{report.popularity_title(popularity)}: {most:,} adapters lose **{lost:.1%}** against "
+        f"{least} (at most {DROP_GOAL:.0%} is wanted: {is_met}); {others}{beside}.\n"
     )
-
-
-def title(popularity: str) -> str:
-    kind, _, alpha = popularity.partition(":")
-    return f"Zipf {alpha}" if kind == "zipf" else "each its own" if kind == "distinct" else kind
 
 
 def _by_popularity(points: Sequence[Result]) -> dict[str, list[Result]]:
@@ -257,16 +257,21 @@ def _ms(value: float) -> str:
 
 def main(argv: Sequence[str]) -> int:
     code = report.write_page(argv, "benchmarks.scale_report", PAGE, fill)
-    picture, path = chart(), PAGE.with_name(CHART)
+    pictures = {CHART: chart(), gpu_report.CHART: gpu_report.chart(record.RESULTS)}
+    return max(code, *(_draw(argv, PAGE.with_name(name), pictures[name]) for name in pictures))
+
+
+def _draw(argv: Sequence[str], path: Path, picture: str | None) -> int:
+    """Write a picture, or say whether it is as it should be; the exit code."""
     if "--check" not in argv:
         if picture is not None:
             path.write_text(picture, encoding="utf-8")
-        return code
+        return 0
     drawn = path.read_text(encoding="utf-8") if path.exists() else None
     if drawn != picture:
-        print(f"{CHART}: run benchmarks.scale_report")
+        print(f"{path.name}: run benchmarks.scale_report")
         return 1
-    return code
+    return 0
 
 
 if __name__ == "__main__":

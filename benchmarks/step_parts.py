@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import record
-from benchmarks.gpu_step import manifest_of
+from benchmarks.gpu_base import manifest_of
 from benchmarks.models import ROOT as MODELS
 from benchmarks.models import SHAPES, ensure_base
 from lory_kernels import Segments, best_cpu_backend, select

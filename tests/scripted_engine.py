@@ -89,6 +89,8 @@ class Answer:
     """Fail so after the text instead of ending."""
     blames: str = ""
     """The source of a merge that fails."""
+    tokenizer: str = ""
+    """Told with a manner that has changed."""
     hangs: bool = False
     """After the text, say nothing until cancelled."""
     repeats: bool = False
@@ -138,7 +140,12 @@ class ScriptedStream:
                 yield self._finished("eos")
                 return
         if answer.fails and not self._cancelled.is_set():
-            failure = Failure(code=answer.fails, message="it broke", source=answer.blames)
+            failure = Failure(
+                code=answer.fails,
+                message="it broke",
+                source=answer.blames,
+                tokenizer=answer.tokenizer,
+            )
             yield self._finished("error", failure)
             return
         if answer.hangs:
@@ -193,6 +200,7 @@ class ScriptedEngine:
     pinned: set[str] = field(default_factory=set)
     refuses: Failure | None = None
     """Every order that would load."""
+    refuses_to_pin: Failure | None = None
     manners: dict[str, Manner] = field(default_factory=dict)
     """Of adapters that have one."""
 
@@ -210,8 +218,9 @@ class ScriptedEngine:
         if named and self._missing(named):
             missing = self._missing(named)[0]
             answer = Answer(text=b"", ends=False, fails="adapter_not_found", blames=missing)
-        elif request.manner != self.manners.get(named, NO_MANNER).digest:
-            answer = replace(answer, text=b"", ends=False, fails="manner_changed")
+        elif request.manner != (manner := self.manners.get(named, NO_MANNER)).digest:
+            told = {"fails": "manner_changed", "tokenizer": manner.tokenizer}
+            answer = replace(answer, text=b"", ends=False, **told)
         stream = ScriptedStream(request, answer)
         self.streams.append(stream)
         return stream
@@ -250,7 +259,7 @@ class ScriptedEngine:
             return Failure(code="adapter_not_found", message="there is none", source=missing[0])
         if not REVISION.startswith(revision):
             return Failure(code="revision_not_found", message="not in memory any more")
-        return self.refuses
+        return self.refuses or (self.refuses_to_pin if kind == "pin" else None)
 
     def _missing(self, adapter_id: str) -> list[str]:
         """Itself, or the sources of a merge."""

@@ -14,8 +14,8 @@ from lory_router.sources.fetching import OpenWriter
 from lory_router.sources.hosts import HostList
 from lory_router.sources.service import Sources
 from lory_router.sources.settings import HubSettings, S3Settings, SourceSettings
+from lory_router.sources.source import FURTHER_NAMES
 from lory_router.sources.writer import FileWriter
-from lory_server.adapters.manner import MANIFEST_NAME
 from source_servers import CONFIG, WEIGHTS
 
 T = TypeVar("T")
@@ -75,10 +75,8 @@ def kept(folder: Path) -> dict[str, dict[str, bytes]]:
     """The adapters that a cache holds, file by file."""
     found = {}
     for entry in (folder / "held").iterdir():
-        names = [CONFIG, WEIGHTS]
-        if (entry / MANIFEST_NAME).exists():
-            names.append(MANIFEST_NAME)
-        found[entry.name] = {name: (entry / name).read_bytes() for name in names}
+        names = (CONFIG, WEIGHTS, *FURTHER_NAMES)
+        found[entry.name] = {n: (entry / n).read_bytes() for n in names if (entry / n).exists()}
     return found
 
 

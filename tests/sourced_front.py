@@ -18,7 +18,9 @@ from lory_router.sources.metrics import SourceMetrics
 from lory_router.sources.reference import SourceKind
 from lory_router.sources.service import Sources
 from lory_router.sources.settings import SourceSettings
-from lory_server.messages import AdapterEntry, OrderDone, OrderKind
+from lory_server.adapters.manner import MANIFEST_NAME, read_manner, with_tokenizer
+from lory_server.adapters.tokenizer_files import COMPANIONS, TOKENIZER_NAME, tokenizer_of
+from lory_server.messages import NO_MANNER, AdapterEntry, Manner, OrderDone, OrderKind
 from scripted_engine import BASE, TEXT, Answer, Front, ScriptedEngine, ScriptedStream
 from source_files import adapter_bytes, kept, settings
 from source_servers import Hub, Repo
@@ -48,12 +50,23 @@ class FolderEngine(ScriptedEngine):
         return await super().order(kind, adapter_id, revision)
 
     def _look(self) -> None:
-        self.adapters = (*ScriptedEngine().adapters, *(f"@{name}" for name in kept(self.folder)))
+        found = kept(self.folder)
+        self.adapters = (*ScriptedEngine().adapters, *(f"@{name}" for name in found))
+        self.manners |= {f"@{name}": manner_of(files) for name, files in found.items()}
 
     async def submit(self, request: SequenceRequest) -> ScriptedStream:
         self._look()
         self.held.append(self.sources.disk.is_held(request.adapter_id[1:]))
         return await super().submit(request)
+
+
+def manner_of(files: dict[str, bytes]) -> Manner:
+    """As the engine reads it, over a base whose tokenizer is another."""
+    manner = read_manner(files[MANIFEST_NAME]) if MANIFEST_NAME in files else NO_MANNER
+    if TOKENIZER_NAME not in files:
+        return manner
+    told = {name: files[name] for name in (TOKENIZER_NAME, *COMPANIONS) if name in files}
+    return with_tokenizer(manner, tokenizer_of(told).digest, 0)
 
 
 class World:
@@ -68,6 +81,8 @@ class World:
         self.engine.folder, self.engine.held = self.folder, []
         self.registry = Registry()
         self.keys: Keyring | None = None
+        self.settings: dict[str, Any] = {}
+        """Of the front, beside what it has from its sources."""
 
     def front(self, **changes: Any) -> "SourcedFront":
         hosts = () if self._hub_url else (self.hub.cdn.url,)
@@ -81,7 +96,9 @@ class SourcedFront(Front):
     def __init__(self, world: World, chosen: SourceSettings) -> None:
         self.engine = world.engine
         web: frozenset[SourceKind] = frozenset(("web",))
-        self.settings = RouterSettings(model_names=(BASE,), adapter_sources=chosen.kinds | web)
+        self.settings = RouterSettings(
+            model_names=(BASE,), adapter_sources=chosen.kinds | web, **world.settings
+        )
         self.registry, self.keys = world.registry, world.keys
         self._chosen = chosen
 

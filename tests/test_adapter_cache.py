@@ -32,6 +32,7 @@ from lory_server.adapters.reader import ThreadReader
 from lory_server.adapters.refusals import Refusals
 from lory_server.adapters.store import AdapterFiles, AdapterStore
 from lory_server.plan import AdapterDemand, Residency
+from lory_server.recipes import MergeSource, Recipe, merged_id
 
 RANK_4_BYTES = 9_728
 DEADLINE_S = 20.0
@@ -623,6 +624,22 @@ def test_names_are_remembered_up_to_a_number(
     for name in ("a0", "a1", "a0", "a2"):
         world.hold(name)
     assert list(world.cache.known.names()) == ["a0", "a2"]
+
+
+def test_merges_of_requests_push_no_adapter_out_of_what_is_known(
+    make: MakeCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every request may bring another recipe, some kilobytes of name."""
+    monkeypatch.setattr(known_module, "MAX_MERGES", 2)
+    monkeypatch.setattr(known_module, "MAX_NAMES", 2)
+    world = make()
+    world.hold("a0")
+    names = [
+        merged_id(Recipe(sources=(MergeSource("a0", float(weight)),))) for weight in range(1, 5)
+    ]
+    for name in names:
+        world.hold(name)
+    assert list(world.cache.known.names()) == ["a0", *names[-2:]]
 
 
 def test_a_deleted_adapter_is_gone_for_new_requests_and_stays_for_holders(

@@ -95,10 +95,11 @@ def test_an_answer_tells_its_revision(url: str) -> None:
 
 def test_what_is_sent_of_an_adapter_is_whole() -> None:
     weights, config = b"\x00\r\n--weights", {"r": 4}
+    further = {"tokenizer.json": b"{}"}
     sent = [
-        adapter_calls.upload("team/a", weights, config, None),
-        adapter_calls.upload("a", weights, json.dumps(config), "acme"),
-        adapter_calls.replace("a", weights, json.dumps(config).encode(), "a/b"),
+        adapter_calls.upload("team/a", weights, config, None, None),
+        adapter_calls.upload("a", weights, json.dumps(config), None, "acme"),
+        adapter_calls.replace("a", weights, json.dumps(config).encode(), further, "a/b"),
     ]
     assert [(call.method, call.path) for call in sent] == [
         ("PUT", "/v1/adapters/team/a/files"),
@@ -118,9 +119,19 @@ def test_what_is_sent_of_an_adapter_is_whole() -> None:
         assert parts == {
             "adapter_config.json": b'{"r": 4}',
             "adapter_model.safetensors": weights,
+            **(further if "/tensors" in call.path else {}),
         }
-    raw = adapter_calls.replace("a", weights, None, None)
+    raw = adapter_calls.replace("a", weights, None, None, None)
     assert (raw.body, raw.content_type) == (weights, "application/octet-stream")
+    with pytest.raises(ValueError, match="give `config`"):
+        adapter_calls.replace("a", weights, None, further, None)
+
+
+def test_a_text_is_cut_as_an_adapters_own_tokenizer_cuts_it(url: str) -> None:
+    with Client(url) as client:
+        assert client.tokenize("ab", adapter_id="french") == client.tokenize("ab")
+        with pytest.raises(AdapterNotFoundError):
+            client.tokenize("ab", adapter_id="none")
 
 
 def test_owners_and_tokens_go_along(url: str) -> None:

@@ -1,5 +1,6 @@
 """`lory eval` as a command: exit codes, files, gates and what they publish."""
 
+import asyncio
 import json
 from collections.abc import Iterator
 from contextlib import closing
@@ -73,18 +74,21 @@ def test_a_gate_that_fails_is_exit_code_3_and_publishes_nothing(url, tmp_path, r
 
 
 @pytest.mark.parametrize(
-    "gate", ["exact_mach >= 0.9", "exact_match > nobody", "cost_per_correct < 1"]
+    "gate",
+    [
+        "exact_mach >= 0.9",
+        "exact_match > nobody",
+        "cost_per_correct < 1",
+        "exact_match > 2nd",
+        "perplexity < base",
+    ],
 )
-def test_a_gate_that_cannot_be_looked_at_loses_no_answers(url, tmp_path, registry, gate):
-    report = tmp_path / "report.json"
-    done = lory_eval(
-        url,
-        write_rows(tmp_path),
-        *("--adapter", "loud", "--gate", gate, "--publish", "loud@best"),
-        *("--output", str(report)),
-    )
+def test_a_gate_that_cannot_be_looked_at_costs_no_answers(url, tmp_path, front, registry, gate):
+    num_asked = len(front.engine.prompts)
+    flags = ("--adapter", "loud", "--gate", gate, "--publish", "loud@best")
+    done = lory_eval(url, write_rows(tmp_path), *flags)
     assert (done.exit_code, "error: gate: " in done.output) == (1, True)
-    assert len(json.loads(report.read_text())["rows"]) == 4
+    assert len(front.engine.prompts) == num_asked
     assert "loud@best" not in registry.state.names
 
 
@@ -94,13 +98,46 @@ def test_nothing_is_published_whose_report_cannot_be_written(url, tmp_path, regi
     assert "loud@best" not in registry.state.names
 
 
+ENOUGH = ("a", "b", "c", "d", "e", "f")
+
+
 def test_what_is_not_better_is_not_published_and_what_is_is(url, tmp_path, registry):
-    data = write_rows(tmp_path)
+    data = write_rows(tmp_path, ENOUGH)
     assert lory_eval(url, data, "--adapter", "meek", "--publish", "meek@live").exit_code == 3
     assert "meek@live" not in registry.state.names
     done = lory_eval(url, data, "--adapter", "loud", "--publish", "loud@live")
     assert done.exit_code == 0, done.output
     assert registry.state.names["loud@live"] == Target("loud", REVISION)
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 5])
+def test_what_is_better_by_chance_is_not_published(url, tmp_path, registry, num_rows):
+    data = write_rows(tmp_path, ENOUGH[:num_rows])
+    done = lory_eval(url, data, "--adapter", "loud", "--publish", "loud@few")
+    assert done.exit_code == 3
+    assert f"{num_rows} rows won, 0 lost, p " in done.output
+    assert "loud@few" not in registry.state.names
+    gate = ("--gate", "exact_match > base")
+    done = lory_eval(url, data, "--adapter", "loud", "--publish", "loud@few", *gate)
+    assert done.exit_code == 0, done.output
+    assert registry.state.names["loud@few"] == Target("loud", REVISION)
+    asyncio.run(registry.forget("loud@few"))
+
+
+def test_a_judge_that_fails_costs_no_answers_and_publishes_nothing(url, tmp_path, registry):
+    report = tmp_path / "report.json"
+    done = lory_eval(
+        url,
+        write_rows(tmp_path, ENOUGH),
+        *("--adapter", "loud", "--publish", "loud@judged", "--output", str(report)),
+        *("--judge-url", "http://127.0.0.1:9/v1", "--judge-model", "wise"),
+    )
+    assert done.exit_code == 1
+    assert "error: the judge: no answer from http://127.0.0.1:9:" in done.output
+    told = json.loads(report.read_text())
+    assert (len(told["rows"]), told["judged"]) == (6, [])
+    assert "0 of 6 rows" in told["judge_error"]
+    assert "loud@judged" not in registry.state.names
 
 
 def test_compare_asks_two_adapters_and_nobody_else(url, tmp_path):
@@ -121,6 +158,13 @@ def test_compare_asks_two_adapters_and_nobody_else(url, tmp_path):
         (("--adapter", "loud", "--serve-flags", "x"), "secret", "--serve-flags"),
         (("--adapter", "loud", "--output", "/dev/null/x"), "secret", "cannot be written"),
         (("--compare", "loud", "meek", "--against", "nobody"), "secret", "compare"),
+        (("--compare", "loud", "loud"), "secret", "two revisions of one"),
+        (("--compare", "loud", "meek", "--adapter", "x"), "secret", "leave --adapter out"),
+        (("--adapter", "loud", "--publish", "loud"), "secret", "name@alias"),
+        (("--adapter", "loud", "--publish", "@best"), "secret", "name@alias"),
+        (("--adapter", "loud", "--shots", "2"), "secret", "--against prompt_only"),
+        (("--adapter", "loud", "--instruction", "Up"), "secret", "--against prompt_only"),
+        (("--adapter", "loud", "--template", "{text}"), "secret", "leave --template out"),
     ],
 )
 def test_what_went_wrong_is_one_message_and_exit_code_1(url, tmp_path, flags, key, says):

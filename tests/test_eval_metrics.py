@@ -27,6 +27,15 @@ def total(spec: str, answers: list[str], wanted: list[str]) -> float:
         ("exact_match", "yes ", "yes", 0),
         ("normalized_match", " The  CAT, sat! ", "the cat sat", 1),
         ("normalized_match", "the cat", "the cats", 0),
+        ("normalized_match", "", "...", 0),
+        ("normalized_match", "?!", "...", 0),
+        ("normalized_match", " ... ", "...", 1),
+        ("exact_match", "", "", 1),
+        ("exact_match", "e\u0301", "é", 0),
+        ("normalized_match", "e\u0301", "é", 1),
+        ("contains", "anything", "", 1),
+        ("label", "", "", 1),
+        ("label", "(other)", "x", 0),
         ("normalized_match", "\uff21\u00df", "ass", 1),
         ("contains", "it is Paris.", "Paris", 1),
         ("contains", "it is paris.", "Paris", 0),
@@ -41,6 +50,12 @@ def total(spec: str, answers: list[str], wanted: list[str]) -> float:
         ("json_fields", '{"a": 1, "b": 2}', '{"a": 1, "b": 3}', 0.5),
         ("json_fields", '{"a": 1, "b": 2}', '{"a": 1}', 0.5),
         ("json_fields", '{"a": true}', '{"a": 1}', 0),
+        ("json_fields", '{"a": 1.0, "b": 1e2}', '{"a": 1, "b": 100}', 1),
+        ("json_fields", '{"a": 1e999}', '{"a": 1}', 0),
+        ("json_fields", "1", "1", 1),
+        ("json_fields", "[]", "{}", 0),
+        ("json_fields", '{"a": 1, "a": 2}', '{"a": 2}', 1),
+        ("json_fields", '{"\\u00e9": 1}', '{"é": 1}', 1),
         ("json_fields", '{"a": "1"}', '{"a": 1}', 0),
         ("json_fields", '{"a.b": 1}', '{"a": {"b": 1}}', 0),
         ("json_fields", "[1, 2]", "[2, 1]", 0),
@@ -96,6 +111,20 @@ def test_a_schema_is_followed_in_full(tmp_path):
     assert metric.name == "json_schema.valid"
 
 
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"type": "string", "pattern": r"\p{L}+"}, "is not a 'regex'"),
+        ({"allOf": [{"$ref": "#"}]}, "refers to itself"),
+    ],
+)
+def test_a_schema_that_cannot_be_followed_is_one_message(tmp_path, schema, says):
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(schema))
+    with pytest.raises(EvaluationError, match=says):
+        total(f"json_schema={path}", ['"a"'], [""])
+
+
 @pytest.mark.parametrize("content", ["{", '{"type": "no such type"}'])
 def test_a_file_that_is_no_schema_says_so(tmp_path, content):
     schema = tmp_path / "schema.json"
@@ -124,6 +153,14 @@ def test_labels_count_by_class():
     # a: 2 of 3 given, 2 of 3 wanted; b: 1 of 2, 1 of 2; c: none of 0, none of 1.
     assert metrics["label.macro_f1"].total(rows) == pytest.approx((4 / 6 + 2 / 4 + 0) / 3)
     assert confusion(rows) == {"a": {"a": 2, "b": 1}, "b": {OTHER: 1, "b": 1}, "c": {"a": 1}}
+
+
+def test_a_label_that_is_called_other_is_given_only_by_name():
+    wanted = [OTHER, OTHER, "a"]
+    assert total("label", ["nonsense", OTHER, "a"], wanted) == pytest.approx(2 / 3)
+    metric = make_metrics(["label"], wanted)[0]
+    rows = [metric.measure(given, OTHER) for given in ("nonsense", OTHER)]
+    assert confusion(rows) == {OTHER: {f"({OTHER})": 1, OTHER: 1}}
 
 
 def test_perplexity_is_of_tokens_not_of_rows():
@@ -210,13 +247,29 @@ def test_pairs_are_counted_row_by_row():
         ("latency_p95_s <= 0.2", True),
         ("generated_tokens == 40", True),
         ("cost_per_million_tokens < base", False),
+        ("cost_per_correct < 1", False),
+        ("exact_match > base (p < 0.07)", True),
+        ("exact_match > base + 0.1 ( p<0.07 )", True),
+        ("exact_match > base (p < 0.05)", False),
+        ("exact_match > base + 0.9 (p < 0.07)", False),
     ],
 )
 def test_a_gate(text, holds):
     assert parse_gate(text).check(make_evaluation()).holds is holds
 
 
-@pytest.mark.parametrize("text", ["", "exact_match", "exact_match 0.9", "exact_match => 1", "> 1"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "exact_match",
+        "exact_match 0.9",
+        "exact_match => 1",
+        "> 1",
+        "exact_match > 0.9 (p < 0.05)",
+        "exact_match > base (p > 0.05)",
+    ],
+)
 def test_what_is_no_gate_is_refused_before_anything_is_asked(text):
     with pytest.raises(EvaluationError, match="FIGURE SIGN NUMBER"):
         parse_gate(text)
@@ -227,8 +280,8 @@ def test_what_is_no_gate_is_refused_before_anything_is_asked(text):
     [
         ("bleu > 0.5", "no figure 'bleu'"),
         ("exact_match > prompt_only", "no variant 'prompt_only'"),
-        ("cost_per_correct > 1", "cost_per_correct"),
         ("scores > 1", "scores"),
+        ("perplexity < base (p < 0.05)", "rows are not compared by 'perplexity'"),
     ],
 )
 def test_a_gate_about_what_there_is_not_never_holds(text, says):

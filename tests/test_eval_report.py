@@ -64,6 +64,7 @@ def make_evaluation() -> Evaluation:
         variants=(make_variant("good", 0.75, 1.5), make_variant("base", 0.25, 9.0)),
         pairings=(Pairing("exact_match", "good", "base", 5, 1, 0, 0.0625),),
         judged=(JudgedPair(HOSTILE, "good", "base", 1, 2, 3, 4, 0.5),),
+        judge_error=HOSTILE,
         rows=rows,
     )
 

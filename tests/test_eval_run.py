@@ -3,6 +3,7 @@
 import asyncio
 import json
 import math
+import re
 from dataclasses import replace
 
 import httpx
@@ -194,13 +195,18 @@ def test_costs_are_of_the_time_that_a_variant_took(tmp_path):
 # -- a judge --------------------------------------------------------------------------------
 
 
+def mark_of(prompt: str) -> str:
+    found = re.search(r"<<[0-9a-f]{16}>>", prompt)
+    assert found is not None
+    return found[0]
+
+
 def judge(prefers) -> httpx.MockTransport:
     """`prefers` is given both answers as the judge sees them."""
 
     def answer(request: httpx.Request) -> httpx.Response:
         text = json.loads(request.content)["messages"][0]["content"]
-        a = text.partition("Answer A:\n")[2].partition("\n\nAnswer B:")[0]
-        b = text.partition("Answer B:\n")[2].partition("\n\nWhich")[0]
+        _, _, a, b = [part.strip("\n") for part in text.split(mark_of(text))[2::2]]
         message = {"role": "assistant", "content": prefers(a, b)}
         return httpx.Response(200, json={"choices": [{"message": message}]})
 
@@ -211,7 +217,7 @@ def judge(prefers) -> httpx.MockTransport:
     ("prefers", "counts"),
     [
         (lambda a, b: "A" if a.isupper() else "B", (3, 1, 0, 0)),
-        (lambda a, b: "Answer B." if a.isupper() else " a", (0, 1, 3, 0)),
+        (lambda a, b: "Answer: B." if a.isupper() else " **a**", (0, 1, 3, 0)),
         (lambda a, b: "A", (0, 4, 0, 0)),
         (lambda a, b: "Tie", (0, 4, 0, 0)),
         (lambda a, b: "A tie, or B", (0, 1, 0, 3)),
@@ -274,7 +280,9 @@ def test_a_server_that_dies_midway_is_told_with_what_was_done(tmp_path):
 
 
 def test_a_refusal_is_told_in_the_servers_words(tmp_path):
-    with pytest.raises(EvaluationError, match=r"422.*max_new_tokens.*\(0 of 4 rows of loud"):
+    with pytest.raises(
+        EvaluationError, match=r"rows.jsonl line \d: .*422.*max_new_tokens.*\(0 of 4 rows of loud"
+    ):
         run(make_front(), data=write_rows(tmp_path), max_new_tokens=1000)
 
 
@@ -322,6 +330,8 @@ def test_no_more_than_so_many_are_asked_at_once(tmp_path):
         ({"completion": "answer"}, "--completion"),
         ({"metrics": ["exact_mach"]}, "did you mean exact_match"),
         ({"template": "{other}", "adapters": ["plain"]}, "line 1.*column `other`"),
+        ({"template": "{text}"}, "loud has one of its own"),
+        ({"metrics": ["json_fields"]}, "a wanted answer is not JSON"),
     ],
 )
 def test_what_cannot_be_evaluated_says_why_before_anything_is_asked(tmp_path, changes, says):

@@ -2,9 +2,11 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from benchmarks import gpu_check, gpu_kernels
 from kernel_bench_cases import LIMITS, WrongOps
 from lory_kernels import nf4_choice
 from lory_kernels.bench import run as running
+from lory_kernels.bench.case import Case
 from lory_kernels.bench.nf4 import tilings
 from lory_kernels.bench.selection import OPS
 
@@ -63,6 +66,24 @@ def test_what_the_time_does_not_reach_is_named(capsys: pytest.CaptureFixture[str
     assert not found["passed"]
     assert found["not_reached"] == [str(case.label) for case in cases]
     assert f"not reached within 0 s: {cases[0].label}" in capsys.readouterr().out
+
+
+def test_what_was_found_is_kept_if_the_rest_never_comes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    cases = gpu_kernels.cases_of
+
+    def cut_short(*arguments: Any) -> Iterator[Case[Any]]:
+        yield next(cases(*arguments))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(gpu_kernels, "cases_of", cut_short)
+    out = tmp_path / "gpu.json"
+    with pytest.raises(KeyboardInterrupt):
+        gpu_check.main([*DRY_RUN, str(out)])
+    found = json.loads(out.read_text())["kernels"]
+    assert len(found["cases"]) == 1
+    assert (found["is_whole"], found["passed"], found["model"]) == (False, False, "tiny")
 
 
 def test_peers_are_for_the_kernels_alone(capsys: pytest.CaptureFixture[str]) -> None:

@@ -308,11 +308,14 @@ def test_an_adapter_of_another_base_is_told_and_with_strict_base_refused(tmp_pat
     assert loose.get("/v1/adapters/foreign").json()["base_matches"] is False
     assert loose.get("/v1/adapters/untold").json()["base_matches"] is None
     assert loose.post("/generate", body("a", "foreign")).status_code == 200
-    assert "another weights" in caplog.text
+    digests = [base_digests(tmp_path / name)["weights"][:12] for name in ("other", "served")]
+    both = "another weights ({}..., and {}... is served)".format(*digests)
+    assert both in caplog.text
     strict = Front(engine=engine, base=ServedBase(str(served)), strict_base=True)
     response = strict.post("/generate", body("a", "foreign"))
     assert response.status_code == 422
     assert "--strict-base" in response.json()["error"]
+    assert both in response.json()["error"]
     for name in ("own", "untold"):
         assert strict.post("/generate", body("a", name)).status_code == 200
 

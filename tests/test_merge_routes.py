@@ -348,6 +348,40 @@ def test_a_source_that_was_removed_is_not_served_by_a_merge() -> None:
     assert reply.status_code == 200
 
 
+def test_a_pinned_merge_goes_with_its_source_and_comes_back_with_it() -> None:
+    front = Front()
+    save(front)
+    name = merged_id(Recipe(sources=SOURCES, name="blend"))
+    assert front.post("/v1/adapters/blend/pin").json()["pinned"]
+    assert name in front.engine.pinned
+    front.ask("DELETE", "/v1/adapters/french")
+    assert not front.engine.pinned
+    assert not front.engine.loaded
+    told = front.get("/v1/adapters/blend").json()
+    assert (told["state"], told["pinned"]) == ("refused", False)
+    assert (
+        told["refused"] == "its source 'french' was removed; serve that again, or delete the merge"
+    )
+    assert front.post("/v1/adapters", {"name": "french"}).status_code == 201
+    assert front.engine.pinned == {name}
+    told = front.get("/v1/adapters/blend").json()
+    assert (told["state"], told["refused"]) == ("disk", None)
+
+
+def test_a_merge_that_cannot_be_pinned_again_is_told_and_its_source_is_served(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    front = Front()
+    save(front)
+    front.post("/v1/adapters/blend/pin")
+    front.ask("DELETE", "/v1/adapters/french")
+    full = Failure(code="adapter_capacity", message="takes too much")
+    engine = front.engine
+    engine.refuses_to_pin = full
+    assert front.post("/v1/adapters", {"name": "french"}).status_code == 201
+    assert "pinned merge 'blend' is not loaded: takes too much" in caplog.text
+
+
 # -- whose ----------------------------------------------------------------------------------
 
 

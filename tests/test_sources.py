@@ -25,6 +25,8 @@ from lory_router.sources.reference import Reference, read_reference
 from lory_router.sources.s3 import NO_BODY_SHA256, authorization
 from lory_router.sources.service import Sources
 from lory_router.sources.settings import S3Settings, SourceSettings
+from lory_server.adapters.manner import MANIFEST_NAME
+from lory_server.adapters.tokenizer_files import TOKENIZER_NAME
 from source_files import adapter_bytes, at, is_clean, kept, settings, with_sources
 from source_servers import (
     CONFIG,
@@ -338,6 +340,8 @@ def test_two_hundred_first_requests_make_one_download(world: World):
     assert counts == {
         ("HEAD", CONFIG): 2,
         ("HEAD", WEIGHTS): 1,
+        ("HEAD", MANIFEST_NAME): 1,
+        ("HEAD", TOKENIZER_NAME): 1,
         ("GET", CONFIG): 1,
         ("GET", WEIGHTS): 1,
     }

@@ -296,6 +296,8 @@ def test_an_adapter_is_uploaded_whole_under_its_name(world, monkeypatch):
         (404, {}, "start it with --adapter-uploads"),
         (400, {"error": {"message": "rank 300"}}, "refused it: rank 300"),
         (500, ["odd"], "refused it: 500"),
+        (302, {}, "refused it: 302"),
+        (200, {"status": "ok"}, "does not answer as Lory does"),
     ],
 )
 def test_what_a_server_refuses_is_told_and_the_adapter_stays(

@@ -26,6 +26,7 @@ from tuning_world import (
     ServingEngine,
     World,
     key,
+    name_of,
     run,
     settings_in,
 )
@@ -145,6 +146,7 @@ def test_a_job_ends_in_an_adapter_and_tells_every_step(tmp_path: Path):
         assert done["estimated_finish"] is None
         assert await world.events(job["id"]) == [
             f"Created fine-tuning job: {job['id']}",
+            "Files validated, moving job to queued state",
             "Fine-tuning job started",
             f"New fine-tuned model created: {name}",
             "The job has successfully completed",
@@ -258,7 +260,11 @@ def test_preferences_are_asked_for_by_dpo_alone(tmp_path: Path):
     ("seed", "code", "message"),
     [
         (fake_trainer.FAILING, "training_failed", "row 7 is too long"),
-        (fake_trainer.DYING, "training_failed", "was ended by signal 9: about to die"),
+        (
+            fake_trainer.DYING,
+            "training_failed",
+            "signal 9, as the kernel does where memory runs out: about to die",
+        ),
         (fake_trainer.HUNGRY, "memory_exceeded", "more than 209715200 bytes"),
     ],
 )
@@ -296,7 +302,7 @@ def test_events_are_listed_in_pages(tmp_path: Path):
         await world.until(other["id"], "succeeded", "failed")
         path = f"{JOBS}/{job['id']}/events"
         whole = (await world.client.get(f"{path}?limit=100")).json()
-        assert (len(whole["data"]), whole["has_more"]) == (4 + fake_trainer.NUM_STEPS, False)
+        assert (len(whole["data"]), whole["has_more"]) == (5 + fake_trainer.NUM_STEPS, False)
         found: list[Any] = []
         more, after = True, ""
         while more:
@@ -317,6 +323,7 @@ def test_an_adapter_that_the_server_refuses_is_a_failure(tmp_path: Path):
         error = (await world.until(job["id"], "failed", "succeeded"))["error"]
         assert error["code"] == "adapter_refused"
         assert "a tensor matches nothing" in error["message"]
+        assert not (world.settings.adapters / name_of(job)).exists()
 
     run(tmp_path, story, engine=RefusingEngine)
 
@@ -330,6 +337,8 @@ def test_an_adapter_that_the_server_refuses_is_a_failure(tmp_path: Path):
         ({"model": "gpt-4o"}, "model"),
         ({"training_file": "file-none"}, "training_file"),
         ({"validation_file": "file-none"}, "validation_file"),
+        ({"training_file": ""}, "training_file"),
+        ({"validation_file": ""}, "validation_file"),
         ({"suffix": ""}, "suffix"),
         ({"suffix": "x" * 65}, "suffix"),
         ({"seed": -1}, "seed"),

@@ -54,6 +54,7 @@ def test_a_job_ends_in_an_adapter(seen: dict[str, Any], method: str):
     assert job["model"].startswith("ft-live-")
     assert job["model"] in seen["models"]
     assert job["trained_tokens"] > 0
+    assert job["strict"] == []
     assert job["events"][0] == "The job has successfully completed"
     assert job["table"].startswith("step,train_loss")
 
@@ -80,9 +81,36 @@ def test_a_checkpoint_of_each_pass_but_the_last_answers(seen: dict[str, Any]):
 
 
 def test_a_cancelled_job_makes_nothing(seen: dict[str, Any]):
-    assert (seen["cancelled"]["status"], seen["cancelled"]["model"]) == ("cancelled", None)
+    cancelled = seen["cancelled"]
+    assert (cancelled["paused"], cancelled["resumed"]) == ("paused", "queued")
+    assert (cancelled["status"], cancelled["model"]) == ("cancelled", None)
+    assert cancelled["deleted"] == [True, ""]
     assert seen["listed"] == ["cancelled", "succeeded", "succeeded"]
 
 
 def test_what_is_refused_has_openais_shape(seen: dict[str, Any]):
-    assert seen["refusals"] == {"model": "model", "job": 404}
+    assert seen["refusals"] == {
+        "model": "model",
+        "job": 404,
+        "permissions": "not_served",
+        "expires_after": "expires_after",
+        "base": 403,
+    }
+
+
+def test_every_reply_is_what_the_packages_types_say(seen: dict[str, Any]):
+    """Strictly, where the package itself would let anything pass."""
+    assert seen["strict"] == []
+
+
+def test_events_stream_and_jobs_are_found_by_label(seen: dict[str, Any]):
+    first, last = seen["streamed"]
+    assert first.startswith("Created fine-tuning job: ftjob-")
+    assert last == "The job has successfully completed"
+    assert seen["labelled"] == [1, 0, 2]
+
+
+def test_a_model_that_is_deleted_is_listed_no_more(seen: dict[str, Any]):
+    assert seen["gone"] == [True, ""]
+    assert seen["dpo"]["model"] not in seen["left"]
+    assert seen["supervised"]["model"] in seen["left"]

@@ -7,6 +7,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -43,10 +44,13 @@ def test_a_running_job_is_cancelled_and_makes_nothing(tmp_path: Path, seed: int)
     async def story(world: World) -> None:
         job = await world.create(seed=seed)
         await world.until_step(job["id"])
-        assert (await world.client.post(f"{JOBS}/{job['id']}/cancel")).status_code == 200
-        done = await world.until(job["id"], "cancelled", "succeeded", "failed")
-        assert (done["status"], done["fine_tuned_model"]) == ("cancelled", None)
-        assert not (world.settings.adapters / "nothing").exists()
+        reply = await world.client.post(f"{JOBS}/{job['id']}/cancel")
+        assert (reply.status_code, reply.json()["status"]) == (200, "cancelled")
+        assert reply.json()["fine_tuned_model"] is None
+        assert not (world.settings.adapters / name_of(job)).exists()
+        assert [path for path in (world.settings.runs / job["id"]).iterdir() if path.is_dir()] == []
+        told = await world.events(job["id"])
+        assert told.count("Fine-tuning job cancelled") == 1
         again = await world.client.post(f"{JOBS}/{job['id']}/cancel")
         assert again.status_code == 409
 
@@ -92,8 +96,10 @@ def test_a_job_is_not_begun_by_a_server_that_stops(tmp_path: Path):
         registry = Registry()
         tuning = Tuning(settings_in(tmp_path), {}, Handover(ServingEngine(), registry), 0.0)
         caller = Caller("root", is_admin=True)
-        file = await tuning._files.add("root", "rows.jsonl", "fine-tune", b"{}")
+        file = await tuning._files.write("root", "rows.jsonl", "fine-tune", b"{}")
+        await tuning._store.put(file)
         job = await tuning.create(caller, CreateJob(model=BASE, training_file=file.id))
+        await tuning._store.change(job.id, lambda job: replace(job, status="queued"))
         next_job = tuning._store.next_job
 
         async def told_to_stop() -> Any:
@@ -103,7 +109,7 @@ def test_a_job_is_not_begun_by_a_server_that_stops(tmp_path: Path):
 
         tuning._store.next_job = told_to_stop
         await tuning.run()
-        assert (await tuning.job(caller, job.id)).status == "validating_files"
+        assert (await tuning.job(caller, job.id)).status == "queued"
         tuning.close()
         registry.close()
 
@@ -131,6 +137,7 @@ def test_a_job_that_is_paused_as_it_begins_is_paused(tmp_path: Path):
         assert (await world.job(job["id"]))["status"] == "paused"
         assert await world.events(job["id"]) == [
             f"Created fine-tuning job: {job['id']}",
+            "Files validated, moving job to queued state",
             "Fine-tuning job paused",
         ]
 

@@ -16,6 +16,7 @@ from lory_router.registry import Registry
 from lory_router.settings import RouterSettings
 from lory_router.warmup import AT_ONCE, WarmUp
 from lory_server.messages import Failure, OrderDone
+from lory_server.recipes import MergeSource, Recipe
 from scripted_engine import BASE, REVISION, TEXT, Ledger, ScriptedEngine
 
 
@@ -150,3 +151,28 @@ def test_so_many_are_brought_in_at_once() -> None:
         assert len(engine.loaded) == len(names)
 
     run(story())
+
+
+def test_a_pinned_merge_whose_source_was_removed_is_not_loaded(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It was pinned again at every start, and took memory though nobody was served it."""
+
+    async def story() -> None:
+        engine, registry = ScriptedEngine(), await registered(Target("blend"), Target("french"))
+        sources = (MergeSource("french", 0.5), MergeSource("org/german", 0.5))
+        await registry.save_merge(Recipe(sources=sources, name="blend"))
+        await registry.remove("org/german")
+        warm_up = WarmUp(engine, registry, [])
+        for _ in range(2):
+            warm_up.begin()
+            await warm_up.check()
+        assert engine.orders == [("pin", "french", "")] * 2
+        assert Target("blend") in registry.state.pins, "it is wished for all the same"
+
+    with caplog.at_level(logging.WARNING):
+        run(story())
+    says = (
+        "pinned adapter 'blend' is not loaded: adapter 'blend': its source 'org/german' was removed"
+    )
+    assert caplog.text.count(says) == 2

@@ -17,9 +17,10 @@ from lory_router import validate
 from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.catalogue import Catalogue
 from lory_router.endpoint import Endpoint, Front
-from lory_router.errors import ApiError, Invalid, adapter_not_found, shown
+from lory_router.errors import ApiError, Forbidden, Invalid, adapter_not_found, shown
 from lory_router.exchange import Exchange
 from lory_router.gate import caller_of
+from lory_router.intake_openai import adapter_of
 from lory_router.keys import Caller
 from lory_router.lifecycle import Lifecycle, Naming
 from lory_router.names import is_adapter_id
@@ -35,6 +36,7 @@ from lory_router.schemas_adapters import (
 from lory_router.sources.reference import BadReferenceError, is_from_source, reference_of
 
 PATH = "/v1/adapters"
+MODELS = "/v1/models"
 LOAD_LORA = "/v1/load_lora_adapter"
 UNLOAD_LORA = "/v1/unload_lora_adapter"
 COUNTED = (PATH, LOAD_LORA, UNLOAD_LORA)
@@ -73,6 +75,7 @@ class AdapterRoutes:
             *[self._route(f"{one}/{name}", PATH, self._doing(do)) for name, do in deeds.items()],
             self._route(one, PATH, self.remove, "DELETE"),
             Route(one, self.get),
+            self._route(MODELS + "/{model:path}", PATH, self.remove_model, "DELETE"),
             self._route(LOAD_LORA, LOAD_LORA, self.load_lora),
             self._route(UNLOAD_LORA, UNLOAD_LORA, self.unload_lora),
         ]
@@ -93,9 +96,8 @@ class AdapterRoutes:
         name, caller = _checked(request.path_params["adapter_id"]), caller_of(request.scope)
         reply = await self._catalogue.get(caller, name)
         try:
-            self._front.manners.forget(caller, name)
             async with asyncio.timeout(MANNER_WAIT_S):
-                known = await self._front.manners.known(caller, name)
+                known = await self._front.manners.shown(caller, name)
         except (ApiError, TimeoutError):
             known = None  # it cannot be served, which `refused` tells, or not yet
         if known is None:
@@ -118,6 +120,15 @@ class AdapterRoutes:
         name = _named(exchange)
         await self._lifecycle.remove(exchange.caller, name)
         await exchange.reply_json(RemovedReply(id=name))
+
+    async def remove_model(self, exchange: Exchange, body: bytes) -> None:
+        """As OpenAI's clients delete a fine-tuned model."""
+        model: str = exchange.scope["path_params"]["model"]
+        name = adapter_of(model, self._front.settings)
+        if not name:
+            raise Forbidden("The base is what the server was started with; it is not deleted")
+        await self._lifecycle.remove(exchange.caller, _checked(name))
+        await exchange.reply_json(RemovedReply(id=model, object="model"))
 
     def _doing(self, do: Deed) -> Work:
         async def work(exchange: Exchange, body: bytes) -> None:

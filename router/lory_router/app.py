@@ -81,9 +81,9 @@ def create_app(
     rights = Rights(registry, sourced.sources if sourced else None)
     merging = MergingEngine(engine, registry, rights, settings)
     named = NamedEngine(merging, rights, settings, is_warm)
-    orders = sourced.orders if sourced else None
-    texts = OwnTexts(text, settings.adapters_dir, settings.retry_after_s)
-    manners = Manners(named, rights, settings, base or ServedBase(), texts, orders)
+    fetched = sourced.sources.settings.held if sourced else None
+    texts = OwnTexts(text, settings.adapters_dir, settings.retry_after_s, fetched_dir=fetched)
+    manners = Manners(named, registry, rights, settings, base or ServedBase(), texts, sourced)
     front = Front(named, settings, text, metrics, Gate(settings), registry, rights, manners)
     listing = Listing(named)
     catalogue = Catalogue(listing, registry, rights, sourced.sources if sourced else None)

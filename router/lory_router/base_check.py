@@ -7,6 +7,7 @@ the base by then, so its files are there. It must not know requests.
 import asyncio
 import hashlib
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -23,7 +24,23 @@ PARTS = {
     "chat_template": "chat template",
 }
 
+SHOWN_CHARS = 12
+"""Of a digest, in messages."""
+
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class OtherPart:
+    """What of a base is not as an adapter knew it, with both digests."""
+
+    name: str
+    trained_on: str
+    served: str
+
+    def __str__(self) -> str:
+        digests = self.trained_on[:SHOWN_CHARS], self.served[:SHOWN_CHARS]
+        return "{} ({}..., and {}... is served)".format(self.name, *digests)
 
 
 class ServedBase:
@@ -33,7 +50,7 @@ class ServedBase:
         self._chat_template = chat_template
         self._digests: asyncio.Future[dict[str, str]] | None = None
 
-    async def other_parts(self, trained_on: TrainedOn | None) -> tuple[str, ...] | None:
+    async def other_parts(self, trained_on: TrainedOn | None) -> tuple[OtherPart, ...] | None:
         """The parts of the base that differ; None: the adapter, or the base, does not tell."""
         if trained_on is None or not self._model:
             return None
@@ -44,7 +61,11 @@ class ServedBase:
         told = {name: value for name in PARTS if (value := getattr(trained_on, name))}
         if not (told.keys() & served.keys()):
             return None
-        return tuple(PARTS[name] for name in told if told[name] != served.get(name, told[name]))
+        return tuple(
+            OtherPart(PARTS[name], digest, served[name])
+            for name, digest in told.items()
+            if name in served and digest != served[name]
+        )
 
 
 def _digests_of(model: str, chat_template: ChatTemplate | None) -> dict[str, str]:

@@ -135,13 +135,16 @@ class HttpConfig:
 
 @dataclass(frozen=True)
 class LimitConfig:
-    """The most one request may ask for."""
+    """The most that one request may ask for, or a tenant's together."""
 
     max_input_length: int = flag(
         0, "Longest prompt in tokens; 0: the context less one.", at_least=0
     )
     max_body_bytes: int = size_flag(2 * 1024 * 1024, "Largest request body.")
     max_best_of: int = flag(4, "Most sequences for one prompt (best_of, n).", at_least=1)
+    max_tenant_merges: int = flag(
+        64, "Most different merges (merged_adapters) of one tenant's requests a minute.", at_least=1
+    )
     max_stop_sequences: int = flag(16, "Most stop strings of one request.", at_least=0)
 
 
@@ -257,10 +260,12 @@ class ServeConfig:
             adapters_dir=self.model.adapters,
             strict_base=self.model.strict_base,
             adapter_sources=sources.kinds if sources else frozenset(),
+            trusted_tokenizers=self.sources.trusted,
             api_keys=comma_list(self.keys.api_key),
             max_concurrent_requests=self.step.max_queued,
             max_input_length=self.limits.max_input_length,
             max_best_of=self.limits.max_best_of,
+            max_tenant_merges=self.limits.max_tenant_merges,
             max_stop_sequences=self.limits.max_stop_sequences,
             max_body_bytes=self.limits.max_body_bytes,
             request_timeout_s=self.http.request_timeout,

@@ -110,7 +110,7 @@ class Endpoint:
             try:
                 return await self._handle(self._front, exchange, body)
             except AdapterReplaced as error:
-                self._front.manners.forget(exchange.caller, error.adapter_id)
+                self._front.manners.replaced(exchange.caller, error)
                 if exchange.status or num_tries == MAX_TRIES:
                     raise
 

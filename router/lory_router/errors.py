@@ -5,7 +5,7 @@ ApiError
  |- Unauthorized 401          |- MethodNotAllowed 405             |- GenerationFailed 424 / 500
  |- Forbidden 403             |- BodyTimeout 408                  |- IncompleteGeneration 500
  |- AdapterNotFound 404       |- ReaderTooSlow 408                |- InternalError 500
- |- RevisionNotFound 404      |                                   |
+ |- RevisionNotFound 404      |- NotServed 404 (not done here)    |
  |- BodyTooLarge 413          |- Conflict 409                     |- RegistryUnwritable 500
  |- WrongMediaType 415        |- Invalid 422 / 400                |- EngineUnavailable 503
  |- ClientGone 499                |- ContextTooLong               |- JobsUnwritable 500
@@ -25,6 +25,7 @@ from typing import Literal
 
 from lory_router.engine import Unavailable
 from lory_server.messages import Failure, Finished
+from lory_server.recipes import Recipe
 
 Dialect = Literal["lorax", "openai"]
 
@@ -107,6 +108,12 @@ class NotFound(ApiError):
     openai_type = "invalid_request_error"
 
 
+class NotServed(NotFound):
+    """A part of an API that is not spoken here."""
+
+    code = "not_served"
+
+
 class AdapterNotFound(ApiError):
     status = 404
     error_type = "adapter_not_found"
@@ -139,6 +146,10 @@ class AdapterReplaced(ApiError):
     error_type = "adapter_replaced"
     adapter_id = ""
     """The name it was asked for by."""
+    recipe: Recipe | None = None
+    """Of a merge that a request asked for, as it named it."""
+    tokenizer = ""
+    """Digest of the tokenizer that such a merge is to be asked by."""
 
 
 class MethodNotAllowed(ApiError):
@@ -318,15 +329,15 @@ def from_failure(failure: Failure, retry_after_s: int, adapter_id: str = "") -> 
     if kind is AdapterNotFound and missing:
         return adapter_not_found(missing)
     if kind is AdapterReplaced:
-        return _replaced(failure.message, retry_after_s, adapter_id)
+        return _replaced(failure, retry_after_s, adapter_id)
     wait = retry_after_s if kind is Overloaded else None
     about = f"adapter {shown(adapter_id)}: " if kind is AdapterInvalid and adapter_id else ""
     return kind(about + failure.message, param=PARAMS.get(failure.code), retry_after_s=wait)
 
 
-def _replaced(message: str, retry_after_s: int, adapter_id: str) -> AdapterReplaced:
-    error = AdapterReplaced(message, retry_after_s=retry_after_s)
-    error.adapter_id = adapter_id
+def _replaced(failure: Failure, retry_after_s: int, adapter_id: str) -> AdapterReplaced:
+    error = AdapterReplaced(failure.message, retry_after_s=retry_after_s)
+    error.adapter_id, error.tokenizer = adapter_id, failure.tokenizer
     return error
 
 

@@ -5,11 +5,13 @@ engine keeps in memory is ordered from it, what outlives it is written to the re
 know HTTP.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from lory_router.engine import EngineClient, Unavailable
 from lory_router.errors import (
+    ApiError,
     Conflict,
     Invalid,
     adapter_not_found,
@@ -27,6 +29,8 @@ from lory_router.sourced_engine import SourcedEngine
 from lory_router.sources.reference import Reference, is_from_source, reference_of
 from lory_router.validate import check_source, token_without_source
 from lory_server.messages import AdapterEntry, OrderDone, OrderKind
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,8 +127,11 @@ class Lifecycle:
         if is_own and fixed:
             raise Invalid("`revision`: a revision needs another name, as name@alias", param=field)
         is_new = name not in self._registry.state.names
+        was_removed = self._registry.state.is_removed(name)
         await self._registry.register(name, replace(target, revision=fixed), owner)
         self._listing.expire()
+        if was_removed:
+            await self._pin_merges_of(name)
         return self._reply(caller, entry), is_new
 
     async def remove(self, caller: Caller, name: str) -> None:
@@ -224,9 +231,21 @@ class Lifecycle:
             await self._sourced.drop(reference)
             return
         try:
-            await self._engine.order("drop", engine_name)
+            for one in (engine_name, *self._registry.state.merges_of(name)):
+                await self._engine.order("drop", one)
         except Unavailable:
             return  # an engine that is gone holds nothing, and the next one is not told of it
+
+    async def _pin_merges_of(self, name: str) -> None:
+        """What was let go of when one of its sources was removed is there again."""
+        state = self._registry.state
+        for pin in sorted(state.pins):
+            if pin.adapter_id not in state.merges_of(name) or state.removed_source(pin.adapter_id):
+                continue
+            try:
+                self._check(await self._order("pin", pin), pin.adapter_id)
+            except (ApiError, Unavailable) as error:
+                log.warning("pinned merge %r is not loaded: %s", pin.adapter_id, error.message)
 
     async def _is_here(self, caller: Caller, target: Target, reference: Reference | None) -> bool:
         """What the caller would not find in a list is not."""

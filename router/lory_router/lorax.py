@@ -32,10 +32,11 @@ from lory_router.schemas_lorax import (
     TokenizeBody,
     TokenReply,
 )
-from lory_router.sse import event, reply_events
+from lory_router.sse import Opened, event, reply_events
 from lory_router.text import TextModel
 from lory_router.tokenize import locate
 from lory_router.transcript import EndReason, Piece, Transcript
+from lory_router.validate import check_adapter
 from lory_server.messages import EngineInfo
 from lory_server.recipes import MERGED
 
@@ -79,7 +80,10 @@ async def tokenize(front: Front, exchange: Exchange, body: bytes) -> None:
     refuse_unknown(value, TokenizeBody)
     wish = read_struct(value, TokenizeBody)
     special = wish.add_special_tokens is not False
-    tokens = await locate(front.text, wish.inputs, front.settings, special)
+    named = check_adapter(wish.adapter_id, wish.adapter_source, wish.api_token, front.settings)
+    manner = await front.manners.of(named, exchange.caller)
+    text = await front.manners.text(named, exchange.caller, manner)
+    tokens = await locate(text, wish.inputs, front.settings, special)
     body = await asyncio.to_thread(_encode_tokens, tokens, wish.inputs)
     await exchange.reply_json(msgspec.Raw(body))
 
@@ -117,9 +121,11 @@ async def _reply_whole(front: Front, exchange: Exchange, wish: GenerateBody, as_
 
 
 async def _reply_stream(front: Front, exchange: Exchange, wish: GenerateBody) -> None:
-    job, info = await _accept(front, exchange, wish, stream=True)
-    headers = _common_headers(job, front, info)
-    await reply_events(exchange, _events(front, exchange, job), headers)
+    async def opened() -> Opened:
+        job, info = await _accept(front, exchange, wish, stream=True)
+        return _events(front, exchange, job), _common_headers(job, front, info)
+
+    await reply_events(exchange, opened)
 
 
 async def _events(front: Front, exchange: Exchange, job: LoraxJob) -> AsyncGenerator[bytes, None]:

@@ -126,6 +126,7 @@ def asked_of(
             recipe=named.recipe,
             references=named.references,
             token=named.token,
+            manner=manner.digest,
         )
     return SequenceRequest(
         prompt_ids,

@@ -6,6 +6,7 @@ know HTTP, or how adapters are merged.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 
 import msgspec
@@ -17,6 +18,7 @@ from lory_router.registry import Registry
 from lory_router.rights import Rights
 from lory_router.settings import RouterSettings
 from lory_router.sources.reference import Reference, is_from_source, reference_of
+from lory_router.tenant_merges import TenantMerges
 from lory_router.validate import check_source, token_without_source
 from lory_server.messages import (
     AdapterEntry,
@@ -41,6 +43,7 @@ class MergingEngine:
         self._registry = registry
         self._rights = rights
         self._settings = settings
+        self._uses = TenantMerges(settings.max_tenant_merges)
 
     @property
     def info(self) -> EngineInfo | None:
@@ -54,12 +57,22 @@ class MergingEngine:
 
     async def submit(self, request: SequenceRequest) -> EngineStream:
         if request.recipe is not None:
-            aimed = self._aimed(request, request.recipe)
-            names = names_between(aimed.recipe, request.recipe)
-            return _TellingStream(await self._engine.submit(aimed), names)
+            return await self._submit_merge(request, request.recipe)
         if request.source is None:
             request = replace(request, recipe=self._saved(request.adapter_id))
         return await self._engine.submit(request)
+
+    async def _submit_merge(self, request: SequenceRequest, named: Recipe) -> EngineStream:
+        aimed, tenant = self._aimed(request, named), request.caller.tenant
+        self._uses.begin(tenant, aimed.recipe)
+        used = ExitStack()
+        used.callback(self._uses.end, tenant, aimed.recipe)
+        try:
+            stream = await self._engine.submit(aimed)
+        except BaseException:
+            used.close()
+            raise
+        return _TellingStream(stream, names_between(aimed.recipe, named), used)
 
     async def list_adapters(self) -> tuple[AdapterEntry, ...]:
         """Merges under the names they were saved under; others have none."""
@@ -68,7 +81,11 @@ class MergingEngine:
         known = {entry.adapter_id: entry for entry in entries}
         for name, recipe in self._registry.state.merges.items():
             nothing = AdapterEntry(adapter_id=name, tier="disk")
-            found[name] = _called(name, known.get(merged_id(recipe), nothing))
+            entry = _called(name, known.get(merged_id(recipe), nothing))
+            removed = self._registry.state.removed_source(name)
+            if removed:
+                entry = msgspec.structs.replace(entry, refusal=source_removed(removed))
+            found[name] = entry
         return tuple(found.values())
 
     async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
@@ -83,11 +100,10 @@ class MergingEngine:
     def _saved(self, adapter_id: str) -> Recipe | None:
         """The recipe saved under a name; raises the 404 of a source that was removed."""
         state = self._registry.state
-        recipe = state.merges.get(adapter_id)
-        for source in recipe.sources if recipe else ():
-            if state.is_removed(source.adapter_id):
-                raise adapter_not_found(source.adapter_id)
-        return recipe
+        removed = state.removed_source(adapter_id)
+        if removed:
+            raise adapter_not_found(removed)
+        return state.merges.get(adapter_id)
 
     def _aimed(self, request: SequenceRequest, recipe: Recipe) -> SequenceRequest:
         """At what the names of the sources stand for, to this caller."""
@@ -162,11 +178,12 @@ def told_as(failure: Failure, names: Names) -> Failure:
 
 
 class _TellingStream:
-    """A stream whose failure names a source as its caller did."""
+    """A stream whose failure names a source as its caller did; what it uses ends with it."""
 
-    def __init__(self, stream: EngineStream, names: Names) -> None:
+    def __init__(self, stream: EngineStream, names: Names, used: ExitStack) -> None:
         self._stream = stream
         self._names = names
+        self._used = used
 
     @property
     def adapter_revision(self) -> str:
@@ -177,7 +194,10 @@ class _TellingStream:
 
     async def __anext__(self) -> StreamEvent:
         event = await anext(self._stream)
-        if not isinstance(event, Finished) or event.failure is None:
+        if not isinstance(event, Finished):
+            return event
+        self._used.close()
+        if event.failure is None:
             return event
         return msgspec.structs.replace(event, failure=told_as(event.failure, self._names))
 
@@ -186,6 +206,12 @@ class _TellingStream:
 
     def cancel(self, reason: CancelReason = "cancelled") -> None:
         self._stream.cancel(reason)
+        self._used.close()
+
+
+def source_removed(name: str) -> str:
+    """Why a merge is not served."""
+    return f"its source {name!r} was removed; serve that again, or delete the merge"
 
 
 def _called(name: str, entry: AdapterEntry) -> AdapterEntry:

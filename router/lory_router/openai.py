@@ -5,8 +5,9 @@ are checked (`intake_openai`) or sequences run (`running`).
 """
 
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Protocol
 
 from lory_router import intake_openai
@@ -27,10 +28,13 @@ from lory_router.openai_shapes import (
 )
 from lory_router.running import LiveSequence, merged, run_all, running
 from lory_router.schemas_openai import ChatBody, CompletionBody
-from lory_router.sse import DONE, event, reply_events
+from lory_router.sse import DONE, Opened, event, reply_events
 from lory_router.text import TextModel
 from lory_router.transcript import Piece, Transcript
 from lory_server.recipes import MERGED
+
+Accept = Callable[[], Awaitable[OpenaiJob]]
+"""What a request is checked by, which may wait for its adapter."""
 
 
 class Dressing(Protocol):
@@ -59,15 +63,15 @@ class Dressing(Protocol):
 async def completions(front: Front, exchange: Exchange, body: bytes) -> None:
     """POST /v1/completions."""
     wish = intake_openai.read_body(body, CompletionBody)
-    job = await intake_openai.accept_completion(wish, _context(front, exchange))
-    await _reply(front, exchange, job, CompletionDressing())
+    accept = partial(intake_openai.accept_completion, wish, _context(front, exchange))
+    await _reply(front, exchange, accept, CompletionDressing(), is_stream=bool(wish.stream))
 
 
 async def chat_completions(front: Front, exchange: Exchange, body: bytes) -> None:
     """POST /v1/chat/completions."""
     wish = intake_openai.read_body(body, ChatBody)
-    job = await intake_openai.accept_chat(wish, _context(front, exchange))
-    await _reply(front, exchange, job, ChatDressing())
+    accept = partial(intake_openai.accept_chat, wish, _context(front, exchange))
+    await _reply(front, exchange, accept, ChatDressing(), is_stream=bool(wish.stream))
 
 
 def _context(front: Front, exchange: Exchange) -> Context:
@@ -75,7 +79,25 @@ def _context(front: Front, exchange: Exchange) -> Context:
     return Context(info, front.settings, front.text, front.manners, exchange.caller)
 
 
-async def _reply(front: Front, exchange: Exchange, job: OpenaiJob, dressing: Dressing) -> None:
+async def _reply(
+    front: Front, exchange: Exchange, accept: Accept, dressing: Dressing, *, is_stream: bool
+) -> None:
+    async def opened() -> Opened:
+        job, headers = await _accepted(front, exchange, accept)
+        return _events(front, exchange, job, dressing), headers
+
+    if is_stream:
+        await reply_events(exchange, opened)
+    else:
+        job, headers = await _accepted(front, exchange, accept)
+        await _reply_whole(front, exchange, job, dressing, headers)
+
+
+async def _accepted(
+    front: Front, exchange: Exchange, accept: Accept
+) -> tuple[OpenaiJob, dict[str, str]]:
+    """What is to be done, and the headers that tell of it."""
+    job = await accept()
     exchange.adapter_id = MERGED if job.is_merge else front.served_as(job.adapter_id)
     exchange.sequences_per_prompt = len(job.asks[0])
     exchange.ready_at = time.perf_counter()
@@ -85,10 +107,7 @@ async def _reply(front: Front, exchange: Exchange, job: OpenaiJob, dressing: Dre
     }
     if job.adapter_id:
         headers["x-adapter-id"] = header_text(job.adapter_id)
-    if job.stream:
-        await reply_events(exchange, _events(front, exchange, job, dressing), headers)
-    else:
-        await _reply_whole(front, exchange, job, dressing, headers)
+    return job, headers
 
 
 def _head(exchange: Exchange, job: OpenaiJob, dressing: Dressing, kind: str) -> Json:

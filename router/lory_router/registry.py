@@ -58,6 +58,20 @@ class State:
             return adapter_id in self.removed
         return any(covers(removed, adapter_id) for removed in self.removed)
 
+    def removed_source(self, name: str) -> str:
+        """Of a merge that cannot be served for that; empty for what can, and what is no merge."""
+        recipe = self.merges.get(name)
+        sources = (source.adapter_id for source in recipe.sources) if recipe else ()
+        return next(filter(self.is_removed, sources), "")
+
+    def merges_of(self, adapter_id: str) -> list[str]:
+        """Those that have it as a source."""
+        return [
+            name
+            for name, recipe in self.merges.items()
+            if any(source.adapter_id == adapter_id for source in recipe.sources)
+        ]
+
 
 def everything(_name: str) -> bool:
     """What who may see all sees."""

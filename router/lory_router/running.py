@@ -10,8 +10,8 @@ from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 
-from lory_router.engine import BufferRoom, EngineClient, EngineStream
-from lory_router.errors import IncompleteGeneration, from_finished
+from lory_router.engine import BufferRoom, EngineClient, EngineStream, SequenceRequest
+from lory_router.errors import AdapterReplaced, IncompleteGeneration, from_finished
 from lory_router.keys import Caller
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
@@ -27,11 +27,15 @@ class LiveSequence:
     """One sequence: the engine's stream, and the transcript it is read into."""
 
     def __init__(
-        self, stream: EngineStream, transcript: Transcript, retry_after_s: int, adapter_id: str
+        self,
+        stream: EngineStream,
+        transcript: Transcript,
+        retry_after_s: int,
+        request: SequenceRequest,
     ) -> None:
         self._stream = stream
         self._retry_after_s = retry_after_s
-        self._adapter_id = adapter_id
+        self._request = request
         self.transcript = transcript
         self.first_token_at: float | None = None
         self.last_token_at: float | None = None
@@ -82,7 +86,11 @@ class LiveSequence:
             return
         if self.transcript.finished is None:
             raise IncompleteGeneration("Incomplete generation: the engine's stream broke off")
-        raise from_finished(self.transcript.finished, self._retry_after_s, self._adapter_id)
+        request = self._request
+        error = from_finished(self.transcript.finished, self._retry_after_s, request.adapter_id)
+        if isinstance(error, AdapterReplaced):
+            error.recipe = request.recipe
+        raise error
 
 
 @asynccontextmanager
@@ -102,8 +110,7 @@ async def running(
         for ask in asks:
             stream = await engine.submit(replace(ask.request, caller=caller, room=room))
             transcript = Transcript(text, ask.request.prompt_ids, ask.ending)
-            adapter_id = ask.request.adapter_id
-            live.append(LiveSequence(stream, transcript, settings.retry_after_s, adapter_id))
+            live.append(LiveSequence(stream, transcript, settings.retry_after_s, ask.request))
             if timer.when() <= loop.time():
                 live[-1].cancel("timeout")
         yield live

@@ -176,7 +176,7 @@ class UploadReply(msgspec.Struct, frozen=True, kw_only=True):
 
 class RemovedReply(msgspec.Struct, frozen=True, kw_only=True):
     id: str
-    object: Literal["adapter"] = "adapter"
+    object: Literal["adapter", "model"] = "adapter"
     deleted: bool = True
 
 

@@ -64,6 +64,10 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
     inputs: str
     add_special_tokens: bool | None = None
+    adapter_id: str | None = None
+    """Whose tokenizer it is to be; the base's unless it brings one."""
+    adapter_source: str | None = None
+    api_token: str | None = None
 
 
 FinishReason = Literal["length", "eos_token", "stop_sequence"]

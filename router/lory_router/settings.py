@@ -22,6 +22,9 @@ class RouterSettings:
     """Refuse adapters that were trained on another base, as their manifests tell."""
     adapter_sources: frozenset[SourceKind] = frozenset()
     """Where adapters may come from beside the local folder."""
+    trusted_tokenizers: frozenset[SourceKind] = frozenset(("s3", "web"))
+    """Sources beside the local folder whose adapters' tokenizers and chat templates are run,
+    whatever they do; of these two an operator lists what may be named."""
     max_concurrent_requests: int = 256
     """Most generation requests in flight; one more is refused with 429."""
     max_input_length: int = 0
@@ -34,6 +37,9 @@ class RouterSettings:
     """Most prompts in one completions request."""
     max_sequences: int = 128
     """Most sequences of one request: prompts times best_of."""
+    max_tenant_merges: int = 64
+    """Most different merges that requests of one tenant ask for in a minute; more are refused with
+    429."""
     max_stop_sequences: int = 16
     """Most stop strings of one request."""
     max_stop_chars: int = 256

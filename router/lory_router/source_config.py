@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from lory_router.flags import flag, size_flag
 from lory_router.sources.hosts import HostList
+from lory_router.sources.reference import SourceKind
 from lory_router.sources.settings import HubSettings, S3Settings, SourceSettings
 from lory_router.values import comma_list
 
@@ -16,6 +17,10 @@ TENANTS_SHARE = 4
 """Of the cache, one tenant's uploads may take one part in so many."""
 WAITING_SHARE = 4
 """Of all requests that may be inside, one in so many may wait for one source."""
+LISTED: frozenset[SourceKind] = frozenset(("s3", "web"))
+"""Of these an operator lists what may be named."""
+STRANGERS: tuple[SourceKind, ...] = ("hub", "upload")
+"""Where whoever likes may put an adapter."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,11 @@ class SourceConfig:
         " or http://HOST:PORT.",
     )
     adapter_uploads: bool = flag(False, "Take adapters that callers send.")
+    trust_tokenizers: str = flag(
+        "",
+        "Of hub and upload, comma-separated: sources whose adapters' chat templates are run, and"
+        " tokenizers that cut texts in another way than the base's.",
+    )
     tenant_uploads_size: int = size_flag(
         0, "Most bytes of one tenant's uploads; 0: a quarter of the cache."
     )
@@ -96,10 +106,19 @@ class SourceConfig:
             max_waiting=max(1, max_requests // WAITING_SHARE),
         )
 
+    @property
+    def trusted(self) -> frozenset[SourceKind]:
+        """Whose tokenizers are run whatever they do."""
+        named = comma_list(self.trust_tokenizers)
+        return LISTED | frozenset(kind for kind in STRANGERS if kind in named)
+
     def check(self, adapters: str) -> None:
         """Raises ValueError naming the flag; `adapters` is the local folder."""
         self._check_needs()
         self._check_numbers()
+        for name in comma_list(self.trust_tokenizers):
+            if name not in STRANGERS:
+                raise ValueError(f"--trust-tokenizers: {name!r} is none of {', '.join(STRANGERS)}")
         for name in ("hub_endpoint", "s3_endpoint"):
             _check_url(name, getattr(self, name))
         _hosts("hub_hosts", self.hub_hosts)

@@ -43,7 +43,7 @@ class SourcedOrders:
         match kind:
             case "find" | "load":
                 async with self._sources.using(reference, token) as engine_name:
-                    return await self._tell(kind, reference, engine_name, revision)
+                    return await self.tell(kind, reference, engine_name, revision)
             case "pin":
                 engine_name = await self._sources.acquire(reference, token)
                 return await self._pin(reference, engine_name, revision)
@@ -57,7 +57,7 @@ class SourcedOrders:
         the last request that holds it has ended."""
         reference, uploads = upload.reference, self._sources.uploads
         async with uploads.staged(upload) as staged:
-            done = await self._tell("load", reference, FETCHED + staged.folder)
+            done = await self.tell("load", reference, FETCHED + staged.folder)
             if done.failure is not None:
                 return done
             # Equal bytes are one revision to the engine, which the new one needs.
@@ -114,7 +114,7 @@ class SourcedOrders:
         """`engine_name` is held: for the pin, or let go of again."""
         is_kept = False
         try:
-            done = await self._tell("pin", reference, engine_name, revision)
+            done = await self.tell("pin", reference, engine_name, revision)
             if done.failure is not None:
                 return done
             key = Target(reference.name, done.revision if revision else "")
@@ -136,7 +136,7 @@ class SourcedOrders:
             if is_named and pin.revision.startswith(revision):
                 engine_name = self._pinned.pop(pin)
                 self._sources.release(engine_name)
-                return await self._tell("unpin", reference, engine_name, pin.revision)
+                return await self.tell("unpin", reference, engine_name, pin.revision)
         return await self._first("unpin", reference, revision)
 
     # -- what is in memory ------------------------------------------------------------------
@@ -148,7 +148,7 @@ class SourcedOrders:
                 if covers(reference.name, pin.adapter_id):
                     self._sources.release(self._pinned.pop(pin))
         answers = [
-            await self._tell(kind, reference, FETCHED + entry.folder, revision)
+            await self.tell(kind, reference, FETCHED + entry.folder, revision)
             for entry in self._sources.entries_of(reference)
         ]
         refused = (done for done in answers if done.failure is not None)
@@ -158,9 +158,9 @@ class SourcedOrders:
         entry = self._sources.latest(reference)
         if entry is None:
             return _not_here()
-        return await self._tell(kind, reference, FETCHED + entry.folder, revision)
+        return await self.tell(kind, reference, FETCHED + entry.folder, revision)
 
-    async def _tell(
+    async def tell(
         self, kind: OrderKind, reference: Reference, engine_name: str, revision: str = ""
     ) -> OrderDone:
         """The engine's answer, under the name that callers know."""

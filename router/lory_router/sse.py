@@ -5,7 +5,7 @@ It must not know what the events say.
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 import msgspec
@@ -26,12 +26,17 @@ def event(value: object, dialect: Dialect) -> bytes:
     return PREFIX[dialect] + _encode(value) + b"\n\n"
 
 
-async def reply_events(
-    exchange: Exchange, chunks: AsyncGenerator[bytes, None], headers: Headers
-) -> None:
-    """Stream `chunks`. What fails before the first, or before the headers must go, is raised while
-    the reply still can have its own status; later failures become one last event."""
-    async with aclosing(chunks):
+Opened = tuple[AsyncGenerator[bytes, None], Headers]
+"""What a stream says, and its headers."""
+
+
+async def reply_events(exchange: Exchange, opened: Callable[[], Awaitable[Opened]]) -> None:
+    """Stream what is `opened`, which may take as long as an adapter is on its way. What fails
+    before the first chunk, or before the headers must go, is raised while the reply still can have
+    its own status; later failures become one last event. Headers that are not known when they must
+    go are left out."""
+    headers: dict[str, str] = {}
+    async with aclosing(_chunks(opened, headers)) as chunks:
         first = asyncio.ensure_future(anext(chunks))
         try:
             await asyncio.wait((first,), timeout=exchange.settings.first_token_header_wait_s)
@@ -41,6 +46,16 @@ async def reply_events(
             await _Writer(exchange).run(first, chunks)
         finally:
             await end_task(first)
+
+
+async def _chunks(
+    opened: Callable[[], Awaitable[Opened]], headers: dict[str, str]
+) -> AsyncGenerator[bytes, None]:
+    said, known = await opened()
+    headers.update(known)
+    async with aclosing(said):
+        async for chunk in said:
+            yield chunk
 
 
 class _Writer:

@@ -57,7 +57,7 @@ class UploadRoutes:
         ]
 
     async def put(self, request: Request) -> Response:
-        """Both files, to be read when they are asked for."""
+        """All files, to be read when they are asked for."""
         upload = self._upload(request, _multipart(request))
         with self._changing():
             try:
@@ -68,7 +68,7 @@ class UploadRoutes:
         return _reply(UploadReply(id=done.name, revision=None, bytes=done.num_bytes))
 
     async def replace(self, request: Request) -> Response:
-        """Both files, or the weights with the configuration in their header, loaded at once."""
+        """All files, or the weights with the configuration in their header, loaded at once."""
         media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         reader = WeightsReader() if media_type in RAW else _multipart(request)
         upload = self._upload(request, reader)
@@ -109,7 +109,7 @@ class UploadRoutes:
 def _multipart(request: Request) -> MultipartReader:
     boundary = boundary_of(request.headers.get("content-type", ""))
     if boundary is None:
-        raise WrongMediaType("Send multipart/form-data with the adapter's two files as parts")
+        raise WrongMediaType("Send multipart/form-data with the adapter's files as parts")
     return MultipartReader(boundary)
 
 

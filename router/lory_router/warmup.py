@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from lory_router.config import StartError
 from lory_router.engine import EngineClient, Unavailable
 from lory_router.errors import ApiError, SourceUnavailable
+from lory_router.merging_engine import source_removed
 from lory_router.names import Target
 from lory_router.registry import Registry
 from lory_router.sourced_orders import SourcedOrders
@@ -78,6 +79,9 @@ class WarmUp:
     async def _bring(self, kind: OrderKind, target: Target) -> str:
         """Empty, or why not. An engine that ends meanwhile is followed by another one."""
         adapter_id = target.adapter_id
+        removed = self._registry.state.removed_source(adapter_id)
+        if removed:
+            return f"adapter {adapter_id!r}: {source_removed(removed)}"
         async with self._room:
             try:
                 done = await self._order(kind, target)

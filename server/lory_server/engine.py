@@ -332,7 +332,9 @@ class Engine:
             if isinstance(outcome, Resolved) and outcome.manner.digest != request.command.manner:
                 self._orders.follow(outcome)
                 self._adapters.release(outcome.revision)
-                self._end(request, "error", _failure("manner_changed", MANNER_CHANGED))
+                failure = _failure("manner_changed", MANNER_CHANGED)
+                told = msgspec.structs.replace(failure, tokenizer=outcome.manner.tokenizer)
+                self._end(request, "error", told)
             elif isinstance(outcome, Resolved):
                 self._orders.follow(outcome)
                 num_tokens = outcome.vocab_size or self._limits.vocab_size

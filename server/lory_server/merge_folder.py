@@ -24,11 +24,12 @@ from lory_server.adapters.blob import AdapterBlob
 from lory_server.adapters.config import CONFIG_NAME
 from lory_server.adapters.errors import AdapterError
 from lory_server.adapters.format import Base
-from lory_server.adapters.header import WEIGHTS_NAME
+from lory_server.adapters.header import WEIGHTS_NAME, read_exactly
 from lory_server.adapters.merge_plan import module_of
-from lory_server.adapters.merge_sources import locate
+from lory_server.adapters.merge_sources import Files, SourceFiles, locate
 from lory_server.adapters.reader import ThreadReader
 from lory_server.adapters.store import AdapterStore
+from lory_server.adapters.tokenizer_files import read_base_tokenizer
 from lory_server.build import base_names
 from lory_server.messages import EngineOptions
 from lory_server.model.checkpoint import locate as locate_base
@@ -45,7 +46,8 @@ def main() -> int:
     recipe = msgspec.json.decode(told.recipe, type=Recipe)
     try:
         names = base_names(EngineOptions(model=told.model))
-        base = Base(read_spec(locate_base(told.model)).sites(), names)
+        folder = locate_base(told.model)
+        base = Base(read_spec(folder).sites(), names, tokenizer=read_base_tokenizer(folder))
         write_folder(recipe, base, AdapterStore(Path(told.adapters)), Path(told.out))
     except (AdapterError, ModelError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
@@ -60,16 +62,26 @@ def write_folder(recipe: Recipe, base: Base, store: AdapterStore, out: Path) -> 
     reader = ThreadReader(base, torch.float32)
     with locate(store, merged_id(recipe)) as files:
         blob = reader.blob(files, reader.manifest(files))
+        tokenizer = _tokenizer(files) if blob.manifest.tokenizer else {}
         files.check_unchanged()
     aside = out.with_name(f".{out.name}.{os.getpid()}")
     aside.mkdir(parents=True)
     try:
         save_file(_tensors(blob), aside / WEIGHTS_NAME)
         (aside / CONFIG_NAME).write_text(json.dumps(_config(blob), indent=2) + "\n")
+        for name, raw in tokenizer.items():
+            (aside / name).write_bytes(raw)
         aside.rename(out)
     except BaseException:
         shutil.rmtree(aside)
         raise
+
+
+def _tokenizer(files: Files) -> dict[str, bytes]:
+    """The files of the one that all sources have, as the first has them."""
+    assert isinstance(files, SourceFiles)
+    descriptors = files.sources[0].tokenizer_fds
+    return {n: read_exactly(fd, os.fstat(fd).st_size, 0, n) for n, fd in descriptors.items()}
 
 
 def _tensors(blob: AdapterBlob) -> dict[str, Tensor]:

@@ -210,6 +210,8 @@ class Failure(msgspec.Struct, frozen=True, kw_only=True):
     """For the caller: names the field or tensor, and the fix."""
     source: str = ""
     """Of a merge, the adapter to blame."""
+    tokenizer: str = ""
+    """Of `manner_changed`: digest of the tokenizer to ask by."""
 
 
 class Usage(msgspec.Struct, frozen=True, kw_only=True):

@@ -60,9 +60,15 @@ def _upload(output: Path, name: str, url: str, api_key: str) -> str:
             f"{output} is written, but {url} takes no uploads: start it with --adapter-uploads, "
             "or give --publish its adapters folder"
         )
-    if reply.is_error:
+    if not reply.is_success:
         raise PublishError(f"{output} is written, but {url} refused it: {_reason(reply)}")
-    return f"{reply.json()['id']} at {url}"
+    try:
+        return f"{reply.json()['id']} at {url}"
+    except (ValueError, KeyError, TypeError) as error:
+        raise PublishError(
+            f"{output} is written, but {url} does not answer as Lory does; give --publish the URL"
+            " of a Lory server"
+        ) from error
 
 
 def _reason(reply: httpx.Response) -> str:

@@ -32,6 +32,8 @@ _WEIGHTS = "adapter_model.safetensors"
 
 Config = Union[Mapping[str, Any], str, bytes]
 """An adapter's configuration: the values, or the text of adapter_config.json."""
+Files = Mapping[str, bytes]
+"""By their names in an adapter's folder: `adapter_manifest.json`, `tokenizer.json`, ..."""
 
 
 def list_adapters() -> Call[tuple[Adapter, ...]]:
@@ -64,20 +66,24 @@ def do(deed: str, name: str, api_token: str | None = None) -> Call[Adapter]:
     return Call("POST", f"{_path(name)}/{deed}", body, _adapter)
 
 
-def upload(name: str, weights: bytes, config: Config, owner: str | None) -> Call[UploadedAdapter]:
-    """Both files, to be read when somebody asks for them."""
-    body, content_type = _multipart({_CONFIG: _as_bytes(config), _WEIGHTS: weights})
+def upload(
+    name: str, weights: bytes, config: Config, further: Files | None, owner: str | None
+) -> Call[UploadedAdapter]:
+    """All files, to be read when somebody asks for them."""
+    body, content_type = _all_files(weights, config, further)
     path = f"{_path(name)}/files{_query(owner)}"
     return Call("PUT", path, body, _uploaded, content_type)
 
 
 def replace(
-    name: str, weights: bytes, config: Config | None, owner: str | None
+    name: str, weights: bytes, config: Config | None, further: Files | None, owner: str | None
 ) -> Call[UploadedAdapter]:
-    """Both files, or weights with the configuration in their header, to be loaded at once."""
+    """All files, or weights with the configuration in their header, to be loaded at once."""
     body, content_type = weights, "application/octet-stream"
     if config is not None:
-        body, content_type = _multipart({_CONFIG: _as_bytes(config), _WEIGHTS: weights})
+        body, content_type = _all_files(weights, config, further)
+    elif further:
+        raise ValueError("`further` files go beside a configuration; give `config`, too")
     path = f"{_path(name)}/tensors{_query(owner)}"
     return Call("POST", path, body, _uploaded, content_type)
 
@@ -97,7 +103,11 @@ def _query(owner: str | None) -> str:
     return "" if owner is None else f"?owner={quote(owner, safe='')}"
 
 
-def _multipart(files: Mapping[str, bytes]) -> tuple[bytes, str]:
+def _all_files(weights: bytes, config: Config, further: Files | None) -> tuple[bytes, str]:
+    return _multipart({_CONFIG: _as_bytes(config), _WEIGHTS: weights, **(further or {})})
+
+
+def _multipart(files: Files) -> tuple[bytes, str]:
     """A body that holds the files, and its content type."""
     boundary = secrets.token_hex(16)
     parts = [

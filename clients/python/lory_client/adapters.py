@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Protocol, TypeVar
 
 from . import adapter_calls as calls
-from .adapter_calls import Config
+from .adapter_calls import Config, Files
 from .transport import Timeout
 from .types import Adapter, UploadedAdapter
 from .wire import Call
@@ -63,11 +63,15 @@ class Adapters:
         weights: bytes,
         config: Config,
         *,
+        further: Files | None = None,
         owner: str | None = None,
         timeout: Timeout | None = None,
     ) -> UploadedAdapter:
-        """Send both files: it is `upload:NAME` then, and is read when somebody asks for it."""
-        return self._send(calls.upload(name, weights, config, owner), timeout)
+        """Send its files: it is `upload:NAME` then, and is read when somebody asks for it.
+
+        `further` are those that it has beside the two: a manifest, a tokenizer.
+        """
+        return self._send(calls.upload(name, weights, config, further, owner), timeout)
 
     def replace(
         self,
@@ -75,6 +79,7 @@ class Adapters:
         weights: bytes,
         config: Config | None = None,
         *,
+        further: Files | None = None,
         owner: str | None = None,
         timeout: Timeout | None = None,
     ) -> UploadedAdapter:
@@ -83,7 +88,7 @@ class Adapters:
         `weights` are a safetensors file's bytes; without `config` their metadata holds it, as text
         under `adapter_config`. One that cannot be loaded replaces nothing.
         """
-        return self._send(calls.replace(name, weights, config, owner), timeout)
+        return self._send(calls.replace(name, weights, config, further, owner), timeout)
 
     def merge(
         self,
@@ -171,11 +176,15 @@ class AsyncAdapters:
         weights: bytes,
         config: Config,
         *,
+        further: Files | None = None,
         owner: str | None = None,
         timeout: Timeout | None = None,
     ) -> UploadedAdapter:
-        """Send both files: it is `upload:NAME` then, and is read when somebody asks for it."""
-        return await self._send(calls.upload(name, weights, config, owner), timeout)
+        """Send its files: it is `upload:NAME` then, and is read when somebody asks for it.
+
+        `further` are those that it has beside the two: a manifest, a tokenizer.
+        """
+        return await self._send(calls.upload(name, weights, config, further, owner), timeout)
 
     async def replace(
         self,
@@ -183,6 +192,7 @@ class AsyncAdapters:
         weights: bytes,
         config: Config | None = None,
         *,
+        further: Files | None = None,
         owner: str | None = None,
         timeout: Timeout | None = None,
     ) -> UploadedAdapter:
@@ -191,7 +201,7 @@ class AsyncAdapters:
         `weights` are a safetensors file's bytes; without `config` their metadata holds it, as text
         under `adapter_config`. One that cannot be loaded replaces nothing.
         """
-        return await self._send(calls.replace(name, weights, config, owner), timeout)
+        return await self._send(calls.replace(name, weights, config, further, owner), timeout)
 
     async def merge(
         self,

@@ -196,8 +196,10 @@ class AsyncClient:
     async def info(self) -> ServerInfo:
         return await self._send(wire.info())
 
-    async def tokenize(self, text: str, add_special_tokens: bool = True) -> tuple[TextToken, ...]:
-        return await self._send(wire.tokenize(text, add_special_tokens))
+    async def tokenize(
+        self, text: str, add_special_tokens: bool = True, *, adapter_id: str | None = None
+    ) -> tuple[TextToken, ...]:
+        return await self._send(wire.tokenize(text, add_special_tokens, adapter_id))
 
     async def aclose(self) -> None:
         await self._http.aclose()

@@ -195,8 +195,10 @@ class Client:
     def info(self) -> ServerInfo:
         return self._send(wire.info())
 
-    def tokenize(self, text: str, add_special_tokens: bool = True) -> tuple[TextToken, ...]:
-        return self._send(wire.tokenize(text, add_special_tokens))
+    def tokenize(
+        self, text: str, add_special_tokens: bool = True, *, adapter_id: str | None = None
+    ) -> tuple[TextToken, ...]:
+        return self._send(wire.tokenize(text, add_special_tokens, adapter_id))
 
     def close(self) -> None:
         self._http.close()

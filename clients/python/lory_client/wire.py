@@ -99,9 +99,12 @@ def info() -> Call[ServerInfo]:
     return Call("GET", "/info", None, replies.info)
 
 
-def tokenize(text: str, add_special_tokens: bool) -> Call[tuple[TextToken, ...]]:
-    body = _encode({"inputs": text, "add_special_tokens": add_special_tokens})
-    return Call("POST", "/tokenize", body, replies.text_tokens)
+def tokenize(
+    text: str, add_special_tokens: bool, adapter_id: str | None = None
+) -> Call[tuple[TextToken, ...]]:
+    told = {"inputs": text, "add_special_tokens": add_special_tokens}
+    whose = {} if adapter_id is None else {"adapter_id": adapter_id}
+    return Call("POST", "/tokenize", _encode({**told, **whose}), replies.text_tokens)
 
 
 def _native_body(prompt: Prompt, adapter_id: str | None, parameters: GenerateParameters) -> bytes:

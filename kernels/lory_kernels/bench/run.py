@@ -18,6 +18,7 @@ from lory_kernels.bench.measure import measure
 from lory_kernels.bench.peers import Peers, find_peers
 
 Say = Callable[[str], None]
+Keep = Callable[[dict[str, Any]], None]
 
 
 def run(
@@ -27,9 +28,10 @@ def run(
     cases_with: Callable[[Peers], Iterable[Case[Any]]],
     say: Say,
     budget_s: float = math.inf,
+    keep: Keep = lambda _found: None,
 ) -> dict[str, Any]:
     """The findings, passed if there are any and all did. No case starts after `budget_s`; those
-    not reached are named."""
+    not reached are named. `keep` is given all there is after each case, not passed yet."""
     began_s = time.monotonic()
     limits = measured_limits(place)
     peers = find_peers(peers_folder, place)
@@ -39,6 +41,16 @@ def run(
     clock = make_clock(place, effort)
     found: list[dict[str, Any]] = []
     not_reached: list[str] = []
+    facts = {
+        "passed": False,
+        "backend": place.backend,
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "is_interpreted": place.is_interpreted,
+        "limits": table.limits_json(limits),
+        "absent": list(peers.absent),
+        "not_reached": not_reached,
+        "cases": found,
+    }
     passed = True
     for case in cases_with(peers):
         if time.monotonic() - began_s >= budget_s:
@@ -50,16 +62,8 @@ def run(
             say(line)
         passed = passed and findings.passed
         found.append(table.as_json(findings))
-    return {
-        "passed": passed and bool(found),
-        "backend": place.backend,
-        "dtype": str(place.dtype).removeprefix("torch."),
-        "is_interpreted": place.is_interpreted,
-        "limits": table.limits_json(limits),
-        "absent": list(peers.absent),
-        "not_reached": not_reached,
-        "cases": found,
-    }
+        keep(facts)
+    return facts | {"passed": passed and bool(found)}
 
 
 def make_clock(place: Place, effort: Effort) -> Clock:

@@ -79,7 +79,9 @@ typedef struct {
   const ELEM *x, *panel, *bias;
   const uint8_t *codes;
   const float *absmax;
-  const char *next; /* Half as long as what is asked for on the way over k. */
+  /* Half as long as what is asked for on the way over k. Not also the factors that an SGMV after this
+   * call reads: where memory is busy all the time, that only moves the wait. */
+  const char *next;
   ELEM *y, *kept;
   long k, block, x_stride, y_stride;
   int columns;

@@ -312,7 +312,7 @@ typedef struct {
 
 static int FN(sgmv_team)(const void *args, const step *s, int threads) {
   const sgmv_site *site = ((const FN(sgmv_args) *)args)->site;
-  if (!s->lora) return 1;
+  if (!s->lora) return 0;
   long width = site->slices * site->in_features;
   for (long k = 0; k < site->slices; k++) width += site->out_features[k];
   return threads_for(s->lora->adapted_rows * s->lora->max_rank * width, FLOPS_PER_THREAD, threads);
@@ -329,7 +329,6 @@ static sgmv_tables FN(sgmv_plan)(const sgmv_site *site, const sgmv_rows *rows, i
 /* Tasks, until none is left. */
 static void FN(sgmv_op)(const void *args, const step *s, int thread, int team, long *next) {
   const FN(sgmv_args) *a = args;
-  if (!s->lora) return;
   sgmv_tables tables = FN(sgmv_plan)(a->site, s->lora, team);
   sgmv_cursor at = {-1, 0, 0};
   for (;;) {

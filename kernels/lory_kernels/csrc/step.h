@@ -22,7 +22,7 @@ typedef struct {
 
 typedef void step_op(const void *args, const step *s, int thread, int team, long *next);
 
-/* Threads that are worth waking for an op of this size. */
+/* Threads that are worth waking for an op of this size; 0: there is nothing to do. */
 typedef int step_team(const void *args, const step *s, int threads);
 
 typedef struct {
@@ -34,6 +34,7 @@ typedef struct {
 static void run_alone(const step_call *c, const step *s, int threads) {
   long next = 0;
   threads = c->team(c->args, s, threads);
+  if (threads == 0) return;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   c->op(c->args, s, omp_get_thread_num(), omp_get_num_threads(), &next);
 }
@@ -45,6 +46,7 @@ static void run_together(const step_call *calls, long num_calls, const step *s, 
   for (long i = 0; i < num_calls; i++) {
     int team = calls[i].team(calls[i].args, s, omp_get_num_threads());
     int thread = omp_get_thread_num();
+    if (team == 0) continue; /* Nobody waits for nothing. */
     if (thread < team) calls[i].op(calls[i].args, s, thread, team, next + i);
 #pragma omp barrier
   }

@@ -20,6 +20,8 @@ from lory_server.adapters.header import (
 )
 from lory_server.adapters.manner import MANIFEST_NAME, MAX_MANIFEST_BYTES, read_manner
 from lory_server.adapters.strict_json import parse_object
+from lory_server.adapters.tokenizer_files import COMPANIONS, TOKENIZER_NAME, most_file_bytes
+from lory_server.adapters.tokenizer_files import check_file as check_tokenizer_file
 
 _LENGTH_BYTES = 8
 CONFIG_KEY = "adapter_config"
@@ -67,6 +69,19 @@ def _is_manifest(fd: int, num_bytes: int) -> None:
     read_manner(read_exactly(fd, num_bytes, 0, MANIFEST_NAME))
 
 
+def _is_of_tokenizer(name: str, fd: int, num_bytes: int) -> None:
+    check_tokenizer_file(name, read_exactly(fd, num_bytes, 0, name))
+
+
+def _of_tokenizer(name: str) -> FileCheck:
+    begins = partial(_begins_as_object, name) if name.endswith(".json") else _is_text
+    return FileCheck(begins, partial(_is_of_tokenizer, name))
+
+
+def _is_text(fd: int, num_bytes: int, total_bytes: int | None) -> bool:
+    return True
+
+
 def config_within(fd: int) -> bytes:
     """The configuration that a trainer wrote into the weights' header, beside the tensors."""
     text = _written_within(fd, CONFIG_KEY)
@@ -94,10 +109,12 @@ CHECKS = {
     CONFIG_NAME: FileCheck(partial(_begins_as_object, CONFIG_NAME), _is_config),
     WEIGHTS_NAME: FileCheck(_begins_as_weights, _are_weights),
     MANIFEST_NAME: FileCheck(partial(_begins_as_object, MANIFEST_NAME), _is_manifest),
+    **{name: _of_tokenizer(name) for name in (TOKENIZER_NAME, *COMPANIONS)},
 }
 
 
 def most_bytes(name: str, adapter_bytes: int) -> int:
     """The most that a file of an adapter may have, if all of it may have `adapter_bytes`."""
     limits = {CONFIG_NAME: MAX_CONFIG_BYTES, MANIFEST_NAME: MAX_MANIFEST_BYTES}
+    limits |= {of: most_file_bytes(of) for of in (TOKENIZER_NAME, *COMPANIONS)}
     return min(adapter_bytes, limits.get(name, adapter_bytes))

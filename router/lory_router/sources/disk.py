@@ -2,7 +2,7 @@
 
     FOLDER/lory-adapters   a marker, locked while a server uses the folder
     FOLDER/arriving/*      being written or removed; emptied at start
-    FOLDER/held/NAME/      the two files and origin.json; renamed into place when all are synced
+    FOLDER/held/NAME/      its files and origin.json; renamed into place when all are synced
 
 The least recently used go first, and none that somebody holds. It must not know sources, requests
 or what the files mean. All calls are made on the event loop; what waits for the disk runs in

@@ -1,4 +1,4 @@
-"""One adapter from its source into the disk cache: both files, whole, or nothing.
+"""One adapter from its source into the disk cache: all its files, whole, or nothing.
 
 It must not know callers, rights or who waits.
 """
@@ -17,7 +17,7 @@ from lory_router.sources.disk import Arrival, DiskCache, Origin
 from lory_router.sources.download import Download, Pace
 from lory_router.sources.reference import Reference
 from lory_router.sources.settings import SourceSettings
-from lory_router.sources.source import RemoteFile, Source
+from lory_router.sources.source import Files, RemoteFile, Source
 from lory_router.sources.writer import FileWriter
 
 PROGRESS_S = 10.0
@@ -32,7 +32,7 @@ OpenWriter = Callable[[Path, FileCheck], FileWriter]
 
 @dataclass(slots=True)
 class Progress:
-    """How far one adapter has come; both files together."""
+    """How far one adapter has come; all files together."""
 
     reference: Reference
     started: float
@@ -73,12 +73,13 @@ class Fetcher:
             if error.errno not in FULL:
                 raise
             raise disk_full() from error
-        log.info("fetched %s in %.1f s: %s", reference.name, progress.seconds, _amount(progress))
+        text, names = "fetched %s in %.1f s: %s; %s", ", ".join(file.name for file in files)
+        log.info(text, reference.name, progress.seconds, _amount(progress), names)
 
     async def _write(
         self,
         source: Source,
-        files: tuple[RemoteFile, RemoteFile],
+        files: Files,
         progress: Progress,
         folder: str,
         revision: str,

@@ -1,9 +1,8 @@
-"""Two files below one URL, told apart over time by what HTTP says of them: an S3 store, the web.
+"""Files below one URL, told apart over time by what HTTP says of them: an S3 store, the web.
 
-Their revision is made of both files' validators. It must not know signatures or lists of hosts.
+Their revision is made of all files' validators. It must not know signatures or lists of hosts.
 """
 
-import asyncio
 import base64
 import binascii
 import hashlib
@@ -13,13 +12,18 @@ from typing import Protocol
 import httpx
 
 from lory_router.errors import AdapterInvalid
-from lory_router.sources.client import Ask, Changed, SourceClient
+from lory_router.sources.client import Ask, Changed, Refused, SourceClient
 from lory_router.sources.reference import Reference
-from lory_router.sources.source import FILE_NAMES, RemoteFile, size_of
+from lory_router.sources.source import (
+    FILE_NAMES,
+    Files,
+    RemoteFile,
+    further_files,
+    size_of,
+    together,
+)
 
 _DIGEST = re.compile(r"sha-256=:(?P<value>[A-Za-z0-9+/]{43}=):")
-
-Files = tuple[RemoteFile, RemoteFile]
 
 
 class Place(Protocol):
@@ -48,19 +52,29 @@ class FolderSource:
         return self._place.lane(reference)
 
     async def look_up(self, reference: Reference, token: str) -> str:
-        return _revision(await self._both(reference, token))
+        return _revision(await self._all(reference, token))
 
     async def files(self, reference: Reference, revision: str, token: str) -> Files:
-        files = await self._both(reference, token)
+        files = await self._all(reference, token)
         if _revision(files) != revision:
             raise Changed
         return files
 
-    async def _both(self, reference: Reference, token: str) -> Files:
-        """Both must be readable; who may not read one of them may not read the adapter."""
-        config, weights = (self._file(reference, name, token) for name in FILE_NAMES)
-        first, second = await asyncio.gather(config, weights)
-        return first, second
+    async def _all(self, reference: Reference, token: str) -> Files:
+        """Who may not read configuration and weights may not read the adapter. Of the others a
+        refusal says that they are not there: so a store says it to who may not list it."""
+
+        async def find(name: str) -> RemoteFile | None:
+            try:
+                return await self._file(reference, name, token)
+            except Refused:
+                return None
+
+        async def required() -> Files:
+            return tuple(await together(*(self._file(reference, n, token) for n in FILE_NAMES)))
+
+        both, further = await together(required(), further_files(find))
+        return *both, *further
 
     async def _file(self, reference: Reference, name: str, token: str) -> RemoteFile:
         ask = self._place.ask(reference, name, token)
@@ -95,5 +109,5 @@ def _sha256(headers: httpx.Headers) -> str:
 
 
 def _revision(files: Files) -> str:
-    told = [f"{file.validator} {file.num_bytes} {file.sha256}" for file in files]
+    told = [f"{file.name} {file.validator} {file.num_bytes} {file.sha256}" for file in files]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:40]

@@ -14,10 +14,24 @@ from lory_router.errors import AdapterInvalid, SourceUnavailable
 from lory_router.sources.client import Ask, Refused, SourceClient
 from lory_router.sources.reference import Reference
 from lory_router.sources.settings import HubSettings
-from lory_router.sources.source import CONFIG_NAME, WEIGHTS_NAME, RemoteFile, size_of
+from lory_router.sources.source import (
+    CONFIG_NAME,
+    WEIGHTS_NAME,
+    Files,
+    RemoteFile,
+    further_files,
+    size_of,
+)
 
 _COMMIT = re.compile(r"[0-9a-f]{7,64}")
+_NAMELESS = "404"
+"""What a mirror says of a file that a commit, which was found, does not have, if it does not say
+EntryNotFound."""
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class _NoFile(AdapterInvalid):
+    """The commit does not have it."""
 
 
 class HubSource:
@@ -44,11 +58,18 @@ class HubSource:
             raise SourceUnavailable(f"{self._endpoint} is no hub: it names no commit")
         return commit
 
-    async def files(
-        self, reference: Reference, revision: str, token: str
-    ) -> tuple[RemoteFile, RemoteFile]:
+    async def files(self, reference: Reference, revision: str, token: str) -> Files:
+        async def find(name: str) -> RemoteFile | None:
+            try:
+                return await self._file(reference, revision, name, token)
+            except (_NoFile, Refused) as error:
+                if isinstance(error, Refused) and error.code != _NAMELESS:
+                    raise
+                return None
+
         config = await self._file(reference, revision, CONFIG_NAME, token)
-        return config, await self._file(reference, revision, WEIGHTS_NAME, token)
+        weights = await self._file(reference, revision, WEIGHTS_NAME, token)
+        return config, weights, *await further_files(find)
 
     async def _file(self, reference: Reference, revision: str, name: str, token: str) -> RemoteFile:
         """A redirect tells of the file in its own headers, and has a length of its own."""
@@ -73,7 +94,7 @@ class HubSource:
         except Refused as error:
             if error.code != "EntryNotFound":
                 raise
-            raise AdapterInvalid(
+            raise _NoFile(
                 f"{reference.name} has no {name}: not a PEFT adapter in safetensors", param="model"
             ) from error
 

@@ -36,6 +36,8 @@ _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _KEY_PART = re.compile(r"[A-Za-z0-9._=+@~-]+")
 _HOST = re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?")
 _UPLOAD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(?:/[A-Za-z0-9][A-Za-z0-9._-]{0,127})?")
+_ALL_FILES = "2"
+"""What older servers fetched has neither manifest nor tokenizer, and folders without this."""
 _NOT_IN_A_FOLDER = re.compile(r"[^A-Za-z0-9._-]+")
 
 
@@ -67,7 +69,7 @@ class Reference:
 
     def folder(self, scope: str, revision: str) -> str:
         """The folder for its bytes at `revision`; readable, and another for any other bytes."""
-        told = f"{scope}\n{self.name}\n{revision}"
+        told = f"{_ALL_FILES}\n{scope}\n{self.name}\n{revision}"
         digest = hashlib.sha256(told.encode()).hexdigest()[:24]
         slug = _NOT_IN_A_FOLDER.sub("-", self.place.partition("://")[2] or self.place)
         return f"{self.kind}-{slug[:64].strip('.-')}-{digest}"
@@ -156,7 +158,7 @@ def _read_upload(text: str) -> Reference:
 
 
 def _read_url(text: str) -> Reference:
-    rule = "write https://HOST/FOLDER, the folder that holds the adapter's two files"
+    rule = "write https://HOST/FOLDER, the folder that holds the adapter's files"
     try:
         url = urlsplit(text)
         port = url.port

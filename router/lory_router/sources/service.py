@@ -143,7 +143,8 @@ class Sources:
         """The same at the commit that it stands for now, where the source has such a thing."""
         if reference.kind != "hub":
             return reference
-        revision, _ = await self._revision(reference, token)
+        found = await self._found(reference, token)
+        revision = found if isinstance(found, str) else found.origin.revision
         return replace(reference, revision=revision)
 
     async def remove(self, reference: Reference) -> None:
@@ -159,12 +160,15 @@ class Sources:
             self._names.put(folder, reference.name, math.inf)
             return folder
         for _ in range(MAX_CHANGES):
-            revision, scope = await self._revision(reference, token)
-            folder = reference.folder(scope, revision)
+            found = await self._found(reference, token)
+            if isinstance(found, Entry):
+                self.disk.hold(found.folder)
+                return found.folder
+            folder = reference.folder(self._scope(reference.kind), found)
             self.disk.hold(folder)
             try:
                 if not self.disk.has(folder):
-                    await self._fetch(reference, folder, revision, token)
+                    await self._fetch(reference, folder, found, token)
                 return folder
             except Changed:
                 self.disk.release(folder)
@@ -178,29 +182,29 @@ class Sources:
 
     # -- which revision ---------------------------------------------------------------------
 
-    async def _revision(self, reference: Reference, token: str) -> tuple[str, str]:
-        """The revision, and the scope that it is one of."""
+    async def _found(self, reference: Reference, token: str) -> str | Entry:
+        """The revision; or, where its source cannot be asked, what was fetched last."""
         source = self._sources[reference.kind]
         lane = self._lane(source, reference)
         if self.settings.is_offline:
-            return self._offline(source, reference), source.scope
+            return self._offline(source, reference)
         known = self._access.known(reference, token)
-        if known is None:
-            with lane.waiting():
-                known = await self._looked_up(source, reference, token)
-        return known, source.scope
+        if known is not None:
+            return known
+        with lane.waiting():
+            return await self._looked_up(source, reference, token)
 
-    async def _looked_up(self, source: Source, reference: Reference, token: str) -> str:
+    async def _looked_up(self, source: Source, reference: Reference, token: str) -> str | Entry:
         try:
             revision = await self._access.revision(source, reference, token)
         except SourceUnavailable as error:
-            kept = self.disk.latest(source.scope, reference.name)
-            if kept is None or not kept.origin.is_public:
+            kept = self._kept(source, reference)
+            if kept is None:
                 raise
             if self._told.get(reference) is None:
                 self._told.put(reference, True, TOLD_S)
                 log.warning("%s; served as it was fetched before", error.message)
-            return kept.origin.revision
+            return kept
         except AdapterNotFound:
             if not token:
                 await self.disk.set_public(source.scope, reference.name, False)
@@ -209,13 +213,19 @@ class Sources:
             await self.disk.set_public(source.scope, reference.name, True)
         return revision
 
-    def _offline(self, source: Source, reference: Reference) -> str:
-        kept = self.disk.latest(source.scope, reference.name)
-        if kept is None or not kept.origin.is_public:
+    def _offline(self, source: Source, reference: Reference) -> Entry:
+        kept = self._kept(source, reference)
+        if kept is None:
             raise SourceUnavailable(
                 f"{reference.name} cannot be fetched or checked: this server is offline"
             )
-        return kept.origin.revision
+        return kept
+
+    def _kept(self, source: Source, reference: Reference) -> Entry | None:
+        """What was fetched last, if it is for all and here."""
+        kept = self.disk.latest(source.scope, reference.name)
+        is_good = kept is not None and kept.origin.is_public and self.disk.has(kept.folder)
+        return kept if is_good else None
 
     def _uploaded(self, reference: Reference) -> str:
         entry = self.disk.latest(SCOPE, reference.name)

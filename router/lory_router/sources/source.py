@@ -3,26 +3,28 @@
 It must not know disks, callers or how often it is asked.
 """
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from lory_router.sources.client import Ask, SourceClient
 from lory_router.sources.reference import Reference
 from lory_server.adapters.config import CONFIG_NAME
 from lory_server.adapters.header import WEIGHTS_NAME
 from lory_server.adapters.manner import MANIFEST_NAME
+from lory_server.adapters.tokenizer_files import COMPANIONS, TOKENIZER_NAME
 
 _MAX_DIGITS = 18
 
 FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
-FURTHER_NAMES = (MANIFEST_NAME,)
-"""What an upload may bring along."""
+FURTHER_NAMES = (MANIFEST_NAME, TOKENIZER_NAME, *COMPANIONS)
+"""What it may have beside them: how it wants to be asked, and a tokenizer of its own."""
 
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """One of an adapter's two files as a source has it."""
+    """One of an adapter's files as a source has it."""
 
     name: str
     ask: Ask
@@ -44,6 +46,31 @@ class RemoteFile:
             return {}
         unchanged = {} if self.is_pinned else {"if-range": self.validator}
         return {"range": f"bytes={first_byte}-", **unchanged}
+
+
+Files = tuple[RemoteFile, ...]
+"""Configuration and weights first, then what it has of FURTHER_NAMES."""
+Find = Callable[[str], Coroutine[Any, Any, RemoteFile | None]]
+V = TypeVar("V")
+
+
+async def together(*work: Coroutine[Any, Any, V]) -> Sequence[V]:
+    """What all come to. When one fails the others have ended, too, before that is raised."""
+    tasks = [asyncio.ensure_future(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def further_files(find: Find) -> Files:
+    """Of the files that an adapter need not have those that `find` finds. As in the adapters
+    folder, what stands beside a tokenizer counts beside one alone."""
+    manifest, tokenizer = await together(find(MANIFEST_NAME), find(TOKENIZER_NAME))
+    companions = () if tokenizer is None else await together(*map(find, COMPANIONS))
+    return tuple(file for file in (manifest, tokenizer, *companions) if file is not None)
 
 
 def size_of(text: str) -> int | None:
@@ -70,8 +97,6 @@ class Source(Protocol):
         """The revision it stands for now, if `token` may read it."""
         ...
 
-    async def files(
-        self, reference: Reference, revision: str, token: str
-    ) -> tuple[RemoteFile, RemoteFile]:
-        """Configuration and weights of that revision."""
+    async def files(self, reference: Reference, revision: str, token: str) -> Files:
+        """All of that revision."""
         ...

@@ -1,4 +1,4 @@
-"""An adapter that a caller sends: both files in one body, kept whole or not at all.
+"""An adapter that a caller sends: its files in one body, kept whole or not at all.
 
     take     what is sent takes the place of what had that name
     staged   what is sent lies beside it, for somebody to try first, until `adopt`
@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Collection, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,6 +33,7 @@ from lory_router.sources.source import CONFIG_NAME, FILE_NAMES, FURTHER_NAMES, W
 from lory_router.sources.writer import FileWriter
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.manner import MANIFEST_NAME
+from lory_server.adapters.tokenizer_files import COMPANIONS, TOKENIZER_NAME
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +189,7 @@ class Uploads:
                     await self._write(arrival, writers, data, most_in_all)
             if not upload.reader.is_whole or not set(FILE_NAMES) <= set(writers):
                 raise Invalid(f"the body must have the parts {_FILES}, whole", param="file")
+            _check_companions(writers)
             return {
                 name: (writer.num_bytes, await self._disk.threads.run(writer.finish))
                 for name, writer in writers.items()
@@ -271,7 +273,7 @@ def _told() -> Iterator[None]:
 
 
 _FILES = " and ".join(f"`{name}`" for name in FILE_NAMES)
-_MORE = "".join(f", and if you like `{name}`" for name in FURTHER_NAMES)
+_MORE = "; beside them there may be " + ", ".join(f"`{name}`" for name in FURTHER_NAMES)
 
 
 def _check_part(name: str, writers: dict[str, FileWriter]) -> None:
@@ -279,3 +281,10 @@ def _check_part(name: str, writers: dict[str, FileWriter]) -> None:
         raise Invalid(f"{shown(name)} is no part of an upload; send {_FILES}{_MORE}", param="file")
     if name in writers:
         raise Invalid(f"`{name}` comes twice", param="file")
+
+
+def _check_companions(writers: Collection[str]) -> None:
+    """What stands beside a tokenizer counts beside one alone: nothing is taken and passed over."""
+    alone = [name for name in COMPANIONS if name in writers and TOKENIZER_NAME not in writers]
+    if alone:
+        raise Invalid(f"`{alone[0]}` needs `{TOKENIZER_NAME}` beside it", param="file")

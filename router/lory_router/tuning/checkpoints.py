@@ -57,3 +57,12 @@ def withdraw(adapters: Path, adapter_id: str) -> None:
     with suppress(FileNotFoundError):
         folder.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)
+
+
+def clear(adapters: Path, adapter_id: str) -> None:
+    """The same, and what a killed run had written of it."""
+    withdraw(adapters, adapter_id)
+    folder = adapters / adapter_id
+    if folder.parent.is_dir():
+        for draft in folder.parent.glob(f".{folder.name}.*"):
+            shutil.rmtree(draft, ignore_errors=True)

@@ -20,7 +20,10 @@ from lory_router.tuning.store import TuningStore
 
 MAX_FIELD_BYTES = 256
 MAX_FILENAME = 256
-SERVED_PURPOSE = "fine-tune"
+SERVED_PURPOSE: Purpose = "fine-tune"
+RESULTS_PURPOSE: Purpose = "fine-tune-results"
+MAX_FILES = 10_000
+"""Of a tenant, however small."""
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 NO_ROOM = "No room for more files; delete some that are not needed"
 
@@ -72,12 +75,26 @@ class KeptFiles:
             self._coming = [one for one in self._coming if one is not arriving]
             arriving.path.unlink(missing_ok=True)
 
-    async def add(self, tenant: str, filename: str, purpose: Purpose, content: bytes) -> FileRecord:
-        """A file of our own making."""
+    async def write(
+        self, tenant: str, filename: str, purpose: Purpose, content: bytes
+    ) -> FileRecord:
+        """A file of our own making, there once its record is put. Raises OSError, and then keeps
+        nothing."""
         record = _record(new_id("file"), tenant, filename, purpose, len(content))
-        await asyncio.to_thread(self.path(record).write_bytes, content)
-        await self._store.put(record)
+        try:
+            await asyncio.to_thread(self.path(record).write_bytes, content)
+        except OSError:
+            self.path(record).unlink(missing_ok=True)
+            raise
         return record
+
+    def sweep(self) -> None:
+        """What a killed server left: bodies half arrived, and files nobody knows of. Only before
+        anything else is done."""
+        known = self._store.file_ids()
+        for path in self._settings.files.iterdir():
+            if path.name.startswith(".") or path.stem not in known:
+                path.unlink()
 
     async def find(self, caller: Caller, file_id: str, param: str | None = None) -> FileRecord:
         """One that the caller sees; raises NotFound, or Invalid if a field named it."""
@@ -102,7 +119,9 @@ class KeptFiles:
         name = arriving.filename or "file.jsonl"
         record = _record(file_id, arriving.tenant, name, SERVED_PURPOSE, arriving.num_bytes)
         async with self._lock:
-            if arriving.num_bytes > min((await self._rooms(arriving.tenant)).values()):
+            rooms = await self._rooms(arriving.tenant)
+            num_files = await self._store.num_files(arriving.tenant)
+            if arriving.num_bytes > min(rooms.values()) or num_files >= MAX_FILES:
                 raise DiskFull(NO_ROOM)
             await asyncio.to_thread(os.rename, arriving.path, self.path(record))
             await self._store.put(record)
@@ -158,6 +177,11 @@ def _take_in(arriving: _Arriving, reader: MultipartReader, data: bytes) -> list[
 
 
 def _begin(arriving: _Arriving, part: Part) -> None:
+    if part.name.startswith("expires_after"):
+        raise Invalid(
+            "`expires_after`: files stay until they are deleted; leave it out",
+            param="expires_after",
+        )
     if part.name not in ("file", "purpose"):
         raise Invalid(
             f"{shown(part.name)} is not taken; send `file` and `purpose`", param=part.name[:80]

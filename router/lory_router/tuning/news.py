@@ -8,9 +8,10 @@ are not known are skipped. It must not know processes or the database.
 import csv
 import io
 import json
+import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -95,6 +96,13 @@ def without_paths(text: str, folders: Iterable[Path]) -> str:
         if folder.is_absolute() and folder != Path(folder.root):
             text = text.replace(f"{folder}/", "")
     return text
+
+
+def message_event(
+    job_id: str, text: str, level: Literal["info", "warn", "error"] = "info"
+) -> EventRecord:
+    """What the server itself has to say of a job."""
+    return EventRecord(new_id("ftevent"), job_id, int(time.time()), level, "message", text, "{}")
 
 
 def told(job: JobRecord, one: News, hidden: Iterable[Path]) -> EventRecord | None:

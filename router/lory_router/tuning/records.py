@@ -5,7 +5,8 @@ It must not know SQL, HTTP or processes. Times are whole seconds since 1970.
 
 import json
 import secrets
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from typing import Literal
 
 JobStatus = Literal[
@@ -63,6 +64,11 @@ class JobRecord:
         return self.status in OPEN
 
     @property
+    def kind(self) -> str:
+        """Of its method."""
+        return json.loads(self.method)["type"]
+
+    @property
     def labels(self) -> dict[str, str]:
         """The metadata, as pairs."""
         return json.loads(self.metadata)
@@ -89,6 +95,14 @@ class CheckpointRecord:
     adapter_id: str
     metrics: str
     """JSON."""
+
+
+def failed(job: JobRecord, code: str, message: str, param: str = "") -> JobRecord:
+    """The job, over; one that is over already stays as it is."""
+    if not job.is_open:
+        return job
+    over = replace(job, status="failed", finished_at=int(time.time()))
+    return replace(over, error_code=code, error_message=message, error_param=param)
 
 
 def new_id(kind: str) -> str:

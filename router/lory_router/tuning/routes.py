@@ -4,20 +4,22 @@ It must not know how jobs are kept or run (`service`).
 """
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing
 from typing import Any
 
 import msgspec
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.endpoint import Endpoint, Front
-from lory_router.errors import ClientGone, Invalid, WrongMediaType, shown
+from lory_router.errors import ApiError, ClientGone, Invalid, WrongMediaType, shown
 from lory_router.exchange import Exchange
 from lory_router.gate import caller_of
 from lory_router.keys import Caller
 from lory_router.sources.multipart import boundary_of
+from lory_router.sse import DONE, EVENT_HEADERS, KEEP_ALIVE, event
 from lory_router.tuning.records import JobRecord
 from lory_router.tuning.service import MAX_FILES_LIMIT, MAX_LIMIT, Tuning
 from lory_router.tuning.shapes import (
@@ -32,10 +34,13 @@ from lory_router.tuning.shapes import (
     file_reply,
     job_reply,
 )
+from lory_router.tuning.unserved import unserved_routes
+from lory_router.tuning.wishes import not_reinforced
 
 FILES = "/v1/files"
 JOBS = "/v1/fine_tuning/jobs"
 METADATA = "metadata["
+BYTES = "application/octet-stream"
 
 
 class TuningRoutes:
@@ -65,6 +70,7 @@ class TuningRoutes:
                 Route(f"{one}/{name}", self._doing(do), methods=["POST"])
                 for name, do in deeds.items()
             ],
+            *unserved_routes(),
         ]
 
     # -- files ------------------------------------------------------------------------------
@@ -105,8 +111,8 @@ class TuningRoutes:
 
     async def content(self, request: Request) -> Response:
         file_id = request.path_params["file_id"]
-        _, content = await self._tuning.file_content(caller_of(request.scope), file_id)
-        return Response(content, media_type="application/octet-stream")
+        record, path = await self._tuning.file_place(caller_of(request.scope), file_id)
+        return FileResponse(path, media_type=BYTES, filename=record.filename)
 
     # -- jobs -------------------------------------------------------------------------------
 
@@ -115,15 +121,10 @@ class TuningRoutes:
         await exchange.reply_json(job_reply(job))
 
     async def list_jobs(self, request: Request) -> Response:
-        query = _query(request, "after", "limit", inside=METADATA)
-        wanted = {
-            name.removeprefix(METADATA).removesuffix("]"): value
-            for name, value in query.items()
-            if name.startswith(METADATA)
-        }
+        query = _query(request, "after", "limit", "metadata", inside=METADATA)
         limit = _limit(query, 20, MAX_LIMIT)
         found, has_more = await self._tuning.list_jobs(
-            caller_of(request.scope), wanted, query.get("after", ""), limit
+            caller_of(request.scope), _labels(query), query.get("after", ""), limit
         )
         return _list([job_reply(job) for job in found], has_more)
 
@@ -135,15 +136,38 @@ class TuningRoutes:
         )
 
     async def events(self, request: Request) -> Response:
-        found, has_more = await self._tuning.events(*self._place(request, 20))
+        if request.query_params.get("stream", "false") != "false":
+            return await self._stream(request)
+        found, has_more = await self._tuning.events(*self._place(request, 20, "stream"))
         return _list([event_reply(one) for one in found], has_more)
+
+    async def _stream(self, request: Request) -> Response:
+        """Oldest first, as they come; [DONE] once the job is over."""
+        query = _query(request, "stream")
+        if query["stream"] != "true":
+            raise Invalid("`stream`: give true or false", param="stream")
+        caller, job_id = caller_of(request.scope), request.path_params["job_id"]
+        await self._tuning.job(caller, job_id)
+        lines = self._lines(caller, job_id)
+        return StreamingResponse(lines, media_type="text/event-stream", headers=EVENT_HEADERS)
+
+    async def _lines(self, caller: Caller, job_id: str) -> AsyncIterator[bytes]:
+        following = aclosing(self._tuning.follow(caller, job_id))
+        try:
+            async with following as events:
+                async for one in events:
+                    yield KEEP_ALIVE if one is None else event(event_reply(one), "openai")
+            if not (await self._tuning.job(caller, job_id)).is_open:
+                yield DONE
+        except ApiError as error:
+            yield event(error.body_for("openai"), "openai")
 
     async def checkpoints(self, request: Request) -> Response:
         found, has_more = await self._tuning.checkpoints(*self._place(request, 10))
         return _list([checkpoint_reply(one) for one in found], has_more)
 
-    def _place(self, request: Request, default: int) -> tuple[Caller, str, str, int]:
-        query = _query(request, "after", "limit")
+    def _place(self, request: Request, default: int, *also: str) -> tuple[Caller, str, str, int]:
+        query = _query(request, "after", "limit", *also)
         limit = _limit(query, default, MAX_LIMIT)
         return (
             caller_of(request.scope),
@@ -170,6 +194,8 @@ def _read_wish(body: bytes) -> CreateJob:
     _refuse_within(value, "hyperparameters", Hyperparameters, "hyperparameters.")
     method = value.get("method")
     if isinstance(method, dict):
+        if method.get("type") == "reinforcement":
+            raise not_reinforced()
         _refuse_unknown(method, Method, "method.")
         for kind in ("supervised", "dpo"):
             _refuse_within(method, kind, MethodPart, f"method.{kind}.")
@@ -200,6 +226,19 @@ def _query(request: Request, *known: str, inside: str = "") -> dict[str, str]:
                 f"unknown parameter {shown(name)}; known are {', '.join(known)}", param=name[:80]
             )
     return dict(request.query_params)
+
+
+def _labels(query: dict[str, str]) -> dict[str, str] | None:
+    """Of `metadata[name]=value`; None: `metadata=null`, which is of jobs that have none."""
+    if "metadata" in query:
+        if query["metadata"] != "null":
+            raise Invalid("`metadata`: give metadata[name]=value, or null", param="metadata")
+        return None
+    return {
+        name.removeprefix(METADATA).removesuffix("]"): value
+        for name, value in query.items()
+        if name.startswith(METADATA)
+    }
 
 
 def _limit(query: dict[str, str], default: int, most: int) -> int:

@@ -34,12 +34,8 @@ class RunConfig:
     """To train on."""
 
     @property
-    def kind(self) -> str:
-        return json.loads(self.job.method)["type"]
-
-    @property
     def hyperparameters(self) -> dict[str, Any]:
-        return json.loads(self.job.method)[self.kind]["hyperparameters"]
+        return json.loads(self.job.method)[self.job.kind]["hyperparameters"]
 
 
 def write_config(config: RunConfig, settings: TuningSettings) -> None:
@@ -55,7 +51,7 @@ def configuration(config: RunConfig, settings: TuningSettings) -> dict[str, Any]
     values: dict[str, Any] = {
         "base": settings.base,
         "data": str(config.training),
-        "method": METHODS[config.kind],
+        "method": METHODS[config.job.kind],
         "epochs": DEFAULT_EPOCHS if epochs == "auto" else epochs,
         "batch_size": given["batch_size"],
         "learning_rate": "auto",
@@ -69,7 +65,7 @@ def configuration(config: RunConfig, settings: TuningSettings) -> dict[str, Any]
         values["eval_data"] = str(config.validation)
     if settings.quantize == "nf4":
         values["quantization"] = {"bits": 4, "double": settings.double_quant}
-    if config.kind == "dpo":
+    if config.job.kind == "dpo":
         beta = given["beta"]
         beta = DEFAULT_BETA if beta == "auto" else beta
         values["dpo"] = {"beta": beta, "sft_weight": SFT_WEIGHT}

@@ -10,6 +10,7 @@ It must not know HTTP, nor how training is done.
 import asyncio
 import logging
 import shutil
+import signal
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -18,25 +19,26 @@ from pathlib import Path
 from typing import Literal
 
 from lory_router.errors import ApiError, JobsUnwritable
-from lory_router.tuning.checkpoints import MAX_KEPT, checkpoint_name, publish, withdraw
+from lory_router.tuning.checkpoints import MAX_KEPT, checkpoint_name, clear, publish
 from lory_router.tuning.child import LOOK_S, Child
-from lory_router.tuning.dataset import DatasetError, check_dataset
+from lory_router.tuning.dataset import count_rows
 from lory_router.tuning.handover import Handover
-from lory_router.tuning.kept_files import KeptFiles
+from lory_router.tuning.kept_files import RESULTS_PURPOSE, KeptFiles
 from lory_router.tuning.meter import Meter
 from lory_router.tuning.news import (
     STOPPED,
     News,
     last_failure,
+    message_event,
     read_news,
     results_csv,
     told,
     without_paths,
 )
-from lory_router.tuning.records import EventRecord, JobRecord, JobStatus, new_id
+from lory_router.tuning.records import JobRecord, JobStatus, failed
 from lory_router.tuning.run_config import RunConfig, train_command, write_config
 from lory_router.tuning.settings import TuningSettings
-from lory_router.tuning.store import TuningStore
+from lory_router.tuning.store import Record, TuningStore
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,8 @@ MESSAGES: Mapping[str, str] = {
 }
 RETRY_S = 1.0
 """Until a database that could not be written is tried again."""
+OUT_OF_MEMORY = ", as the kernel does where memory runs out"
+RESULTS = "step_metrics.csv"
 LAST_WORDS = 2000
 """Characters of a run's log that go into the message of one that died without a word."""
 
@@ -70,6 +74,8 @@ class _Current:
     job_id: str
     wish: Wish = ""
     asked: asyncio.Event = field(default_factory=asyncio.Event)
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    """The database knows how it ended."""
 
     def want(self, wish: Wish) -> None:
         """What was wanted first holds, but for a cancellation."""
@@ -101,12 +107,13 @@ class JobRunner:
         """There may be a job to do."""
         self._awake.set()
 
-    def wish(self, job_id: str, wish: Wish) -> bool:
-        """Want something of the job that runs; False: it does not."""
+    def wish(self, job_id: str, wish: Wish) -> asyncio.Event | None:
+        """Want something of the job that runs, and what is set when it does no more; None: it
+        does not."""
         if self._current is None or self._current.job_id != job_id:
-            return False
+            return None
         self._current.want(wish)
-        return True
+        return self._current.over
 
     def stop(self) -> None:
         """Let `run` return, the job that runs having written a checkpoint."""
@@ -119,7 +126,7 @@ class JobRunner:
         """Do jobs until stopped, and again where the database could not be written."""
         while not self._stopping:
             try:
-                await self._requeue()
+                await self._pick_up()
                 await self._work()
             except JobsUnwritable as error:
                 log.error("%s; fine-tuning goes on in %s s", error.message, RETRY_S)
@@ -127,11 +134,28 @@ class JobRunner:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._awake.wait(), RETRY_S)
 
-    async def _requeue(self) -> None:
-        """What still runs by the database's word: the server was killed, or could not write."""
+    async def _pick_up(self) -> None:
+        """After a server that was killed, or could not write: what still runs by the database's
+        word waits again, and what is over leaves nothing."""
         for job in await self._store.jobs():
             if job.status == "running":
                 await self._store.change(job.id, lambda job: replace(job, status="queued"))
+            elif not job.is_open:
+                await self.clear_away(job)
+
+    async def clear_away(self, job: JobRecord) -> None:
+        """What a job that is over needs no more."""
+        try:
+            if job.status in ("succeeded", "cancelled"):
+                await asyncio.to_thread(_forget_checkpoints, self._settings.runs / job.id)
+            if job.status in ("failed", "cancelled"):
+                await self._take_back(job.adapter_id)
+        except OSError as error:
+            log.warning("what fine-tuning job %s leaves stays: %s", job.id, error)
+
+    async def _take_back(self, adapter_id: str) -> None:
+        await asyncio.to_thread(clear, self._settings.adapters, adapter_id)
+        self._handover.release(adapter_id)
 
     async def _work(self) -> None:
         while not self._stopping:
@@ -156,14 +180,12 @@ class JobRunner:
             log.exception("fine-tuning job %s", job.id)
             await self._fail(job.id, JobFailedError("server_error", f"the run failed: {error}"))
         else:
-            await self._move(job.id, end)
-            if end in ("succeeded", "cancelled"):
-                await asyncio.to_thread(_forget_checkpoints, self._settings.runs / job.id)
+            await self.clear_away(await self._move(job.id, end))
         finally:
             self._current = None
+            current.over.set()
 
     async def _carry_out(self, job: JobRecord, current: _Current) -> JobStatus:
-        num_rows = await self._validate(job)
         status = (await self._start(job.id)).status
         if status != "running":
             return status  # it was cancelled or paused meanwhile
@@ -172,42 +194,34 @@ class JobRunner:
         if current.wish or await asyncio.to_thread(self._is_made, job):
             return await self._conclude(job, 0, run, current)
         await asyncio.to_thread(run.mkdir, parents=True, exist_ok=True)
-        file, validation = self._settings.file, job.validation_file
-        config = RunConfig(
-            job, file(job.training_file), file(validation) if validation else None, run, num_rows
-        )
-        await asyncio.to_thread(write_config, config, self._settings)
+        config = await asyncio.to_thread(self._config, job, run)
         child = await Child.start(
             train_command(config, self._settings), self._environment, run / "log"
         )
         code = await self._watch(job, child, run, current)
         return await self._conclude(job, code, run, current)
 
-    async def _validate(self, job: JobRecord) -> int:
-        """How many rows there are to train on."""
-        kind = "dpo" if '"type": "dpo"' in job.method else "supervised"
-        num_rows = 0
-        for param in ("validation_file", "training_file"):
-            file_id = getattr(job, param)
-            if not file_id:
-                continue
-            try:
-                path = self._settings.file(file_id)
-                num_rows = await asyncio.to_thread(check_dataset, path, kind)
-            except FileNotFoundError as error:
-                raise JobFailedError(f"missing_{param}", "the file was deleted", param) from error
-            except DatasetError as error:
-                raise JobFailedError(f"invalid_{param}", str(error), param) from error
-        return num_rows
+    def _config(self, job: JobRecord, run: Path) -> RunConfig:
+        """Written where the run finds it."""
+        file, validation = self._settings.file, job.validation_file
+        rows, held_out = file(job.training_file), file(validation) if validation else None
+        try:
+            num_rows = count_rows(rows)
+        except FileNotFoundError as error:
+            text = "the file is not there any more"
+            raise JobFailedError("missing_training_file", text, "training_file") from error
+        config = RunConfig(job, rows, held_out, run, num_rows)
+        write_config(config, self._settings)
+        return config
 
     async def _start(self, job_id: str) -> JobRecord:
         """Running, unless it waits no more."""
 
         def begin(job: JobRecord) -> JobRecord:
-            waits = job.status in ("validating_files", "queued")
-            return replace(job, status="running") if waits else job
+            return replace(job, status="running") if job.status == "queued" else job
 
-        return await self._store.change(job_id, begin, _event(job_id, MESSAGES["running"]))
+        event = message_event(job_id, MESSAGES["running"])
+        return await self._store.change(job_id, begin, event)
 
     async def _watch(self, job: JobRecord, child: Child, run: Path, current: _Current) -> int:
         """Pass on what the run tells until it ends; its exit status."""
@@ -226,7 +240,7 @@ class JobRunner:
                             " batch_size, shorter rows, or raise --tuning-memory",
                         )
                     if current.wish and code is None:
-                        code = await child.stop(self._settings.stop_grace_s)
+                        code = await self._end(child, current)
                 await self._pass_on(job.id, run)
                 return code
         finally:
@@ -235,6 +249,12 @@ class JobRunner:
             await self._store.change(
                 job.id, lambda job: replace(job, trained_seconds=job.trained_seconds + seconds)
             )
+
+    async def _end(self, child: Child, current: _Current) -> int:
+        """It may write a checkpoint, unless nobody needs one."""
+        if current.wish == "cancel":
+            return await child.kill()
+        return await child.stop(self._settings.stop_grace_s)
 
     async def _pass_on(self, job_id: str, run: Path) -> None:
         """What the run has told since, as events of the job."""
@@ -254,21 +274,27 @@ class JobRunner:
         await self._store.change(job_id, change, *records)
 
     async def _publish(self, job: JobRecord, one: News, run: Path) -> None:
-        """Let a checkpoint be served, and those before the last few no more."""
+        """Let a checkpoint be served, and those before the last few no more: these are taken away
+        before the database forgets them, so that a server that is killed between does it again."""
         adapters = self._settings.adapters
         await self._handover.claim(checkpoint_name(job, one), job.owner)
-        made = await asyncio.to_thread(publish, job, one, run, adapters)
+        try:
+            made = await asyncio.to_thread(publish, job, one, run, adapters)
+        except OSError as error:
+            text = f"The checkpoint of step {one.step} cannot be served: {error.strerror}"
+            await self._store.put(message_event(job.id, text, "warn"))
+            return
         if made is None:
             return
         older = await self._store.checkpoints(job.id)
         same = [old for old in older if old.adapter_id == made.adapter_id]
         others = [old for old in older if old.adapter_id != made.adapter_id]
         surplus = others[MAX_KEPT - 1 :]
+        for old in surplus:
+            await self._take_back(old.adapter_id)
         await self._store.put(made)
         for old in (*same, *surplus):
             await self._store.forget(old)
-        for old in surplus:
-            await asyncio.to_thread(withdraw, adapters, old.adapter_id)
 
     @property
     def _hidden(self) -> tuple[Path, ...]:
@@ -284,8 +310,6 @@ class JobRunner:
         is_made = await asyncio.to_thread(self._is_made, job)
         if is_made and not current.wish:
             await self._hand_over(job, current)
-        if current.wish == "cancel":
-            await asyncio.to_thread(withdraw, self._settings.adapters, job.adapter_id)
         if current.wish:
             return ENDS[current.wish]
         if not is_made:
@@ -308,45 +332,45 @@ class JobRunner:
             asked.cancel()
 
     async def _succeed(self, job: JobRecord, run: Path) -> JobStatus:
-        table = await asyncio.to_thread(results_csv, run)
-        kept = await self._files.add(job.tenant, "step_metrics.csv", "fine-tune-results", table)
+        made = message_event(job.id, f"New fine-tuned model created: {job.adapter_id}")
+        result_file = ""
+        try:
+            table = await asyncio.to_thread(results_csv, run)
+            more: Record = await self._files.write(job.tenant, RESULTS, RESULTS_PURPOSE, table)
+            result_file = more.id
+        except OSError as error:
+            text = f"{RESULTS} cannot be kept: {error.strerror}"
+            more = message_event(job.id, text, "warn")
+        await asyncio.to_thread(_forget_checkpoints, run)
         await self._store.change(
             job.id,
             lambda job: replace(
-                job, status="succeeded", finished_at=int(time.time()), result_file=kept.id
+                job, status="succeeded", finished_at=int(time.time()), result_file=result_file
             ),
-            _event(job.id, f"New fine-tuned model created: {job.adapter_id}"),
-            _event(job.id, "The job has successfully completed"),
+            more,
+            made,
+            message_event(job.id, "The job has successfully completed"),
         )
         return "succeeded"
 
-    async def _move(self, job_id: str, status: JobStatus) -> None:
+    async def _move(self, job_id: str, status: JobStatus) -> JobRecord:
         def change(job: JobRecord) -> JobRecord:
             if not job.is_open or job.status == status:
                 return job
             finished_at = int(time.time()) if status == "cancelled" else 0
             return replace(job, status=status, finished_at=finished_at)
 
-        await self._store.change(job_id, change, _event(job_id, MESSAGES.get(status, status)))
+        event = message_event(job_id, MESSAGES.get(status, status))
+        return await self._store.change(job_id, change, event)
 
     async def _fail(self, job_id: str, error: JobFailedError) -> None:
         log.warning("fine-tuning job %s failed: %s", job_id, error.message)
         message = without_paths(error.message, self._hidden)
-
-        def change(job: JobRecord) -> JobRecord:
-            if not job.is_open:
-                return job
-            return replace(
-                job,
-                status="failed",
-                finished_at=int(time.time()),
-                error_code=error.code,
-                error_message=message,
-                error_param=error.param,
-            )
-
-        record = _event(job_id, f"The job failed: {message}", "error")
-        await self._store.change(job_id, change, record)
+        event = message_event(job_id, f"The job failed: {message}", "error")
+        job = await self._store.change(
+            job_id, lambda job: failed(job, error.code, message, error.param), event
+        )
+        await self.clear_away(job)
 
 
 def _forget_checkpoints(run: Path) -> None:
@@ -382,8 +406,4 @@ def _why(run: Path, code: int) -> str:
     lines = [line for line in words.splitlines() if line.strip()]
     said = lines[-1] if lines else "it said nothing"
     how = f"ended with code {code}" if code >= 0 else f"was ended by signal {-code}"
-    return f"the run {how}: {said}"
-
-
-def _event(job_id: str, message: str, level: Literal["info", "error"] = "info") -> EventRecord:
-    return EventRecord(new_id("ftevent"), job_id, int(time.time()), level, "message", message, "{}")
+    return f"the run {how}{OUT_OF_MEMORY if code == -signal.SIGKILL else ''}: {said}"

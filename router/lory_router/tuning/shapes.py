@@ -150,7 +150,7 @@ def job_reply(job: JobRecord) -> JobReply:
         result_files=(job.result_file,) if job.result_file else (),
         hyperparameters=method[method["type"]]["hyperparameters"],
         method=method,
-        trained_tokens=job.trained_tokens or None,
+        trained_tokens=None if job.is_open else job.trained_tokens or None,
         error=error,
         seed=job.seed,
         metadata=msgspec.json.decode(job.metadata),

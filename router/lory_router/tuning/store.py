@@ -53,6 +53,10 @@ class TuningStore:
     def close(self) -> None:
         self._connection.close()
 
+    def file_ids(self) -> frozenset[str]:
+        """Of all files; only while nothing else asks yet."""
+        return frozenset(row[0] for row in self._connection.execute("SELECT id FROM files"))
+
     async def put(self, *records: Record) -> None:
         """Add, or put in place of what has the same id."""
         await self._run(lambda db: [_put(db, record) for record in records])
@@ -80,13 +84,31 @@ class TuningStore:
         """Newest first."""
         return await self._run(lambda db: _all(db, CheckpointRecord, job_id))
 
-    async def next_job(self) -> JobRecord | None:
-        """The oldest that waits to run."""
-        names = _names(JobRecord)
+    async def events_since(
+        self, job_id: str, start: int, num: int
+    ) -> list[tuple[int, EventRecord]]:
+        """Oldest first, each with its number, at most so many of those above `start`."""
         query = (
-            f"SELECT {names} FROM jobs WHERE status IN ('validating_files', 'queued')"
-            " ORDER BY number LIMIT 1"
+            f"SELECT number, {_names(EventRecord)} FROM events WHERE job_id = ? AND number > ?"
+            " ORDER BY number LIMIT ?"
         )
+        rows = await self._run(lambda db: db.execute(query, (job_id, start, num)).fetchall())
+        return [(number, EventRecord(*row)) for number, *row in rows]
+
+    async def next_unchecked(self) -> JobRecord | None:
+        """The oldest whose files nobody has looked at."""
+        return await self._first("status = 'validating_files' ORDER BY number")
+
+    async def next_job(self) -> JobRecord | None:
+        """Of those that wait to run: of the tenant whose last run ended longest ago, the oldest."""
+        last_run = (
+            "(SELECT coalesce(max(finished_at), 0) FROM jobs AS past"
+            " WHERE past.tenant = jobs.tenant AND past.trained_seconds > 0)"
+        )
+        return await self._first(f"status = 'queued' ORDER BY {last_run}, number")
+
+    async def _first(self, which: str) -> JobRecord | None:
+        query = f"SELECT {_names(JobRecord)} FROM jobs WHERE {which} LIMIT 1"
         row = await self._run(lambda db: db.execute(query).fetchone())
         return None if row is None else JobRecord(*row)
 
@@ -95,6 +117,10 @@ class TuningStore:
         marks = ", ".join("?" * len(OPEN))
         query = f"SELECT count(*) FROM jobs WHERE status IN ({marks}) AND ? IN ('', tenant)"
         return await self._run(lambda db: db.execute(query, (*OPEN, tenant)).fetchone()[0])
+
+    async def num_files(self, tenant: str) -> int:
+        query = "SELECT count(*) FROM files WHERE tenant = ?"
+        return await self._run(lambda db: db.execute(query, (tenant,)).fetchone()[0])
 
     async def num_file_bytes(self, tenant: str = "") -> int:
         """Of a tenant's files, or of all."""

@@ -96,6 +96,14 @@ def _method(wish: CreateJob) -> dict[str, Any]:
     return _filled(kind, part.hyperparameters if part else None, place)
 
 
+def not_reinforced() -> Invalid:
+    return Invalid(
+        "`method.type`: 'reinforcement' is not trained here, for no grader is asked; supervised and"
+        " dpo are",
+        param="method.type",
+    )
+
+
 def _part(method: Method) -> tuple[str, MethodPart | None]:
     parts = {"supervised": method.supervised, "dpo": method.dpo}
     if method.type not in parts:

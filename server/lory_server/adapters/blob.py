@@ -78,10 +78,14 @@ def new_blob(revision: str, manifest: AdapterManifest, data: Tensor) -> AdapterB
 
 def with_manner(blob: AdapterBlob, manner: Manner) -> AdapterBlob:
     """The same numbers, asked in that way, which makes another revision of them."""
-    if not manner.digest:
-        return blob
-    digest = hashlib.sha256(f"{blob.revision} {manner.digest}".encode()).hexdigest()
-    return replace(blob, revision=digest[:REVISION_CHARS], manner=manner)
+    return replace(blob, revision=asked_revision(blob.revision, manner.digest), manner=manner)
+
+
+def asked_revision(revision: str, manner: str) -> str:
+    """Of numbers of a revision that are asked in the manner with this digest; empty: in none."""
+    if not manner:
+        return revision
+    return hashlib.sha256(f"{revision} {manner}".encode()).hexdigest()[:REVISION_CHARS]
 
 
 def read_numbers(weights_fd: int, manifest: AdapterManifest, data: Tensor) -> str:

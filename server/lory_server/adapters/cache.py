@@ -50,6 +50,7 @@ from lory_server.adapters.pins import Pins
 from lory_server.adapters.pool import AdapterPool
 from lory_server.adapters.reader import Reader, ThreadReader
 from lory_server.adapters.refusals import Refusals
+from lory_server.adapters.shapes import Shapes
 from lory_server.adapters.store import AdapterStore
 from lory_server.adapters.walks import Walks
 from lory_server.adapters.workers import JobFailed, Workers
@@ -115,6 +116,7 @@ class AdapterCache:
         self._outcomes: SimpleQueue[object] = SimpleQueue()
         self.budget = HostBudget(host_bytes)
         self.host = HostTier(self.budget, base.sites)
+        self._shapes = Shapes()
         self._journal = Journal()
         self.device = DeviceTier(pool, self.host, self._journal, on_ready)
         self.pins = Pins(self.host, self.device)
@@ -455,7 +457,15 @@ class AdapterCache:
         lane = loaders.merges if key.adapter_id.startswith(MERGED) else loaders.plain
         readers = (lane.free, lane.spare)
         lane.workers.submit(
-            LoadJob(self._store, *readers, self._limits, self.budget, key, reserved_bytes)
+            LoadJob(
+                self._store,
+                *readers,
+                self._limits,
+                self.budget,
+                self._shapes,
+                key,
+                reserved_bytes,
+            )
         )
 
     def _grant_room(self) -> None:

@@ -21,6 +21,7 @@ from lory_server.adapters.manifest import AdapterManifest
 from lory_server.adapters.manner import read_manner_file, with_tokenizer
 from lory_server.adapters.merge_sources import locate
 from lory_server.adapters.reader import Reader
+from lory_server.adapters.shapes import Shapes
 from lory_server.adapters.store import AdapterStore, Signature
 from lory_server.messages import AdapterEntry
 
@@ -135,6 +136,7 @@ class LoadJob:
     """For spare threads, while stuck loads have all of those."""
     limits: Limits
     budget: HostBudget
+    shapes: Shapes
     key: LoadKey
     reserved_bytes: int = 0
 
@@ -177,7 +179,7 @@ class LoadJob:
             num_bytes = manifest.num_bytes(self.limits.dtype.itemsize)
             if not reservation.cover(num_bytes):
                 return NeedsRoom(self.key, num_bytes)
-            blob = with_manner(reader.blob(files, manifest), manner)
+            blob = self.shapes.shared(with_manner(reader.blob(files, manifest), manner))
             files.check_unchanged()
             seconds = time.monotonic() - started_s
             return Loaded(self.key, blob, files.signature, files.is_settled, seconds, footprint)

@@ -17,6 +17,8 @@ from lory_server.messages import AdapterEntry, RevisionEntry
 from lory_server.recipes import MERGED
 
 MAX_NAMES = 65_536
+MAX_MERGES = 1024
+"""Of them: a merge's name is its recipe, some kilobytes, and any request may bring another."""
 NAMES_A_PART = 64
 """Of a list of thousands: a part of a millisecond's work."""
 
@@ -43,14 +45,15 @@ class KnownNames:
         self._journal = journal
         self._clock = clock
         self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._merges: OrderedDict[str, _Known] = OrderedDict()
 
     def names(self) -> Iterable[str]:
-        return self._known
+        return (*self._known, *self._merges)
 
     def told_in(self, entries: dict[str, AdapterEntry]) -> Iterator[None]:
         """Put what is known into a list of those on the disk, NAMES_A_PART names at a time; and
         the merges that are in memory."""
-        merges = [n for n in self._known if n.startswith(MERGED) and self.revisions(n)]
+        merges = [name for name in self._merges if self.revisions(name)]
         names = [*(name for name in self._known if name in entries), *merges]
         for start in range(0, len(names), NAMES_A_PART):
             for name in names[start : start + NAMES_A_PART]:
@@ -80,7 +83,7 @@ class KnownNames:
         self._of(adapter_id).asked_s = self._clock()
 
     def entry(self, adapter_id: str) -> AdapterEntry:
-        known = self._known.get(adapter_id) or _Known()
+        known = self._table(adapter_id).get(adapter_id) or _Known()
         revision, asked_s = known.revision, known.asked_s
         tier = "device" if revision in self._device else "host" if revision in self._host else None
         return AdapterEntry(
@@ -95,7 +98,7 @@ class KnownNames:
     def revisions(self, adapter_id: str) -> tuple[str, ...]:
         """All of an adapter that are in memory: the latest may be on the device alone."""
         found = self._host.revisions(adapter_id)
-        known = self._known.get(adapter_id)
+        known = self._table(adapter_id).get(adapter_id)
         if known is None or known.revision in found or known.revision not in self._device:
             return found
         return (*found, known.revision)
@@ -115,8 +118,12 @@ class KnownNames:
         )
 
     def _of(self, adapter_id: str) -> _Known:
-        known = self._known.setdefault(adapter_id, _Known())
-        self._known.move_to_end(adapter_id)
-        if len(self._known) > MAX_NAMES:
-            self._known.popitem(last=False)
+        table = self._table(adapter_id)
+        known = table.setdefault(adapter_id, _Known())
+        table.move_to_end(adapter_id)
+        if len(table) > (MAX_MERGES if table is self._merges else MAX_NAMES):
+            table.popitem(last=False)
         return known
+
+    def _table(self, adapter_id: str) -> OrderedDict[str, _Known]:
+        return self._merges if adapter_id.startswith(MERGED) else self._known

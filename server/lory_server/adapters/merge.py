@@ -24,7 +24,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from lory_server.adapters.blob import REVISION_CHARS, AdapterBlob, new_blob
+from lory_server.adapters.blob import REVISION_CHARS, AdapterBlob, asked_revision, new_blob
 from lory_server.adapters.errors import (
     AdapterError,
     AdapterInvalidError,
@@ -33,7 +33,9 @@ from lory_server.adapters.errors import (
 )
 from lory_server.adapters.format import AdapterManifest, Base, TensorSpec, read_manifest
 from lory_server.adapters.header import WEIGHTS_NAME, read_exactly
+from lory_server.adapters.manner import read_manner_file, with_tokenizer
 from lory_server.adapters.merge_plan import MergePlan, Part, module_of, plan_merge
+from lory_server.adapters.store import OpenFiles
 from lory_server.recipes import ELECTING, PRUNING, RANDOM, Recipe
 
 HASHED_BYTES = 1024 * 1024
@@ -44,15 +46,19 @@ VERSION = "lory merge 1"
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
-def read_plan(recipe: Recipe, descriptors: Sequence[tuple[int, int]], base: Base) -> MergePlan:
-    """From the open configurations and weights of the sources; raises AdapterError."""
+def read_plan(recipe: Recipe, sources: Sequence[OpenFiles], base: Base) -> MergePlan:
+    """From the open files of the sources; raises AdapterError."""
     manifests: list[AdapterManifest] = []
-    for index, (config_fd, weights_fd) in enumerate(descriptors):
+    manners: list[str] = []
+    for index, files in enumerate(sources):
         try:
-            manifests.append(read_manifest(config_fd, weights_fd, base))
+            manifest = read_manifest(files.config_fd, files.weights_fd, base, files.tokenizer_fds)
+            manner = read_manner_file(files.manifest_fd)
         except AdapterError as error:
             raise blaming(error, recipe, index) from error
-    return plan_merge(recipe, manifests)
+        manifests.append(manifest)
+        manners.append(with_tokenizer(manner, manifest.tokenizer, manifest.vocab_size).digest)
+    return plan_merge(recipe, manifests, manners)
 
 
 def merged_blob(weights_fds: Sequence[int], plan: MergePlan, dtype: torch.dtype) -> AdapterBlob:
@@ -86,7 +92,8 @@ def merge_numbers(weights_fds: Sequence[int], plan: MergePlan, data: Tensor) -> 
 def _revision(weights_fds: Sequence[int], plan: MergePlan) -> str:
     recipe, revisions = plan.recipe, []
     for index, (fd, manifest) in enumerate(zip(weights_fds, plan.sources, strict=True)):
-        revision, wanted = source_revision(fd, manifest), recipe.sources[index].revision
+        revision = source_revision(fd, manifest, plan.manners[index])
+        wanted = recipe.sources[index].revision
         if not revision.startswith(wanted):
             error = RevisionNotFoundError(
                 f"is revision {revision} on disk, and {wanted} was asked for; a merge reads its"
@@ -99,13 +106,13 @@ def _revision(weights_fds: Sequence[int], plan: MergePlan) -> str:
     return hashlib.sha256(raw).hexdigest()[:REVISION_CHARS]
 
 
-def source_revision(weights_fd: int, manifest: AdapterManifest) -> str:
-    """What an adapter's revision is when it is loaded by itself."""
+def source_revision(weights_fd: int, manifest: AdapterManifest, manner: str = "") -> str:
+    """What an adapter's revision is when it is loaded by itself, with its manner's digest."""
     digest = hashlib.sha256(manifest.digest)
     starts = range(_data_start(manifest), manifest.file_bytes, HASHED_BYTES)
     for start, end in pairwise((*starts, manifest.file_bytes)):
         digest.update(read_exactly(weights_fd, end - start, start, WEIGHTS_NAME))
-    return digest.hexdigest()[:REVISION_CHARS]
+    return asked_revision(digest.hexdigest()[:REVISION_CHARS], manner)
 
 
 def _data_start(manifest: AdapterManifest) -> int:

@@ -14,6 +14,7 @@ import msgspec
 
 from lory_server.adapters.errors import AdapterInvalidError, blaming
 from lory_server.adapters.format import MAX_RANK, AdapterManifest, AdapterSlice, TensorSpec
+from lory_server.adapters.tokenizer_files import TOKENIZER_NAME
 from lory_server.recipes import Recipe
 
 MAX_SVD_RANKS = 1024
@@ -44,14 +45,20 @@ class MergePlan:
     """Of the result."""
     parts: tuple[tuple[Part, ...], ...]
     """For each slice of the result, in order; sources that do not have it are left out."""
+    manners: tuple[str, ...]
+    """Digest of each source's; empty: it has none."""
 
 
-def plan_merge(recipe: Recipe, sources: Sequence[AdapterManifest]) -> MergePlan:
+def plan_merge(
+    recipe: Recipe, sources: Sequence[AdapterManifest], manners: Sequence[str] = ()
+) -> MergePlan:
+    """Without `manners` no source has any."""
     for index, manifest in enumerate(sources):
         try:
             _check_is_factors(manifest)
         except AdapterInvalidError as error:
             raise blaming(error, recipe, index) from error
+    _check_one_tokenizer(recipe, sources)
     parts = _by_slice(sources)
     largest = recipe.rank or max(manifest.max_rank for manifest in sources)
     slices = tuple(_merged(recipe, group, largest, sources[0]) for group in parts)
@@ -60,8 +67,10 @@ def plan_merge(recipe: Recipe, sources: Sequence[AdapterManifest]) -> MergePlan:
         sources[0].base_model_name,
         sum(manifest.file_bytes for manifest in sources),
         hashlib.sha256(msgspec.json.encode(recipe) + b"".join(m.digest for m in sources)).digest(),
+        tokenizer=sources[0].tokenizer,
     )
-    return MergePlan(recipe, tuple(sources), manifest, parts)
+    told = tuple(manners) or ("",) * len(sources)
+    return MergePlan(recipe, tuple(sources), manifest, parts, told)
 
 
 def module_of(part: AdapterSlice) -> str:
@@ -86,6 +95,24 @@ def _check_is_factors(manifest: AdapterManifest) -> None:
             raise _cannot(part.a, _WHAT_ELSE["lookup"])
     for weight in manifest.full:
         raise _cannot(weight.spec, _WHAT_ELSE["full"])
+
+
+def _check_one_tokenizer(recipe: Recipe, sources: Sequence[AdapterManifest]) -> None:
+    """The merge is asked by it, too."""
+    first = sources[0].tokenizer
+    for index, manifest in enumerate(sources):
+        if manifest.tokenizer != first:
+            error = AdapterInvalidError(
+                f"the adapter is asked by {_whose(manifest)}, source 1 by"
+                f" {'another' if first and manifest.tokenizer else _whose(sources[0])}; adapters"
+                f" are merged that have one tokenizer: take {TOKENIZER_NAME} out of the folders of"
+                " those that the base's will do for"
+            )
+            raise blaming(error, recipe, index)
+
+
+def _whose(manifest: AdapterManifest) -> str:
+    return "a tokenizer of its own" if manifest.tokenizer else "the base's tokenizer"
 
 
 def _cannot(spec: TensorSpec, reason: str) -> AdapterInvalidError:

@@ -37,13 +37,8 @@ class SourceFiles:
             files.close()
 
     @property
-    def descriptors(self) -> tuple[tuple[int, int], ...]:
-        """Configuration and weights of each."""
-        return tuple((files.config_fd, files.weights_fd) for files in self.sources)
-
-    @property
     def manifest_fd(self) -> None:
-        """What is merged of several is asked as text."""
+        """What is merged of several is asked as text, if by one tokenizer."""
         return None
 
     @property

@@ -73,7 +73,7 @@ class ThreadReader:
         return read_blob(files.weights_fd, manifest, self._dtype)
 
     def _plan(self, files: SourceFiles) -> MergePlan:
-        return read_plan(files.recipe, files.descriptors, self._base)
+        return read_plan(files.recipe, files.sources, self._base)
 
     def close(self) -> None:
         """Nothing to end."""

@@ -14,6 +14,8 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 import msgspec
@@ -22,14 +24,18 @@ from torch import Tensor
 
 from lory_server import low_priority
 from lory_server.adapters.blob import AdapterBlob, new_blob, read_numbers
+from lory_server.adapters.config import CONFIG_NAME
 from lory_server.adapters.errors import AdapterError, error_of
 from lory_server.adapters.format import read_manifest
+from lory_server.adapters.header import WEIGHTS_NAME
 from lory_server.adapters.manifest import AdapterManifest, Base
+from lory_server.adapters.manner import MANIFEST_NAME
 from lory_server.adapters.merge import merge_numbers, read_plan
 from lory_server.adapters.merge_plan import MergePlan
 from lory_server.adapters.merge_sources import Files, SourceFiles
 from lory_server.adapters.reader import ReaderEndedError
-from lory_server.adapters.store import changed_error
+from lory_server.adapters.store import OpenFiles, changed_error
+from lory_server.adapters.tokenizer_files import COMPANIONS
 from lory_server.giving_way import giving_way
 from lory_server.lifeline import die_with_parent
 from lory_server.messages import FailureCode
@@ -42,6 +48,8 @@ SLOWEST_BYTES_PER_S = 4 * 1024 * 1024
 MAX_SCRATCH_BYTES = 64 * 1024 * 1024
 """Kept by a reader between adapters."""
 WRITE_BYTES = 64 * 1024
+MAX_FILES = 4 + len(COMPANIONS)
+"""Of one adapter. Those of all sources of a merge go over at once; the system takes 253."""
 
 MAX_FRAME_BYTES = 64 * 1024 * 1024
 _DTYPES = {str(dtype): dtype for dtype in (torch.float32, torch.float16, torch.bfloat16)}
@@ -55,13 +63,13 @@ class Begin(msgspec.Struct, frozen=True):
 
 
 class Look(msgspec.Struct, frozen=True, tag=True):
-    """With the descriptors of configuration and weights, of each source of a merge in turn; of one
-    adapter, of its tokenizer's files too."""
+    """With the descriptors of configuration and weights, and of FURTHER files, of one adapter or of
+    each source of a merge in turn."""
 
+    further: tuple[tuple[str, ...], ...]
+    """Names of those that each has."""
     recipe: Recipe | None = None
     """None: of one adapter, as it is."""
-    tokenizer_names: tuple[str, ...] = ()
-    """Of the files whose descriptors come last."""
 
 
 class Read(msgspec.Struct, frozen=True, tag=True):
@@ -219,13 +227,11 @@ class ProcessReader:
         self._wire.send(self._begin)
 
     def _look(self, files: Files) -> AdapterManifest:
-        if isinstance(files, SourceFiles):
-            command = Look(files.recipe)
-            descriptors = tuple(descriptor for pair in files.descriptors for descriptor in pair)
-        else:
-            own = files.tokenizer_fds
-            command = Look(tokenizer_names=tuple(own))
-            descriptors = (files.config_fd, files.weights_fd, *own.values())
+        is_merge = isinstance(files, SourceFiles)
+        opened = [_by_name(one) for one in (files.sources if is_merge else (files,))]
+        further = tuple(tuple(one)[2:] for one in opened)
+        descriptors = tuple(descriptor for one in opened for descriptor in one.values())
+        command = Look(further, files.recipe if is_merge else None)
         return self._ask(command, descriptors, Looked, ANSWER_TIMEOUT_S).manifest
 
     def _read(self, files: Files, manifest: AdapterManifest) -> AdapterBlob:
@@ -265,6 +271,14 @@ class ProcessReader:
         return reply
 
 
+def _by_name(files: OpenFiles) -> dict[str, int]:
+    """Configuration and weights first."""
+    found = {CONFIG_NAME: files.config_fd, WEIGHTS_NAME: files.weights_fd}
+    if files.manifest_fd is not None:
+        found[MANIFEST_NAME] = files.manifest_fd
+    return found | dict(files.tokenizer_fds)
+
+
 def _mapped(memory: int, dtype: torch.dtype) -> Tensor:
     """All of it, shared, and without a descriptor: Python's mmap would keep one as long as the
     mapping lives, an open file for each adapter on the host."""
@@ -302,10 +316,26 @@ def serve(wire: _Wire) -> None:
     decoder = msgspec.msgpack.Decoder(Look | Read)
     wire.send(Ready())
     while True:
-        payload, descriptors = wire.receive(2 * MAX_SOURCES)
+        payload, descriptors = wire.receive(MAX_FILES * MAX_SOURCES)
         if not payload:
             return
         wire.send(work.do(decoder.decode(payload), descriptors))
+
+
+@dataclass(frozen=True, slots=True)
+class _Received:
+    """Files as `_by_name` sent them."""
+
+    config_fd: int
+    weights_fd: int
+    manifest_fd: int | None
+    tokenizer_fds: dict[str, int]
+
+
+def _received(further: tuple[str, ...], descriptors: Iterator[int]) -> _Received:
+    config_fd, weights_fd = next(descriptors), next(descriptors)
+    others = dict(zip(further, descriptors, strict=False))
+    return _Received(config_fd, weights_fd, others.pop(MANIFEST_NAME, None), others)
 
 
 def _write(memory: int, data: Tensor) -> None:
@@ -340,13 +370,15 @@ class _Work:
                 os.close(descriptor)
 
     def _look(self, command: Look, descriptors: list[int]) -> Looked:
+        rest = iter(descriptors)
+        opened = [_received(names, rest) for names in command.further]
         if command.recipe is None:
-            config_fd, weights_fd, *others = descriptors
-            own = dict(zip(command.tokenizer_names, others, strict=True))
-            self._looked = manifest = read_manifest(config_fd, weights_fd, self._base, own)
+            (one,) = opened
+            self._looked = manifest = read_manifest(
+                one.config_fd, one.weights_fd, self._base, one.tokenizer_fds
+            )
             return Looked(manifest)
-        pairs = list(zip(descriptors[::2], descriptors[1::2], strict=True))
-        self._looked = plan = read_plan(command.recipe, pairs, self._base)
+        self._looked = plan = read_plan(command.recipe, opened, self._base)
         return Looked(plan.manifest)
 
     def _read(self, *descriptors: int) -> ReadDone:

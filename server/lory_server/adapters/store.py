@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from lory_server.adapters.config import CONFIG_NAME
 from lory_server.adapters.errors import AdapterInvalidError, AdapterNotFoundError
@@ -46,6 +47,22 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.ckpt")
 
 Signature = tuple[int, ...]
 NO_MARK: Signature = ()
+
+
+class OpenFiles(Protocol):
+    """What an adapter is read from."""
+
+    @property
+    def config_fd(self) -> int: ...
+
+    @property
+    def weights_fd(self) -> int: ...
+
+    @property
+    def manifest_fd(self) -> int | None: ...
+
+    @property
+    def tokenizer_fds(self) -> Mapping[str, int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,9 +152,9 @@ class AdapterStore:
 
         An OSError is not the adapter's fault, and says nothing about it.
         """
-        folder, name, mark = self.root, adapter_id, NO_MARK
-        if self.fetched is not None and adapter_id.startswith(FETCHED):
-            folder, name = self.fetched, adapter_id.removeprefix(FETCHED)
+        folder, name = self._place(adapter_id)
+        mark = NO_MARK
+        if name != adapter_id:
             mark = (int.from_bytes(hashlib.sha256(name.encode()).digest()),)
         if folder is None:
             raise AdapterNotFoundError("no adapters are served; start with an adapters folder")
@@ -154,6 +171,12 @@ class AdapterStore:
                 raise
             files.close()
         raise changed_error()
+
+    def _place(self, adapter_id: str) -> tuple[Path | None, str]:
+        """The root it is below, and what it is called there."""
+        if self.fetched is not None and adapter_id.startswith(FETCHED):
+            return self.fetched, adapter_id.removeprefix(FETCHED)
+        return self.root, adapter_id
 
     def _open(self, root: str, adapter_id: str, mark: Signature) -> AdapterFiles:
         with ExitStack() as opened:
@@ -180,10 +203,11 @@ class AdapterStore:
 
     def locate_tokenizer(self, adapter_id: str) -> "TokenizerOnDisk":
         """The same of its tokenizer alone, for which no weights are opened."""
-        if self.root is None or not _ADAPTER_ID.fullmatch(adapter_id):
+        folder, name = self._place(adapter_id)
+        if folder is None or not _ADAPTER_ID.fullmatch(name):
             return TokenizerOnDisk({})
         with ExitStack() as opened:
-            descriptors = _open_tokenizer(os.path.realpath(self.root), adapter_id, opened)
+            descriptors = _open_tokenizer(os.path.realpath(folder), name, opened)
             opened.pop_all()
         return TokenizerOnDisk(descriptors)
 

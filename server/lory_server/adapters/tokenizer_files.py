@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -40,6 +41,7 @@ _NOT_OF_CONTENT = ("version", "truncation", "padding")
 """Set by whoever used it last; a server neither cuts nor pads."""
 
 Object = dict[str, object]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,17 +122,33 @@ def chat_template_of(config: Mapping[str, object], own_file: str | None) -> str:
     return value if isinstance(value, str) else ""
 
 
+def most_file_bytes(name: str) -> int:
+    return MAX_TOKENIZER_BYTES if name == TOKENIZER_NAME else MAX_CONFIG_BYTES
+
+
+def check_file(name: str, raw: bytes) -> None:
+    """Whether one of the files is what its name says, by a look that builds nothing: what it means
+    is judged when it is read. Raises AdapterInvalidError."""
+    if name == TEMPLATE_NAME:
+        _text(raw, name)
+    else:
+        _decoded(raw, name, dict[str, msgspec.Raw])
+
+
 def _read(fd: int, name: str) -> bytes:
-    num_bytes = os.fstat(fd).st_size
-    most = MAX_TOKENIZER_BYTES if name == TOKENIZER_NAME else MAX_CONFIG_BYTES
+    num_bytes, most = os.fstat(fd).st_size, most_file_bytes(name)
     if num_bytes > most:
         raise _invalid(name, f"larger than {most} bytes")
     return read_exactly(fd, num_bytes, 0, name)
 
 
 def _object(raw: bytes, name: str) -> Object:
+    return _decoded(raw, name, dict[str, object])
+
+
+def _decoded(raw: bytes, name: str, kind: type[T]) -> T:
     try:
-        return msgspec.json.decode(raw, type=dict[str, object])
+        return msgspec.json.decode(raw, type=kind)
     except RecursionError:
         raise _invalid(name, "JSON is nested too deeply") from None
     except ValueError as error:

@@ -31,10 +31,13 @@ from lory_trainer.evaluation.run import Watch, evaluate
 from lory_trainer.evaluation.server import Server
 from lory_trainer.evaluation.table import show
 
+JUDGE_TIMEOUT_S = 120.0
 EXIT_FAILED = 1
 EXIT_GATE = 3
 EXIT_INTERRUPTED = 130
 
+BY_CHANCE = 0.05
+"""What is published unasked must be better by more than that."""
 FIGURE_OF = {"label": "label.accuracy", "json_schema": "json_schema.valid"}
 """What gates call metrics of other names."""
 
@@ -63,19 +66,26 @@ def run(flags: EvalFlags, url: str, api_key: str) -> int:
     """The exit code."""
     try:
         options = read_options(flags.config, flags.keys())
-        gates = [parse_gate(text) for text in _gates(options, flags.publish)]
         _check(flags)
+        gates = [parse_gate(text) for text in _gates(options, flags.publish)]
         with _server_of(flags, url) as served:
             result, verdicts = asyncio.run(_evaluate(options, gates, flags, served, api_key))
     except TrainerError as error:
-        Console(stderr=True).print(
-            f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
-        )
+        _complain(str(error))
         return EXIT_FAILED
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     show(Console(), result, verdicts)
+    if result.judge_error:
+        _complain(f"the judge: {result.judge_error}; the other figures stand")
+        return EXIT_FAILED
     return 0 if all(gate.holds for gate in verdicts) else EXIT_GATE
+
+
+def _complain(text: str) -> None:
+    Console(stderr=True).print(
+        f"error: {text}", style="red", highlight=False, markup=False, soft_wrap=True
+    )
 
 
 def _gates(options: EvaluationOptions, alias: str) -> list[str]:
@@ -87,7 +97,7 @@ def _gates(options: EvaluationOptions, alias: str) -> list[str]:
     others = (*options.compare, *options.adapters[1:])
     if not others:
         raise EvaluationError("--publish needs a --gate, or something that it is better than")
-    return [f"{FIGURE_OF.get(main, main)} {sign} {name}" for name in others]
+    return [f"{FIGURE_OF.get(main, main)} {sign} {name} (p < {BY_CHANCE})" for name in others]
 
 
 def _check(flags: EvalFlags) -> None:
@@ -97,6 +107,12 @@ def _check(flags: EvalFlags) -> None:
         raise EvaluationError("--serve-flags is for a server that --base starts")
     if flags.base and flags.publish:
         raise EvaluationError("--publish needs the --server that is to serve it")
+    if flags.publish and not all(flags.publish.rpartition("@")):
+        raise EvaluationError(f"--publish {flags.publish}: give name@alias, such as support@prod")
+    if flags.compare and flags.adapter:
+        raise EvaluationError("--compare names both adapters; leave --adapter out")
+    if flags.compare and flags.compare[0] == flags.compare[1]:
+        raise EvaluationError("--compare: give two adapters, or two revisions of one")
 
 
 def _server_of(flags: EvalFlags, url: str) -> AbstractContextManager[str]:
@@ -112,12 +128,17 @@ async def _evaluate(
         server = await stack.enter_async_context(Server(url, api_key, options.concurrency))
         judge = None
         if options.judge is not None:
-            own = Server(options.judge.url, flags.judge_key, options.concurrency)
+            own = Server(
+                options.judge.url,
+                flags.judge_key,
+                options.concurrency,
+                answer_timeout_s=JUDGE_TIMEOUT_S,
+            )
             judge = await stack.enter_async_context(own)
         with _progress() as watch:
-            result = await evaluate(options, server, judge, watch)
+            result = await evaluate(options, server, judge, watch, gates)
         verdicts = _judged(result, gates, flags)
-        if flags.publish and all(verdict.holds for verdict in verdicts):
+        if flags.publish and not result.judge_error and all(one.holds for one in verdicts):
             revision = await publish(server, result, flags.publish)
             told = f"{flags.publish} stands for revision {revision}"
             Console(stderr=True).print(told, markup=False, highlight=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from urllib.parse import quote
 
 from lory_trainer.evaluation.errors import EvaluationError, ServerError
-from lory_trainer.evaluation.server import Json, Server
+from lory_trainer.evaluation.server import Json, Server, understood
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +38,15 @@ async def server_facts(server: Server) -> ServerFacts:
     models = reply.body.get("data") if isinstance(reply.body, dict) else None
     if not models:
         raise EvaluationError(f"{server.url}: GET /v1/models lists no base; is this Lory?")
-    return ServerFacts(models[0]["id"], models[0].get("max_model_len"))
+    with understood("/v1/models"):
+        return ServerFacts(models[0]["id"], models[0].get("max_model_len"))
 
 
 async def adapter_facts(server: Server, adapter_id: str) -> AdapterFacts:
     """One from a source (`hub:org/name`) may be unknown until it is asked something."""
+    path = f"/v1/adapters/{quote(adapter_id, safe='/:@')}"
     try:
-        told: Json = (await server.get(f"/v1/adapters/{quote(adapter_id, safe='/:@')}")).body
+        told: Json = (await server.get(path)).body
     except ServerError as error:
         if error.status != 404:
             raise
@@ -53,6 +55,11 @@ async def adapter_facts(server: Server, adapter_id: str) -> AdapterFacts:
         raise EvaluationError(
             f"{server.url} serves no adapter {adapter_id!r}; `lory adapters` lists what it does"
         ) from error
+    with understood(path):
+        return _facts(adapter_id, told)
+
+
+def _facts(adapter_id: str, told: Json) -> AdapterFacts:
     if told.get("refused"):
         raise EvaluationError(f"adapter {adapter_id!r} is refused: {told['refused']}")
     return AdapterFacts(

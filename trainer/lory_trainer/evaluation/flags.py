@@ -56,9 +56,7 @@ class EvalFlags:
     price_per_hour: Annotated[
         float | None, typer.Option(help="Of the server's machine; without it no costs.")
     ] = None
-    judge_url: Annotated[
-        str | None, typer.Option(help="A judge's OpenAI-style endpoint, without /v1.")
-    ] = None
+    judge_url: Annotated[str | None, typer.Option(help="A judge's OpenAI-style endpoint.")] = None
     judge_model: Annotated[str | None, typer.Option(help="The judge's model.")] = None
     judge_key: Annotated[
         str, typer.Option(envvar="OPENAI_API_KEY", show_default=False, help="The judge's key.")

@@ -54,13 +54,15 @@ def json_fields(answer: str, wanted: str) -> float:
 
 
 def _leaves(value: Any, path: str = "$") -> Iterator[tuple[str, str]]:
-    """Every plain value with its path, as JSON, so that 1 is neither true nor "1"."""
+    """Every plain value with its path, as JSON, so that 1 is neither true nor "1", but 1.0."""
     if isinstance(value, dict) and value:
         for key, inner in value.items():
             yield from _leaves(inner, f"{path}.{json.dumps(key)}")
     elif isinstance(value, list) and value:
         for index, inner in enumerate(value):
             yield from _leaves(inner, f"{path}[{index}]")
+    elif isinstance(value, float) and value.is_integer():
+        yield path, json.dumps(int(value))
     else:
         yield path, json.dumps(value)
 
@@ -92,6 +94,8 @@ def follows(path: Path) -> Callable[[str, str], float]:
             raise EvaluationError(
                 f"{path.name} refers to {error.ref}, which is not in it, and nothing is fetched"
             ) from error
+        except RecursionError as error:
+            raise EvaluationError(f"{path.name} refers to itself without an end") from error
 
     return is_valid
 
@@ -101,13 +105,13 @@ def _read_schema(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise EvaluationError(f"json_schema: {path} cannot be read: {error.strerror}") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise EvaluationError(f"json_schema: {path.name} is not JSON: {error}") from error
 
 
 JSON_VALID = averaged("json_valid", json_valid)
-JSON_FIELDS = averaged("json_fields", json_fields)
+JSON_FIELDS = averaged("json_fields", json_fields, may_refuse=True)
 
 
 def json_schema(path: Path) -> Metric:
-    return averaged("json_schema.valid", follows(path))
+    return averaged("json_schema.valid", follows(path), may_refuse=True)

@@ -10,7 +10,7 @@ from functools import partial
 from lory_trainer.evaluation.metrics import Metric, mean
 
 OTHER = "(other)"
-"""An answer that is nobody's label."""
+"""An answer that is nobody's label; in more brackets where that is a label itself."""
 
 Labelled = tuple[str, str]
 """The label that was given, and the wanted one."""
@@ -18,10 +18,12 @@ Labelled = tuple[str, str]
 
 def label_metrics(wanted: Sequence[str]) -> list[Metric]:
     """Of a set whose labels are those wanted of its rows."""
-    labels = frozenset(text.strip() for text in wanted)
-    measure = partial(_labelled, labels=labels)
+    labels, other = frozenset(text.strip() for text in wanted), OTHER
+    while other in labels:
+        other = f"({other})"
+    measure = partial(_labelled, labels=labels, other=other)
     return [
-        Metric("label.accuracy", measure, _accuracy, _is_right),
+        Metric("label.accuracy", measure, _accuracy, _is_right, scale="rows"),
         Metric("label.macro_f1", measure, macro_f1, _is_right),
     ]
 
@@ -41,9 +43,9 @@ def macro_f1(rows: Sequence[Labelled]) -> float:
     return mean([2 * right[label] / (given[label] + num) for label, num in wanted.items()])
 
 
-def _labelled(answer: str, wanted: str, labels: frozenset[str]) -> Labelled:
+def _labelled(answer: str, wanted: str, labels: frozenset[str], other: str) -> Labelled:
     given = answer.strip()
-    return given if given in labels else OTHER, wanted.strip()
+    return given if given in labels else other, wanted.strip()
 
 
 def _accuracy(rows: Sequence[Labelled]) -> float:

@@ -5,7 +5,7 @@ It must not know what is made of them.
 
 from lory_trainer.evaluation.errors import EvaluationError
 from lory_trainer.evaluation.rows import Row
-from lory_trainer.evaluation.server import Server
+from lory_trainer.evaluation.server import Server, understood
 from lory_trainer.evaluation.variants import Variant
 
 
@@ -28,7 +28,8 @@ async def wanted_logprobs(server: Server, variant: Variant, row: Row) -> list[fl
         "logprobs": 0,
     }
     reply = await server.post("/v1/completions", body)
-    found = reply.body["choices"][0]["logprobs"]["token_logprobs"][-len(wanted_ids) :]
+    with understood("/v1/completions"):
+        found = reply.body["choices"][0]["logprobs"]["token_logprobs"][-len(wanted_ids) :]
     if len(found) != len(wanted_ids) or None in found:
         raise EvaluationError(f"{row.place}: the server did not score every token of the answer")
     return found
@@ -36,4 +37,6 @@ async def wanted_logprobs(server: Server, variant: Variant, row: Row) -> list[fl
 
 async def _ids(server: Server, text: str, special: bool) -> list[int]:
     body = {"inputs": text, "add_special_tokens": special}
-    return [token["id"] for token in (await server.post("/tokenize", body)).body]
+    reply = await server.post("/tokenize", body)
+    with understood("/tokenize"):
+        return [token["id"] for token in reply.body]

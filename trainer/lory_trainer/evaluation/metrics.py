@@ -13,6 +13,8 @@ from typing import Any, Literal
 Measured = Any
 """Of one row: a number, or what a total needs."""
 Source = Literal["answer", "logprobs"]
+Scale = Literal["rows", "bounded", "free"]
+"""The total is the mean of row scores between 0 and 1; is between 0 and 1; may be anything."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,9 @@ class Metric:
     row_score: Callable[[Measured], float]
     """Of one row alone, higher is better: for comparing two variants row by row."""
     is_better_high: bool = True
+    scale: Scale = "bounded"
+    may_refuse: bool = False
+    """`measure` raises EvaluationError for wanted answers that it cannot take."""
     source: Source = "answer"
 
 
@@ -32,9 +37,9 @@ def mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
 
 
-def averaged(name: str, score: Callable[[str, str], float]) -> Metric:
+def averaged(name: str, score: Callable[[str, str], float], *, may_refuse: bool = False) -> Metric:
     """A metric whose total is the mean over rows."""
-    return Metric(name, score, mean, float)
+    return Metric(name, score, mean, float, scale="rows", may_refuse=may_refuse)
 
 
 def exact_match(answer: str, wanted: str) -> float:
@@ -49,7 +54,9 @@ def normalized(text: str) -> str:
 
 
 def normalized_match(answer: str, wanted: str) -> float:
-    return float(normalized(answer) == normalized(wanted))
+    """Of a wanted answer that is punctuation alone nothing would be left to compare."""
+    bare = normalized(wanted)
+    return float(normalized(answer) == bare if bare else answer.strip() == wanted.strip())
 
 
 def contains(answer: str, wanted: str) -> float:

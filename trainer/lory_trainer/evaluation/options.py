@@ -38,8 +38,13 @@ class Judge(_Keys):
     """Another model that compares answers."""
 
     url: str
-    """Of an OpenAI-style endpoint, without /v1."""
+    """Of an OpenAI-style endpoint, with /v1 or without."""
     model: str
+
+    @field_validator("url")
+    @classmethod
+    def _without_version(cls, url: str) -> str:
+        return url.rstrip("/").removesuffix("/v1")
 
 
 class EvaluationOptions(_Keys):
@@ -88,7 +93,14 @@ def read_options(config: Path | None, flags: Mapping[str, Any]) -> EvaluationOpt
     given = {name: value for name, value in flags.items() if value is not None}
     nested = {"prompt_only", "judge"} & given.keys() & values.keys()
     merged = {**values, **given, **{name: {**values[name], **given[name]} for name in nested}}
-    return _validated(merged)
+    options = _validated(merged)
+    is_left_out = "compare" in given and "prompt_only" not in given
+    if "prompt_only" in merged and PROMPT_ONLY not in options.compare and not is_left_out:
+        raise EvaluationError(
+            "prompt_only: is told how to ask, and is not asked; compare with it, too: --against"
+            " prompt_only"
+        )
+    return options
 
 
 NAMED_LATER = "rows.jsonl"

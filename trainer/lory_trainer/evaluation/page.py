@@ -46,8 +46,9 @@ def page(result: Evaluation, gates: Sequence[GateResult]) -> str:
 
 
 def _warnings(result: Evaluation) -> list[str]:
-    warning = base_warning(result)
-    return [f'<p class="bad">{escape(warning)}</p>'] if warning else []
+    judge = f"the judge: {result.judge_error}" if result.judge_error else ""
+    warnings = filter(None, (base_warning(result), judge))
+    return [f'<p class="bad">{escape(warning)}</p>' for warning in warnings]
 
 
 def _figures(result: Evaluation) -> str:

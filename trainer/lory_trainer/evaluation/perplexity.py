@@ -31,5 +31,11 @@ def _row_score(row: Surprise) -> float:
 
 
 PERPLEXITY = Metric(
-    "perplexity", surprise, perplexity, _row_score, is_better_high=False, source="logprobs"
+    "perplexity",
+    surprise,
+    perplexity,
+    _row_score,
+    is_better_high=False,
+    scale="free",
+    source="logprobs",
 )

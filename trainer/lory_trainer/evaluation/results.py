@@ -3,6 +3,7 @@
 It must not know how answers were had or are shown.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -42,6 +43,8 @@ class VariantResult:
         """A score, or one of what was spent, by its name."""
         if name in self.scores:
             return self.scores[name].value
+        if name == "cost_per_correct" and self.spent.cost_per_million_tokens is not None:
+            return self.spent.cost_per_correct or math.inf
         return getattr(self.spent, name, None)
 
 
@@ -101,6 +104,8 @@ class Evaluation:
     pairings: tuple[Pairing, ...]
     """Of the candidate with every other variant."""
     judged: tuple[JudgedPair, ...]
+    judge_error: str
+    """Why it was asked no further; empty: it was heard out."""
     rows: tuple[RowResult, ...]
 
     def variant(self, name: str) -> VariantResult | None:

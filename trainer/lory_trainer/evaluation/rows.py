@@ -98,5 +98,17 @@ def _row(place: str, value: Any, completion: str) -> Row:
             " --completion names another column"
         )
     texts = {key: text for key, text in value.items() if isinstance(text, str)}
+    for key, text in texts.items():
+        if not _is_text(text):
+            raise EvaluationError(f"{place}: column `{key}` holds half a character, a surrogate")
     texts.pop(completion)
     return Row(place, texts, wanted)
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be sent and written."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

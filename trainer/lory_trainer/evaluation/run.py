@@ -7,15 +7,16 @@ It must not know terminals, files to write or how a server was started.
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lory_trainer.evaluation import judge
 from lory_trainer.evaluation.catalogue import make_metrics
-from lory_trainer.evaluation.errors import EvaluationError
+from lory_trainer.evaluation.errors import EvaluationError, ServerError
 from lory_trainer.evaluation.facts import AdapterFacts, ServerFacts, adapter_facts, server_facts
+from lory_trainer.evaluation.gate import Gate
 from lory_trainer.evaluation.labels import confusion
 from lory_trainer.evaluation.logprobs import can_be_scored, wanted_logprobs
 from lory_trainer.evaluation.metrics import Measured, Metric
@@ -29,8 +30,8 @@ from lory_trainer.evaluation.results import (
     VariantResult,
 )
 from lory_trainer.evaluation.rows import DataSet, Row, pick_shots, read_data
-from lory_trainer.evaluation.server import Server
-from lory_trainer.evaluation.statistics import Pairing, estimate, pair, percentile
+from lory_trainer.evaluation.server import Server, understood
+from lory_trainer.evaluation.statistics import Estimate, Pairing, estimate, pair, percentile
 from lory_trainer.evaluation.variants import (
     BASE,
     PROMPT_ONLY,
@@ -64,9 +65,13 @@ class _Asked:
 
 
 async def evaluate(
-    options: EvaluationOptions, server: Server, judge_server: Server | None, watch: Watch
+    options: EvaluationOptions,
+    server: Server,
+    judge_server: Server | None,
+    watch: Watch,
+    gates: Sequence[Gate] = (),
 ) -> Evaluation:
-    """Raises EvaluationError, which says how far it came."""
+    """Raises EvaluationError, which says how far it came. Gates are only looked at for names."""
     if not options.adapters:
         raise EvaluationError("name an adapter to evaluate, by --adapter or in the configuration")
     data = read_data(Path(options.data), options.completion, options.rows)
@@ -75,12 +80,15 @@ async def evaluate(
     adapters = [await adapter_facts(server, name) for name in dict.fromkeys(options.adapters)]
     variants = _variants(options, data, facts, adapters)
     _check(variants, data.rows, metrics)
+    for gate in gates:
+        gate.check_names(variants[0].name, _figures(variants, metrics, options))
     sampling = Sampling(
         options.seed, _longest(options, data, facts, adapters), options.generation == "greedy"
     )
     asked = [await _ask(one, data.rows, sampling, metrics, server, watch) for one in variants]
-    judged = await _judge(options, data.rows, asked, judge_server, watch)
-    return _evaluation(options, data, facts, adapters, sampling, metrics, asked, judged, server)
+    judged, judge_error = await _judge(options, data.rows, asked, judge_server, watch)
+    result = _evaluation(options, data, facts, adapters, sampling, metrics, asked, judged, server)
+    return replace(result, judge_error=judge_error)
 
 
 def _variants(
@@ -90,12 +98,16 @@ def _variants(
     adapters: Sequence[AdapterFacts],
 ) -> list[Variant]:
     """The candidate first."""
+    if options.template and all(one.template for one in adapters):
+        names = ", ".join(one.adapter_id for one in adapters)
+        raise EvaluationError(f"template: {names} has one of its own; leave --template out")
     found = [adapter_variant(one, options.template) for one in adapters]
     if BASE in options.compare:
         found.append(base_variant(facts.base_name, found[0]))
     if PROMPT_ONLY in options.compare:
         prompting = _prompting(options, data)
-        found.append(prompt_only_variant(facts.base_name, found[0].template, prompting))
+        wanted = [row.wanted for row in data.rows]
+        found.append(prompt_only_variant(facts.base_name, found[0], prompting, wanted))
     names = [variant.name for variant in found]
     if len(set(names)) < len(names):
         raise EvaluationError(f"an adapter is called as another variant is: {', '.join(names)}")
@@ -107,12 +119,31 @@ def _check(variants: Sequence[Variant], rows: Sequence[Row], metrics: Sequence[M
     for variant in variants:
         for row in rows:
             variant.prompt(row)
+    for metric in metrics:
+        if metric.may_refuse:
+            for row in rows:
+                metric.measure(row.wanted, row.wanted)
     scored = [metric.name for metric in metrics if metric.source == "logprobs"]
     if scored and not can_be_scored(variants[0]):
         raise EvaluationError(
             f"{scored[0]}: is not to be had of {variants[0].name!r}, for it was trained through a"
             " chat template; leave it out"
         )
+
+
+def _figures(
+    variants: Sequence[Variant], metrics: Sequence[Metric], options: EvaluationOptions
+) -> dict[str, list[str]]:
+    """Which there will be of each variant."""
+    spent = [field.name for field in fields(Spent)]
+    if not options.price_per_hour:
+        spent = [name for name in spent if not name.startswith("cost_")]
+    found: dict[str, list[str]] = {}
+    for variant in variants:
+        is_scored = can_be_scored(variant)
+        names = [one.name for one in metrics if one.source == "answer" or is_scored]
+        found[variant.name] = [*names, *spent]
+    return found
 
 
 def _prompting(options: EvaluationOptions, data: DataSet) -> Prompting:
@@ -173,11 +204,12 @@ def _tell(watch: Watch, name: str, total: int, num_done: int) -> None:
 
 async def _answer(server: Server, variant: Variant, sampling: Sampling, row: Row) -> Answer:
     path, body = request(variant, row, sampling)
-    reply = await server.post(path, body)
     try:
+        reply = await server.post(path, body)
+    except ServerError as error:
+        raise ServerError(f"{row.place}: {error}", error.status) from error
+    with understood(path):
         return read_answer(variant, reply)
-    except (KeyError, TypeError, IndexError) as error:
-        raise EvaluationError(f"{path}: an answer without {error}; is this Lory?") from error
 
 
 def _check_revision(variant: Variant, answers: Sequence[Answer]) -> None:
@@ -194,10 +226,12 @@ async def _judge(
     asked: Sequence[_Asked],
     server: Server | None,
     watch: Watch,
-) -> list[JudgedPair]:
+) -> tuple[list[JudgedPair], str]:
+    """What it said, and why it was asked no further: an hour of answers is not lost with it."""
+    found: list[JudgedPair] = []
     if options.judge is None or server is None:
-        return []
-    model, first, found = options.judge.model, asked[0], []
+        return found, ""
+    model, first = options.judge.model, asked[0]
     for other in asked[1:]:
         contests = [
             judge.Contest(first.variant.prompt(row), row.wanted, mine.text, theirs.text)
@@ -206,9 +240,12 @@ async def _judge(
         name = f"judge: {first.variant.name} or {other.variant.name}"
         ask = partial(_verdict, server, model, options.seed)
         tell = partial(_tell, watch, name, len(rows))
-        verdicts = await server.ask_all(name, contests, ask, tell)
+        try:
+            verdicts = await server.ask_all(name, contests, ask, tell)
+        except EvaluationError as error:
+            return found, str(error)
         found.append(judge.tally(model, first.variant.name, other.variant.name, verdicts))
-    return found
+    return found, ""
 
 
 async def _verdict(server: Server, model: str, seed: int, contest: judge.Contest) -> judge.Verdict:
@@ -246,6 +283,7 @@ def _evaluation(
         variants=tuple(_variant_result(one, metrics, options) for one in asked),
         pairings=tuple(_pairings(metrics, asked)),
         judged=tuple(judged),
+        judge_error="",
         rows=tuple(_row_results(data.rows, metrics[0], asked)),
     )
 
@@ -254,7 +292,7 @@ def _variant_result(
     asked: _Asked, metrics: Sequence[Metric], options: EvaluationOptions
 ) -> VariantResult:
     known = [metric for metric in metrics if metric.name in asked.measured]
-    scores = {m.name: estimate(asked.measured[m.name], m.total, options.seed) for m in known}
+    scores = {m.name: _estimate(m, asked.measured[m.name], options.seed) for m in known}
     main = asked.measured.get(metrics[0].name, ())
     num_correct = sum(map(metrics[0].row_score, main)) if metrics[0].source == "answer" else 0.0
     return VariantResult(
@@ -266,6 +304,12 @@ def _variant_result(
         num_cut=sum(answer.is_cut for answer in asked.answers),
         confusion=_confusion(asked),
     )
+
+
+def _estimate(metric: Metric, measured: Sequence[Measured], seed: int) -> Estimate:
+    scores = [metric.row_score(row) for row in measured] if metric.scale == "rows" else ()
+    is_bounded = metric.scale != "free"
+    return estimate(measured, metric.total, seed, scores=scores, is_bounded=is_bounded)
 
 
 def _spent(asked: _Asked, num_correct: float, price_per_hour: float) -> Spent:

@@ -6,7 +6,8 @@ how far it came. It must not know rows, metrics or what questions mean.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -43,6 +44,7 @@ class Server:
         api_key: str,
         concurrency: int,
         transport: httpx.AsyncBaseTransport | None = None,
+        answer_timeout_s: float = ANSWER_TIMEOUT_S,
     ) -> None:
         headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self.url = url
@@ -50,7 +52,7 @@ class Server:
         self._client = httpx.AsyncClient(
             base_url=url,
             headers=headers,
-            timeout=httpx.Timeout(ANSWER_TIMEOUT_S, connect=CONNECT_TIMEOUT_S),
+            timeout=httpx.Timeout(answer_timeout_s, connect=CONNECT_TIMEOUT_S),
             limits=httpx.Limits(max_connections=concurrency),
             transport=transport,
         )
@@ -128,6 +130,15 @@ class Server:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@contextmanager
+def understood(path: str) -> Iterator[None]:
+    """What is read within from an answer to `path`; EvaluationError where it makes no sense."""
+    try:
+        yield
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise EvaluationError(f"{path}: an answer without {error}; is this Lory?") from error
 
 
 def _wait_s(response: httpx.Response, num_tries: int) -> float:

@@ -9,6 +9,8 @@ from lory_trainer.evaluation.results import Evaluation, VariantResult
 from lory_trainer.evaluation.statistics import Pairing
 
 NONE = "-"
+FEW_ROWS = 20
+FEW = "; so few rows tell little"
 UNBOUNDED = ("perplexity",)
 """Metrics that are no shares."""
 
@@ -63,7 +65,7 @@ def how(result: Evaluation) -> str:
     return (
         f"{len(result.rows)} rows of {result.data}, {sampling}, seed {result.seed}, at most"
         f" {result.max_new_tokens} new tokens, {result.concurrency} at once, base {result.base};"
-        " in brackets: 95% of bootstrap resamples"
+        " in brackets: 95% intervals" + (FEW if len(result.rows) < FEW_ROWS else "")
     )
 
 

@@ -78,12 +78,31 @@ class Answer:
 
 def base_variant(model: str, like: Variant) -> Variant:
     """Asked as the adapter `like` is, and ended where its answers end."""
-    return Variant(BASE, "base", model, like.template, stop=like.stop, is_chat=like.is_chat)
+    return Variant(
+        BASE,
+        "base",
+        model,
+        like.template,
+        stop=like.stop,
+        is_chat=like.is_chat,
+        prefix=like.prefix,
+    )
 
 
-def prompt_only_variant(model: str, template: str, prompting: Prompting) -> Variant:
-    stop = () if prompting.is_chat else (BETWEEN_EXAMPLES,)
-    return Variant(PROMPT_ONLY, "prompt_only", model, template, prompting=prompting, stop=stop)
+def prompt_only_variant(
+    model: str, like: Variant, prompting: Prompting, wanted: Sequence[str]
+) -> Variant:
+    """Ended where the next example would begin, unless `wanted` answers look so themselves."""
+    is_open = prompting.is_chat or any(BETWEEN_EXAMPLES in answer for answer in wanted)
+    return Variant(
+        PROMPT_ONLY,
+        "prompt_only",
+        model,
+        like.template,
+        prompting=prompting,
+        stop=() if is_open else (BETWEEN_EXAMPLES,),
+        prefix=like.prefix,
+    )
 
 
 def adapter_variant(facts: AdapterFacts, template: str) -> Variant:
@@ -135,7 +154,8 @@ def _inputs(variant: Variant, row: Row) -> str | dict[str, str]:
     if variant.kind != "prompt_only":
         return variant.prompt(row)
     prompting = variant.prompting
-    examples = (f"{variant.prompt(shot)}{shot.wanted}" for shot in prompting.shots)
+    before = variant.prefix
+    examples = (f"{variant.prompt(shot)}{before}{shot.wanted}" for shot in prompting.shots)
     parts = (prompting.instruction, *examples, variant.prompt(row))
     return BETWEEN_EXAMPLES.join(part for part in parts if part)
 
@@ -179,7 +199,7 @@ def _before_stop(text: str, stops: Sequence[str]) -> str:
 def _chat_answer(reply: Reply) -> Answer:
     choice, usage = reply.body["choices"][0], reply.body["usage"]
     return Answer(
-        choice["message"]["content"],
+        choice["message"]["content"] or "",
         is_cut=choice["finish_reason"] == "length",
         num_prompt_tokens=usage["prompt_tokens"],
         num_tokens=usage["completion_tokens"],
