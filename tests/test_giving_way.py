@@ -78,6 +78,32 @@ def test_nothing_is_left_behind(tmp_path: Path, pauses: list[float]) -> None:
     assert pauses == []
 
 
+def test_a_signal_that_comes_as_the_work_ends_sets_no_timer(
+    tmp_path: Path, pauses: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It fired when the handler was gone, and one reader process in a hundred loads was ended."""
+    late: list[int] = []
+    before = signal.signal(signal.SIGALRM, lambda number, _: late.append(number))
+    setitimer = signal.setitimer
+
+    def interrupted(which: int, seconds: float) -> tuple[float, float]:
+        was = setitimer(which, seconds)
+        if not seconds:
+            signal.raise_signal(signal.SIGALRM)
+        return was
+
+    try:
+        monkeypatch.setattr(giving_way.signal, "setitimer", interrupted)
+        with giving_way.giving_way(load(tmp_path, 1)):
+            pass
+        assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)
+        work()
+        assert late == []
+    finally:
+        setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_without_a_load_to_read_nothing_is_set(tmp_path: Path) -> None:
     with giving_way.giving_way(tmp_path / "none"):
         assert signal.getitimer(signal.ITIMER_REAL) == (0.0, 0.0)

@@ -35,8 +35,11 @@ def giving_way(load: Path = LOAD) -> Iterator[None]:
         yield
         return
     cores = os.cpu_count() or 1
+    is_over = False
 
     def interrupt(_signal: int, _frame: FrameType | None) -> None:
+        if is_over:
+            return
         if num_running(load) > cores:
             time.sleep(PAUSE_S)
         signal.setitimer(signal.ITIMER_REAL, WORK_S)
@@ -46,6 +49,9 @@ def giving_way(load: Path = LOAD) -> Iterator[None]:
     try:
         yield
     finally:
+        # Python handles a signal that has come between any two of these lines. Were the timer set
+        # again there, it would end the process once nobody handles it.
+        is_over = True
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 

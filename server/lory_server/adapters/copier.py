@@ -82,7 +82,12 @@ def pieces(run: Run, length: int) -> Iterator[Run]:
 
 
 class HostCopier:
-    """Into a pool in host memory, with one thread (numpy's copy never starts more)."""
+    """Into a pool in host memory, with one thread (numpy's copy never starts more).
+
+    Steps could read blobs where they lie. But they lie on pages of 4 KiB: SGMV over 32 distinct
+    adapters of the small base took 3.9 -> 4.1 ms at every step, and one copy every other step, on
+    another core, takes it from 2.94 to 2.97.
+    """
 
     def __init__(self, pool: AdapterPool) -> None:
         self._pool = pool

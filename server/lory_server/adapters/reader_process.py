@@ -208,7 +208,8 @@ class ProcessReader:
     def _restart(self, cause: ReaderEndedError) -> None:
         if self._is_closed:
             raise cause
-        _log.warning("%s; another one starts", cause)
+        # As text: whoever keeps the record would keep the frames, and the blob that is read next.
+        _log.warning("%s; another one starts", str(cause))
         self._end()
         self._start()
 
