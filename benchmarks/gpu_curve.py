@@ -81,7 +81,7 @@ class Scale:
     """Over all points, if there is time."""
     readers: int
     host_reserve_bytes: int
-    """Of free host memory that adapters leave alone."""
+    """Of free host memory that adapters leave alone; at most an eighth of what was free."""
     copies: gpu_copies.Scale
     budget_s: float
 
@@ -281,11 +281,12 @@ def fill(
     arrived: list[Arrived] = []
     sent: dict[str, Kin] = {}
     bytes_sent, why, began_s = 0, "", time.monotonic()
+    reserve_bytes = min(scale.host_reserve_bytes, free_host_bytes() // 8)
     driver.restart()
     while (line and not why) or sent:
         while line and not why and len(sent) < scale.at_once:
             name, of = line[0]
-            why = _full(scale, wishes, deadline, bytes_sent, len(sent) + 1)
+            why = _full(scale, wishes, deadline, reserve_bytes, bytes_sent, len(sent) + 1)
             if not why:
                 del line[0]
                 driver.send(Request(name, prompt, 1))
@@ -316,7 +317,12 @@ def _arrived(reply: Reply, rank: int) -> Arrived:
 
 
 def _full(
-    scale: Scale, wishes: Wishes, deadline: Deadline, bytes_sent: int, on_their_way: int
+    scale: Scale,
+    wishes: Wishes,
+    deadline: Deadline,
+    reserve_bytes: int,
+    bytes_sent: int,
+    on_their_way: int,
 ) -> str:
     """Why no more adapters come; empty while they may."""
     if deadline.is_over:
@@ -325,8 +331,8 @@ def _full(
     if wishes.host_bytes:
         is_full = bytes_sent + scale.kin.adapter_bytes > wishes.host_bytes
         return f"{wishes.host_bytes / GIB:.0f} GiB were allowed" if is_full else ""
-    is_full = free_host_bytes() < scale.host_reserve_bytes + next_bytes
-    return "free host memory ran out" if is_full else ""
+    is_full = free_host_bytes() < reserve_bytes + next_bytes
+    return "free host memory ran out (--host-gib takes some unseen)" if is_full else ""
 
 
 def _held_line(held: dict[str, Any]) -> str:

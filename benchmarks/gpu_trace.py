@@ -68,7 +68,7 @@ class Trace:
 
     def parts_ms(self) -> dict[str, float]:
         """Of one step on the average."""
-        found = dict.fromkeys(PARTS, 0.0)
+        found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         for step in _cut(self.spans):
             for span, part in _with_parts(step):
                 found[part] += span.ms / self.steps
@@ -155,7 +155,7 @@ def _profile(device: torch.device) -> torch.profiler.profile:
     activity = torch.profiler.ProfilerActivity
     synchronize(device)
     kind = activity.CUDA if device.type == "cuda" else activity.CPU
-    return torch.profiler.profile(activities=[kind])
+    return torch.profiler.profile(activities=[kind], acc_events=True)
 
 
 def _spans(profile: torch.profiler.profile, device: torch.device) -> tuple[Span, ...]:

@@ -160,32 +160,38 @@ def cold_table(results: Path) -> str:
 
 
 def training_table(results: Path) -> str:
-    """What streams keep of their speed while a job trains beside them."""
-    found = sorted(results.glob("training-beside-*.json"))
+    """What streams keep of their speed while a job trains beside them, and the job of its own."""
+    found = [record.read(path) for path in sorted(results.glob("training-beside-*.json"))]
+    found = [one for one in found if "share" in one["settings"]]
     if not found:
         return "Not measured yet: run `python -m benchmarks.training_beside`.\n"
-    result = max((record.read(path) for path in found), key=lambda one: one["date"])
+    result = max(found, key=lambda one: one["date"])
     median, settings = result["median"], result["settings"]
     every = [
         one["beside"]["tokens_per_s"] / one["alone"]["tokens_per_s"]
         for one in result["repetitions"]
     ]
+    alone, beside = (median[f"training_tokens_per_s_{name}"] for name in ("alone", "beside"))
     rows = [
         [
-            "tokens per second",
+            "streams: tokens per second",
             f"{median['tokens_per_s_beside_to_alone']:.2f} ({min(every):.2f}-{max(every):.2f})",
         ],
-        ["gap between tokens, p50", f"{median['gap_p50_beside_to_alone']:.2f}"],
-        ["gap between tokens, p99", f"{median['gap_p99_beside_to_alone']:.2f}"],
+        ["streams: gap between tokens, p50", f"{median['gap_p50_beside_to_alone']:.2f}"],
+        ["streams: gap between tokens, p99", f"{median['gap_p99_beside_to_alone']:.2f}"],
+        [
+            "the job: tokens per second",
+            f"{beside / alone:.2f} ({beside:.0f} a second; {alone:.0f} without streams)",
+        ],
     ]
     footer = (
-        f"The job made {median['training_steps_per_s']:.1f} optimizer steps a second meanwhile. "
+        f"With `--tuning-share {settings['share']:g}`. "
         f"Medians of the ratios of {len(every)} runs (least-most), the demo's base, "
         f"{settings['streams']} streams, engine on {settings['threads']} thread, the job on "
         f"{settings['tuning_threads']}. {machine(result)}, {result['date'][:10]}, "
         f"{version(result)}: `{result['command']}`.\n"
     )
-    return markdown(["beside a job, against without", ""], rows) + "\n" + footer
+    return markdown(["with the other beside it, against without", ""], rows) + "\n" + footer
 
 
 def gpu_tables(results: Path) -> str:

@@ -1,16 +1,15 @@
 """From rows to a served adapter: trains train/pig-latin.yaml, publishes it, scores it, asks it.
 
-A demo server that listens at --url is used; else one is started for as long as this takes. The
-scores are the server's answers to rows that were held out. This script must not know how anything
-is trained or served.
+A demo server that listens at --url is used; else one is started for as long as this takes.
+Training and scoring are `lory train` and `lory eval`, the latter on rows that were held out. This
+script must not know how anything is trained, scored or served.
 """
 
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -22,6 +21,7 @@ DEMO_DIR = Path(__file__).parent
 CONFIG = DEMO_DIR / "train" / "pig-latin.yaml"
 NAME = "pig-latin"
 UPLOADED = f"upload:{NAME}"
+COMPLETION = "translation"
 NUM_SHOWN = 3
 START_TIMEOUT_S = 120.0
 LORY = (sys.executable, "-m", "lory_router")
@@ -56,14 +56,15 @@ def _wait(url: str, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while not _is_ready(url):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise SystemExit("the demo server did not start; try: lory demo")
+            raise SystemExit(
+                f"no demo server at {url}; give another port: make demo-train PORT=9000"
+            )
         time.sleep(0.2)
 
 
-def train(config: Path, url: str, folder: Path, extra: Sequence[str]) -> None:
-    places = ["--output", str(folder / NAME), "--run", str(folder / "run")]
-    command = [*LORY, "train", str(config), *places, "--replace", "--publish", url, *extra]
-    done = subprocess.run(command)
+def lory(*arguments: str) -> None:
+    """One of its commands, seen as it is; a failure ends this script too."""
+    done = subprocess.run([*LORY, *arguments])
     if done.returncode:
         raise SystemExit(done.returncode)
 
@@ -76,14 +77,6 @@ def ask(url: str, prompt: str, adapter_id: str | None) -> str:
     return reply.json()["generated_text"]
 
 
-def exact_match(url: str, rows: Sequence[dict[str, str]], adapter_id: str | None) -> float:
-    """Share of held-out phrases that are answered to the last letter."""
-    with ThreadPoolExecutor(16) as pool:
-        answers = pool.map(lambda row: ask(url, f"{row['phrase']} ->", adapter_id), rows)
-        right = [a == row["translation"] for a, row in zip(answers, rows, strict=True)]
-    return sum(right) / len(right)
-
-
 def main(
     url: Annotated[str, typer.Option(help="Of the demo server.")] = "http://127.0.0.1:8080",
     config: Annotated[Path, typer.Option(help="Of the run; its rows have phrases.")] = CONFIG,
@@ -94,16 +87,16 @@ def main(
 ) -> None:
     """Train an adapter on the demo's base, publish it, score it, ask it."""
     started = time.monotonic()
+    output, run = folder / NAME, folder / "run"
+    held_out = run / "test.jsonl"
     with demo_server(url):
-        train(config, url, folder, extra or ())
-        lines = (folder / "run" / "test.jsonl").read_text(encoding="utf-8").split("\n")
-        rows = [json.loads(line) for line in lines if line]
-        base, adapter = exact_match(url, rows, None), exact_match(url, rows, UPLOADED)
-        typer.echo(
-            f"exact on {len(rows)} held-out phrases: base {base:.0%}, {UPLOADED} {adapter:.0%}"
-        )
-        for row in rows[:NUM_SHOWN]:
-            prompt = f"{row['phrase']} ->"
+        places = ("--output", str(output), "--run", str(run), "--replace")
+        lory("train", str(config), *places, "--publish", url, *(extra or ()))
+        asked = ("--adapter", UPLOADED, "--completion", COMPLETION, "--server", url)
+        lory("eval", str(held_out), *asked, "--gate", "exact_match > base")
+        lines = held_out.read_text(encoding="utf-8").splitlines()[:NUM_SHOWN]
+        for phrase in (json.loads(line)["phrase"] for line in lines):
+            prompt = f"{phrase} ->"
             typer.echo(f"{prompt!r}\n  base      : {ask(url, prompt, None)!r}")
             typer.echo(f"  {NAME} : {ask(url, prompt, UPLOADED)!r}")
     typer.echo(

@@ -13,9 +13,9 @@ from pathlib import Path
 from types import FrameType
 
 NUM_STEPS = 4
-SLOW, FAILING, DYING, HUNGRY, DEAF, TELLING = 1001, 1002, 1003, 1004, 1005, 1006
+SLOW, FAILING, DYING, HUNGRY, DEAF, TELLING, HUNGRY_CHILD = range(1001, 1008)
 """Seeds: steps that take 0.4 s; ends in an error; kills itself; takes 300 MB; hears no SIGTERM;
-names its folder in what it says."""
+names its folder in what it says; has a child that takes 300 MB."""
 FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -69,7 +69,9 @@ class Run:
         if step == 2 and self.seed == DYING:
             print("about to die", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-        if step == 2 and self.seed == HUNGRY:
+        if step == 2 and self.seed == HUNGRY_CHILD and os.fork():
+            time.sleep(30)
+        if step == 2 and self.seed in (HUNGRY, HUNGRY_CHILD):
             held = bytearray(300 * 2**20)
             held[::4096] = b"x" * len(held[::4096])
             time.sleep(30)

@@ -1,14 +1,15 @@
 """Charges: they sum to the step, follow the work, and depend on nothing else."""
 
 import math
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lory_server.accounting import CostModel, Share, charge, row_share
+from lory_server.accounting import NO_WORK, AdapterWork, CostModel, Share, charge, row_share
 from lory_server.messages import Sampling, Submit
-from lory_server.plan import BASE_SLOT, PlanRow
+from lory_server.plan import BASE_SLOT, PlanRow, SampleRow
 
 
 def share(work: float, request_id: int = 0) -> Share:
@@ -61,12 +62,31 @@ def test_a_row_that_the_base_computes_costs_what_the_bases_does() -> None:
     def row(start: int, num_tokens: int, slot: int) -> PlanRow:
         return PlanRow(1, 0, start, [5] * num_tokens, [0], slot, sample=None)
 
-    before = row_share(command, row(4, 8, BASE_SLOT), 200_000, model)
-    acting = row_share(command, row(4, 8, 0), 200_000, model)
+    adapter = AdapterWork(200_000)
+    before = row_share(command, row(4, 8, BASE_SLOT), adapter, model)
+    acting = row_share(command, row(4, 8, 0), adapter, model)
     assert before.work == model.work(4, 8, 0)
     assert acting.work == model.work(4, 8, 200_000) > before.work
-    assert (before.prompt_tokens, row_share(command, row(18, 4, 0), 0, model).prompt_tokens) == (
-        8,
-        2,
-    )
+    assert before.prompt_tokens == 8
+    assert row_share(command, row(18, 4, 0), NO_WORK, model).prompt_tokens == 2
     assert (before.adapter_id, before.tenant) == ("a", "t")
+
+
+def test_a_head_of_its_own_is_paid_for_by_the_rows_that_have_logits() -> None:
+    """It is read and multiplied beside the base's: for a token sampled and for one scored, and
+    neither for the rest of a prompt nor for the base's rows."""
+    model = CostModel.of(1_000_000, 4, 128, 2)
+    command = Submit(
+        request_id=1, prompt_ids=(5,) * 20, sampling=Sampling(max_new_tokens=4, seed=0)
+    )
+    sample = SampleRow(command.sampling, position=9)
+
+    def work(adapter: AdapterWork, slot: int = 0, **fields: Any) -> float:
+        row = PlanRow(1, 0, 4, [5] * 5, [0], slot, **{"sample": None, **fields})
+        return row_share(command, row, adapter, model).work
+
+    plain, headed = AdapterWork(2_000), AdapterWork(2_000, head_params=250_000)
+    assert work(headed) == work(plain)
+    assert work(headed, sample=sample) == pytest.approx(work(plain, sample=sample) + 0.25)
+    assert work(headed, targets=[5, 5, 5]) == pytest.approx(work(plain) + 0.75)
+    assert work(headed, slot=BASE_SLOT, sample=sample) == work(plain, slot=BASE_SLOT, sample=sample)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from adapter_files import HIDDEN, SITES, make_config, make_tensors
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.format import NO_FILES, AdapterManifest, Base, read_manifest
 from lory_server.adapters.merge_plan import plan_merge
+from lory_server.adapters.tokenizer_files import tokenizer_of
 from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE, Site, Slice
 from lory_server.recipes import MergeSource, Recipe
 
@@ -71,6 +73,7 @@ def test_a_saved_module_is_read_under_each_of_its_names(name: str, tmp_path: Pat
     [weight] = manifest.full
     assert (weight.module, weight.token_ids, weight.is_tied) == (HEAD_MODULE, (), False)
     assert manifest.has_own_head
+    assert manifest.head_params == VOCAB * HIDDEN
     assert not manifest.needs_base
     assert manifest.num_bytes(4) - manifest.pool_bytes(4) == VOCAB * HIDDEN * 4
 
@@ -80,6 +83,7 @@ def test_norm_is_every_module_whose_name_ends_so(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, shapes, modules_to_save=["norm"])
     assert [weight.module for weight in manifest.full] == [module for module, _ in NORMS]
     assert not manifest.has_own_head
+    assert manifest.head_params == 0
 
 
 def test_lora_on_an_end_may_come_with_the_base_s_own_weight(tmp_path: Path) -> None:
@@ -123,6 +127,7 @@ def test_trained_tokens_are_of_both_ends_where_peft_ties_them(
     shapes: Shapes = {f"{name}.{DELTA}": (2, HIDDEN) for name in names}
     manifest = manifest_of(tmp_path, shapes, base, trainable_token_indices=indices)
     assert {weight.is_tied for weight in manifest.full} == {tied}
+    assert manifest.head_params == (2 * HIDDEN if tied or HEAD in names else 0)
     assert len(manifest.full) == len(names)
     assert not manifest.has_own_head
 
@@ -288,3 +293,13 @@ def test_a_token_beyond_the_adapter_s_own_embedding_is_refused(tmp_path: Path) -
     says = "has a token 12, the adapter's own embedding has 12 tokens"
     with pytest.raises(AdapterInvalidError, match=says):
         manifest_with_tokenizer(tmp_path, OWN, beyond, **SAVED)
+
+
+def test_a_tokenizer_that_could_run_for_ever_refuses_its_adapter(tmp_path: Path) -> None:
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    cutting = TOKENIZER | {"pre_tokenizer": pattern}
+    with pytest.raises(AdapterInvalidError, match="pre_tokenizer has a step 'Split'"):
+        manifest_with_tokenizer(tmp_path, {}, cutting)
+    base = replace(UNTIED, tokenizer=tokenizer_of({"tokenizer.json": json.dumps(cutting).encode()}))
+    own = cutting | {"added_tokens": [{"id": 3, "content": "x"}]}
+    assert manifest_with_tokenizer(tmp_path, {}, own, base=base).tokenizer

@@ -122,6 +122,21 @@ def test_a_refused_pin_is_not_kept():
     assert not registry.state.pins
 
 
+@pytest.mark.parametrize("name", ["french", f"french@{REVISION[:8]}"])
+def test_a_pin_that_cannot_be_written_down_is_none(name: str, tmp_path: Path):
+    registry = Registry(str(tmp_path / "registry"))
+    front = Front(registry=registry)
+    registry._connection.execute("PRAGMA query_only = 1")
+    assert "nothing was changed" in error(front.post(f"{ADAPTERS}/{name}/pin"), 500)
+    assert not front.engine.pinned
+    registry._connection.execute("PRAGMA query_only = 0")
+    assert front.post(f"{ADAPTERS}/{name}/pin").status_code == 200
+    registry._connection.execute("PRAGMA query_only = 1")
+    error(front.post(f"{ADAPTERS}/{name}/pin"), 500)
+    assert front.engine.pinned == {"french"}
+    registry.close()
+
+
 def test_a_pin_of_an_adapter_that_is_no_more_can_be_taken_away():
     front = Front()
     front.post(f"{ADAPTERS}/french/pin")
@@ -374,12 +389,22 @@ def test_a_link_to_the_folder_is_the_folder(tmp_path: Path):
         ({"lora_name": "sql"}, "`lora_path` is required"),
         ({"lora_name": "a b", "lora_path": "french"}, "`lora_name`"),
         ({"lora_name": "sql", "lora_path": "french", "weights": "x"}, "unknown field"),
+        ({"lora_name": "sql", "lora_path": "french", "is_3d_lora_weight": True}, "unknown field"),
+        ({"lora_name": "sql", "lora_path": "french", "lora_int_id": 7}, "unknown field"),
     ],
 )
 def test_a_load_that_says_too_little_or_too_much_is_refused(body: Any, says: str):
     front = Front()
     assert says in error(front.post("/v1/load_lora_adapter", body), 400)
     assert not front.engine.orders
+
+
+def test_fields_that_clients_of_vllm_leave_unset_are_passed_over():
+    front = Front()
+    unset = {"lora_int_id": None, "is_3d_lora_weight": False}
+    assert load_lora(front, "sql", "french", load_inplace=False, **unset).status_code == 200
+    body = {"lora_name": "sql", "lora_int_id": None}
+    assert front.post("/v1/unload_lora_adapter", body).status_code == 200
 
 
 def test_a_load_that_fails_registers_nothing():

@@ -80,6 +80,9 @@ def test_missing_weights_are_invalid_and_pickles_are_named(root: Path) -> None:
     (root / "one" / "adapter_model.safetensors").unlink()
     with pytest.raises(AdapterInvalidError, match="safetensors is missing"):
         AdapterStore(root).locate("one")
+    (root / "one" / "adapter_model.safetensors.index.json").write_bytes(b"{}")
+    with pytest.raises(AdapterInvalidError, match="save them in one file"):
+        AdapterStore(root).locate("one")
     (root / "one" / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(AdapterInvalidError, match="pickles are never read"):
         AdapterStore(root).locate("one")

@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "lory_router": {
         "lory_server.messages",
         "lory_server.recipes",
+        "lory_server.host_memory",
         "lory_server.lifeline",
         "lory_server.low_priority",
         "lory_server.adapters.config",

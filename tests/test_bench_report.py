@@ -200,17 +200,25 @@ def test_what_streams_keep_beside_training_is_told_with_its_range(tmp_path: Path
         "commit": "0" * 40,
         "versions": {"torch": "2.13.0"},
         "machine": {"cpu": "CPU", "cores": 2},
-        "settings": {"streams": 8, "threads": 1, "tuning_threads": 1},
+        "settings": {"streams": 8, "threads": 1, "tuning_threads": 1, "share": 0.1},
         "repetitions": [one(80.0), one(95.0), one(90.0)],
         "median": {
             "tokens_per_s_beside_to_alone": 0.9,
             "gap_p50_beside_to_alone": 1.1,
             "gap_p99_beside_to_alone": 1.3,
-            "training_steps_per_s": 3.25,
+            "training_tokens_per_s_alone": 500.0,
+            "training_tokens_per_s_beside": 50.0,
         },
     }
     assert "Not measured yet" in report.training_table(tmp_path)
     (tmp_path / "training-beside-1.json").write_text(json.dumps(result))
     made = report.training_table(tmp_path)
-    assert "| tokens per second | 0.90 (0.80-0.95) |" in made
-    assert "3.2 optimizer steps" in made
+    assert "| streams: tokens per second | 0.90 (0.80-0.95) |" in made
+    assert "| the job: tokens per second | 0.10 (50 a second; 500 without streams) |" in made
+    assert "--tuning-share 0.1" in made
+
+
+def test_what_was_measured_before_a_share_was_kept_is_not_told_any_more(tmp_path: Path):
+    result = {"date": "2026-11-21T20:00:00Z", "settings": {"streams": 8}}
+    (tmp_path / "training-beside-1.json").write_text(json.dumps(result))
+    assert "Not measured yet" in report.training_table(tmp_path)

@@ -144,6 +144,31 @@ def test_many_requests_at_once_each_get_their_own_tokens() -> None:
     in_house(story)
 
 
+def test_an_engine_serves_from_the_first_request_to_the_end_of_the_last() -> None:
+    """However they end; what gives way to requests waits for this."""
+
+    async def story(home: House) -> None:
+        await home.ready()
+        assert not home.engine.serving.is_set()
+        short, long = [await home.engine.submit(request(num_tokens=n)) for n in (1, 50)]
+        assert home.engine.serving.is_set()
+        await read_all(short)
+        assert home.engine.serving.is_set() == bool(home.engine.num_in_flight)
+        await read_all(long)
+        assert not home.engine.serving.is_set()
+        stuck = await home.engine.submit(request("stuck", 100))
+        assert home.engine.serving.is_set()
+        stuck.cancel()
+        await read_all(stuck)
+        assert not home.engine.serving.is_set()
+        lost = await home.engine.submit(request("slow", 10_000))
+        home.engine.kill()
+        await read_all(lost)
+        await home.until(lambda: not home.engine.serving.is_set())
+
+    in_house(story)
+
+
 def test_cancel_ends_the_request_with_the_engines_own_word() -> None:
     async def story(home: House) -> None:
         await home.ready()

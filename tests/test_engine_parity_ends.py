@@ -321,3 +321,19 @@ def test_after_a_storm_every_byte_is_back(llama: ParityWorld, depth: int) -> Non
     assert (adapters.budget.used_bytes, adapters.device.used_bytes) == (0, 0)
     assert full.extents.free_bytes == full.total_bytes > 0
     assert not full.by_slot
+
+
+def test_a_head_of_its_own_is_charged_to_who_uses_it(llama: ParityWorld) -> None:
+    """Beside an adapter of the same factors that has the base's head."""
+    session = Session(llama.options())
+    for request_id, name in enumerate(("head", "embed")):
+        session.submit(request_id, PROMPT, name, max_new_tokens=8, ignore_eos=True)
+    session.run()
+    session.close()
+    together = [
+        {charge.adapter_id: charge.seconds for charge in report.charges}
+        for report in session.reports
+        if sum(charge.generated_tokens for charge in report.charges) == 2
+    ]
+    assert together
+    assert all(seconds["head"] > 1.05 * seconds["embed"] for seconds in together)

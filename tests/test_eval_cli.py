@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
@@ -110,6 +110,26 @@ def test_what_is_not_better_is_not_published_and_what_is_is(url, tmp_path, regis
     assert registry.state.names["loud@live"] == Target("loud", REVISION)
 
 
+def test_scores_are_recorded_beside_what_the_manifest_said(url, tmp_path, monkeypatch):
+    monkeypatch.setattr("lory_trainer.evaluation.cli.serving", lambda *_: nullcontext(url))
+    (tmp_path / "loud").mkdir()
+    manifest = tmp_path / "loud" / "adapter_manifest.json"
+    manifest.write_text(json.dumps({"template": "{text}", "scores": "old"}))
+    flags = ("--adapter", "loud", "--base", "b", "--adapters", str(tmp_path), "--record")
+    done = lory_eval(url, write_rows(tmp_path), *flags, "--gate", "exact_match > base")
+    assert done.exit_code == 0, done.output
+    told = json.loads(manifest.read_text())
+    assert told["template"] == "{text}"
+    assert told["scores"]["variants"]["loud"]["exact_match"]["value"] == 0.75
+    assert told["scores"]["variants"]["base"]["exact_match"]["value"] == 0
+    assert told["scores"]["gates"] == [{"condition": "exact_match > base", "holds": True}]
+    assert (told["scores"]["data"]["rows"], told["scores"]["candidate"]) == (4, "loud")
+    assert [path.name for path in (tmp_path / "loud").iterdir()] == [manifest.name]
+    manifest.unlink()
+    done = lory_eval(url, write_rows(tmp_path), *flags)
+    assert (done.exit_code, "--record: " in done.output) == (1, True)
+
+
 @pytest.mark.parametrize("num_rows", [1, 4, 5])
 def test_what_is_better_by_chance_is_not_published(url, tmp_path, registry, num_rows):
     data = write_rows(tmp_path, ENOUGH[:num_rows])
@@ -156,6 +176,7 @@ def test_compare_asks_two_adapters_and_nobody_else(url, tmp_path):
         (("--adapter", "loud", "--gate", "good"), "secret", "FIGURE SIGN NUMBER"),
         (("--adapter", "loud", "--base", "x"), "secret", "--base and --adapters"),
         (("--adapter", "loud", "--serve-flags", "x"), "secret", "--serve-flags"),
+        (("--adapter", "loud", "--record"), "secret", "--record needs the folder"),
         (("--adapter", "loud", "--output", "/dev/null/x"), "secret", "cannot be written"),
         (("--compare", "loud", "meek", "--against", "nobody"), "secret", "compare"),
         (("--compare", "loud", "loud"), "secret", "two revisions of one"),

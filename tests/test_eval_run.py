@@ -139,7 +139,9 @@ def test_an_adapter_of_chats_is_compared_with_the_base_in_a_chat(tmp_path):
 
 def test_the_base_ends_where_the_adapter_does():
     """Or what it goes on to say would count against it alone."""
-    like = adapter_variant(AdapterFacts("loud", template="{text} ->", stop=("\n",)), "")
+    like = adapter_variant(
+        AdapterFacts("loud", template="{text} ->", stop=("\n",)), "", is_conversation=False
+    )
     row, sampling = Row("line 1", {"text": "one"}, "ONE"), Sampling(0, 8, is_greedy=True)
     _, body = request(base_variant("tiny", like), row, sampling)
     assert body["parameters"]["stop"] == ["\n"]

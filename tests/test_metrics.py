@@ -360,6 +360,69 @@ def test_no_second_is_lost_or_counted_twice(events: list[Event]) -> None:
         previous = split
 
 
+Turn = tuple[str, float, float]
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["work", "half", "idle", "crash"]), st.floats(0.01, 50), st.floats(0, 1)
+        )
+    )
+)
+def test_training_is_charged_once_whatever_ran_beside_it(turns: list[Turn]) -> None:
+    """Out of idle time, out of what requests would pay, out of time without an engine."""
+    now, charged = 50.0, {"t": 0.0, "u": 0.0}
+    ledger = Ledger(now, trained=lambda: charged)
+    for kind, seconds, trained in turns:
+        now += seconds
+        charged["u" if trained > 0.5 else "t"] += seconds * trained
+        if kind == "crash":
+            ledger.engine_ended(now)
+        else:
+            busy = {"work": seconds, "half": seconds / 2, "idle": 0.0}[kind]
+            charges = (charge("a", busy / 4), charge("b", busy * 3 / 4)) if busy else ()
+            ledger.report(report(wall=seconds, charges=charges), now)
+        split = ledger.split(now)
+        assert math.isclose(split.total, now - 50.0, rel_tol=1e-9)
+        assert split.by_trainee == pytest.approx(charged)
+        assert sum(split.by_tenant.values()) == pytest.approx(sum(split.by_adapter.values()))
+        parts = (*split.by_adapter.values(), split.idle, split.unattributed)
+        assert min(parts) >= -1e-9
+
+
+def test_a_report_that_comes_late_charges_training_no_more_than_there_was() -> None:
+    """The rest waits for the next one."""
+    charged = {"t": 3.0}
+    ledger = Ledger(0.0, trained=lambda: charged)
+    ledger.report(report(wall=1.0, charges=(charge("a", 0.8),)), 1.0)
+    split = ledger.split(1.0)
+    assert (split.by_trainee, split.idle, split.by_adapter["a"]) == ({"t": 1.0}, 0.0, 0.0)
+    ledger.report(report(wall=4.0, charges=(charge("a", 1.0),)), 5.0)
+    split = ledger.split(5.0)
+    assert split.by_trainee == pytest.approx(charged)
+    assert (split.idle, split.by_adapter["a"]) == pytest.approx((1.0, 1.0))
+
+
+def test_costs_with_a_job_add_up_to_the_machines() -> None:
+    """The sum of everything that has a price, training with it, by one job's own clock."""
+    clock, charged = Clock(), {"acme": 0.0}
+    metrics = Metrics(model="base", price_per_hour=PRICE, clock=clock, trained=lambda: charged)
+    for busy in (0.0, 1.0, 1.0, 0.25):
+        metrics.engine_up(INFO)
+        clock.now += 2
+        charged["acme"] += 0.5
+        charges = (charge("a", busy),) if busy else ()
+        metrics.engine_report(report(wall=2.0, charges=charges))
+    found = samples(metrics)
+    assert found["lory_training_cost_total", "acme"] == pytest.approx(0.002)
+    assert found["lory_cost_idle_total",] == pytest.approx(0.00375)
+    assert found["lory_cost_total", "a"] == pytest.approx(0.00225), "there was idle time enough"
+    together = all_costs(metrics) + found["lory_training_cost_total", "acme"]
+    assert together == pytest.approx(0.008)
+
+
 def test_counters_never_fall_between_scrapes_of_a_running_engine() -> None:
     clock = Clock()
     metrics = new_metrics(clock)

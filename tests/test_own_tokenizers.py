@@ -4,7 +4,9 @@ which load the tokenizer from the adapter's folder."""
 import asyncio
 import json
 import shutil
+import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import tiny_tokenizers
 from clients.server_process import serving
 from lory_router.errors import AdapterInvalid, AdapterReplaced
 from lory_router.own_texts import OwnTexts
-from lory_server.adapters.tokenizer_files import tokenizer_of
+from lory_server.adapters.tokenizer_files import COMPANIONS, TOKENIZER_NAME, tokenizer_of
 from lory_server.messages import Manner
 from own_tokenizers_world import ADDED, BASE_TOKENS, OwnReference, World, make_world
 from scripted_engine import BASE, Answer, Front, ScriptedEngine
@@ -36,6 +38,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def url(world: World) -> Iterator[str]:
     flags = ("--dtype", "float32", "--device", "cpu", "--full-weights-memory", "1MiB")
     folder = world.adapters_dir.parent
+    flags += ("--adapter-cache", str(folder / "cache"), "--adapter-uploads")
     with serving(folder / "log", *flags, adapters=world.adapters_dir, model=world.base) as url:
         yield url
 
@@ -185,6 +188,51 @@ def test_a_replaced_tokenizer_is_used_at_once(world: World, url: str) -> None:
     assert tokens[0] == tokens[1]
 
 
+def test_an_uploaded_adapter_is_the_very_one_that_lies_in_the_folder(
+    world: World, url: str
+) -> None:
+    files = [(path.name, (path.name, path.read_bytes())) for path in _parts(world, "grown")]
+    sent = httpx.put(f"{url}/v1/adapters/grown/files", files=files, trust_env=False)
+    assert sent.status_code == 201, sent.text
+    bodies = [body("x<note>y", name) for name in ("grown", "upload:grown")]
+    local, uploaded = all_at_once(url, bodies)
+    assert uploaded.status_code == 200, uploaded.text
+    assert uploaded.json() == local.json()
+    assert uploaded.headers["x-adapter-revision"] == local.headers["x-adapter-revision"]
+
+
+def _parts(world: World, name: str) -> list[Path]:
+    named = ("adapter_config.json", "adapter_model.safetensors", TOKENIZER_NAME, *COMPANIONS)
+    paths = [world.adapters[name].folder / file for file in named]
+    return [path for path in paths if path.is_file()]
+
+
+def test_a_merge_is_asked_by_the_tokenizer_that_its_sources_share(url: str) -> None:
+    """Two halves of one adapter are that adapter, whose tokenizer is not the base's."""
+
+    def merged(*names: str) -> dict[str, Any]:
+        asked = body("ab", "")
+        asked["parameters"]["merged_adapters"] = {"ids": names, "weights": [0.5] * len(names)}
+        return asked
+
+    sent = [body("ab", "swapped"), merged("swapped", "swapped"), merged("plain", "swapped")]
+    alone, halves, mixed = all_at_once(url, sent)
+    assert halves.status_code == 200, halves.text
+    ids = [[t["id"] for t in one.json()["details"]["tokens"]] for one in (alone, halves)]
+    assert ids[0] == ids[1]
+    assert halves.json()["generated_text"] == alone.json()["generated_text"]
+    assert mixed.status_code == 422
+    assert "source 2 ('swapped'): the adapter is asked by a tokenizer" in mixed.json()["error"]
+
+
+def test_a_text_is_cut_as_the_named_adapters_tokenizer_cuts_it(world: World, url: str) -> None:
+    for name in ("", "grown", "swapped", "plain"):
+        sent = {"inputs": "a<note>b", "adapter_id": name}
+        told = httpx.post(f"{url}/tokenize", json=sent, trust_env=False).json()
+        wanted = tokenizer_of_name(world, name)("a<note>b")["input_ids"]
+        assert [token["id"] for token in told] == wanted
+
+
 # -- what is kept ---------------------------------------------------------------------------
 
 TEXT = tiny_tokenizers.byte_level()
@@ -244,6 +292,62 @@ def test_a_file_that_no_tokenizer_can_be_made_of_is_refused_by_name(
     texts = OwnTexts(TEXT, str(tmp_path), 2)
     with pytest.raises(AdapterInvalid, match="'one': its tokenizer cannot be used"):
         asyncio.run(texts.of("one", manner))
+
+
+def test_a_broken_file_is_read_once_for_many_requests_and_told_of_its_adapter_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = '{"model": {"type": "Unknown", "vocab": {"a": 0}}}'
+    manner = folder_with(tmp_path, "one", broken)
+    folder_with(tmp_path, "two", broken)
+    texts, read = OwnTexts(TEXT, str(tmp_path), 2), []
+    made = texts._made
+    monkeypatch.setattr(texts, "_made", lambda name, of: read.append(name) or made(name, of))
+
+    async def story() -> None:
+        names = ["one", "two"] * 5
+        told = await asyncio.gather(
+            *(texts.of(name, manner) for name in names), return_exceptions=True
+        )
+        for name, error in zip(names, told, strict=True):
+            assert isinstance(error, AdapterInvalid)
+            assert repr(name) in error.message
+        with pytest.raises(AdapterInvalid, match="'two'"):
+            await texts.of("two", manner)
+
+    asyncio.run(story())
+    assert sorted(read) == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        ("{{ 10**(10**10) }}", "chat_template: takes more than 1 s"),
+        ("{% for %}", "chat_template: .*does not compile"),
+    ],
+)
+def test_a_template_that_never_ends_refuses_its_adapter_and_stops_nobody(
+    tmp_path: Path, template: str, says: str
+) -> None:
+    folder_with(tmp_path, "one", file_with("<one>"))
+    (tmp_path / "one" / "chat_template.jinja").write_text(template)
+    files = {
+        name: (tmp_path / "one" / name).read_bytes()
+        for name in ("tokenizer.json", "chat_template.jinja")
+    }
+    manner = Manner(digest="one", tokenizer=tokenizer_of(files).digest)
+    texts, ticks = OwnTexts(TEXT, str(tmp_path), 2), []
+
+    async def story() -> None:
+        asked = asyncio.ensure_future(texts.of("one", manner))
+        while not asked.done():
+            await asyncio.sleep(0.01)
+            ticks.append(time.monotonic())
+        with pytest.raises(AdapterInvalid, match=says):
+            await asked
+
+    asyncio.run(story())
+    assert max((after - before for before, after in pairwise(ticks)), default=0) < 0.5
 
 
 def test_a_request_is_made_by_the_adapter_s_tokenizer(tmp_path: Path) -> None:

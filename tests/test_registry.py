@@ -280,6 +280,25 @@ def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
         assert "damaged" in refusal(path)
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DROP TABLE pins",
+        "ALTER TABLE names RENAME COLUMN revision TO whose",
+        "INSERT INTO merges VALUES ('blend', '{')",
+        "INSERT INTO merges VALUES ('blend', '{\"sources\": 3}')",
+    ],
+)
+def test_a_sound_file_that_is_no_registry_any_more_is_refused(
+    tmp_path: Path, statement: str
+) -> None:
+    path = tmp_path / "registry"
+    Registry(str(path)).close()
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute(statement)
+    assert "damaged or no registry" in refusal(path)
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "folder is not there" in refusal(tmp_path / "none" / "registry")
     assert "must be a file" in refusal(tmp_path)
@@ -337,3 +356,37 @@ def test_the_event_loop_goes_on_while_a_change_is_written(
 
     with closing(Registry(str(tmp_path / "registry"))) as registry:
         asyncio.run(main(registry))
+
+
+WRITING = """
+import asyncio, sys
+from lory_router.names import Target
+from lory_router.registry import Registry
+
+async def main():
+    registry = Registry(sys.argv[1])
+    for number in range(int(sys.argv[2]), 1_000_000):
+        await registry.register(f"n{number}@prod", Target("support", "0" * 32), "acme")
+        await registry.pin(Target(f"n{number}"))
+        print(number, flush=True)
+
+asyncio.run(main())
+"""
+
+
+def test_what_was_answered_before_a_kill_is_there_and_nothing_is_half(tmp_path: Path) -> None:
+    path, answered = str(tmp_path / "registry"), -1
+    for num_answers in (1, 7, 20):
+        command = [sys.executable, "-c", WRITING, path, str(answered + 1)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for _ in range(num_answers):
+                answered = int(process.stdout.readline())
+            process.kill()
+            answered = max([answered, *map(int, process.stdout.read().split())])
+        with closing(Registry(path)) as registry:
+            state = registry.state
+        told = {f"n{number}@prod" for number in range(answered + 1)}
+        assert told <= state.names.keys() <= told | {f"n{answered + 1}@prod"}
+        assert state.owners.keys() == state.names.keys()
+        assert len(state.names) - len(state.pins) in (0, 1)

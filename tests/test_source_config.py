@@ -39,9 +39,9 @@ def test_with_a_cache_there_is_the_hub_and_others_when_listed(tmp_path: Path):
 
 def test_the_engine_reads_where_the_cache_keeps(tmp_path: Path):
     chosen = config(tmp_path)
-    assert chosen.router_settings().trusted_tokenizers == {"s3", "web"}
-    trusting = config(tmp_path, trust_tokenizers="upload,hub")
-    assert trusting.router_settings().trusted_tokenizers == {"s3", "web", "hub", "upload"}
+    assert chosen.router_settings().trusted_templates == {"s3", "web"}
+    trusting = config(tmp_path, trust_templates="upload,hub")
+    assert trusting.router_settings().trusted_templates == {"s3", "web", "hub", "upload"}
     DiskCache(tmp_path / "c", 1).close()
     assert Path(chosen.engine_options().fetched_dir) == tmp_path / "c" / HELD
     assert (tmp_path / "c" / HELD).is_dir()
@@ -55,7 +55,7 @@ def test_every_flag_arrives(tmp_path: Path):
         "hub_token": "t", "hub_hosts": "x", "s3_buckets": "p,q", "s3_endpoint": "http://s",
         "s3_region": "r", "s3_access_key_id": "k", "s3_secret_access_key": "s",
         "s3_session_token": "n", "tenant_uploads_size": 2,
-        "trust_tokenizers": "hub",
+        "trust_templates": "hub",
     }  # fmt: skip
     assert set(flags) | {"adapter_cache"} == {field.name for field in fields(SourceConfig)}
     flags["request_timeout"], flags["max_queued"] = 9.0, 40
@@ -79,7 +79,7 @@ def test_every_flag_arrives(tmp_path: Path):
         ({"hub_endpoint": "huggingface.co"}, "--hub-endpoint: 'huggingface.co' is not a URL"),
         ({"s3_endpoint": "http://u:p@h"}, "--s3-endpoint: "),
         ({"s3_access_key_id": "k"}, "--s3-access-key-id: needs --s3-secret-access-key"),
-        ({"trust_tokenizers": "hub,s3"}, "--trust-tokenizers: 's3' is none of hub, upload"),
+        ({"trust_templates": "hub,s3"}, "--trust-templates: 's3' is none of hub, upload"),
         ({"adapter_cache_size": 0}, "--adapter-cache-size: must be more than 0"),
         ({"source_timeout": 0.0}, "--source-timeout: must be more than 0"),
         ({"adapter_recheck": -1.0}, "--adapter-recheck: -1.0 is too small"),

@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, normalizers, pre_tokenizers
+from tokenizers import Tokenizer
 
 import tiny_tokenizers
-from lory_router.tokenizer_trust import check_works_as
 from lory_server.adapters.manner import MANIFEST_NAME
 from lory_server.adapters.tokenizer_files import TOKENIZER_NAME
 from scripted_engine import TEXT
@@ -32,21 +31,15 @@ TEMPLATE_NAME = "chat_template.jinja"
 CHAT = {"messages": [{"role": "user", "content": "x"}]}
 
 
-def tokenizer_of(**changes: Any) -> Tokenizer:
-    """Of bytes as the base's, with one more token; and what is changed of it."""
+def tokenizer_of() -> Tokenizer:
+    """Of bytes as the base's, with one more token."""
     tokenizer = Tokenizer.from_str(tiny_tokenizers.byte_level().tokenizer.to_str())
     tokenizer.add_tokens(["<tool>"])
-    for name, value in changes.items():
-        setattr(tokenizer, name, value)
     return tokenizer
 
 
-def file_of(**changes: Any) -> dict[str, bytes]:
-    return {TOKENIZER_NAME: tokenizer_of(**changes).to_str().encode()}
-
-
-def lower() -> normalizers.Normalizer:
-    return normalizers.Lowercase()
+def file_of() -> dict[str, bytes]:
+    return {TOKENIZER_NAME: tokenizer_of().to_str().encode()}
 
 
 @pytest.fixture
@@ -145,50 +138,6 @@ def test_a_fetched_adapters_tokenizer_makes_its_prompts(world: World) -> None:
     assert len(front.post("/tokenize", {"inputs": "a<tool>"}).json()) == 7
 
 
-@pytest.mark.parametrize(
-    ("changes", "part"),
-    [
-        ({"normalizer": lower()}, "normalizer"),
-        ({"pre_tokenizer": pre_tokenizers.Split("(a+)+$", "isolated")}, "pre_tokenizer"),
-    ],
-)
-def test_a_strangers_tokenizer_cuts_texts_as_the_bases_does_or_is_not_run(
-    world: World, changes: dict[str, Any], part: str
-) -> None:
-    """A regular expression of anybody's on the hub would run on prompts, for ever if it likes."""
-    world.hub.repos["org/open"] = Repo({**ONE, **file_of(**changes)})
-    reply = world.front().post("/generate", lorax(adapter_id="hub:org/open"))
-    assert reply.status_code == 422
-    assert f"its {part} is another than the base's" in reply.json()["error"]
-    assert "--trust-tokenizers" in reply.json()["error"]
-    assert "hub:org/open" in reply.json()["error"]
-    world.settings = {"trusted_tokenizers": frozenset(("hub",))}
-    reply = world.front().post("/generate", lorax(adapter_id="hub:org/open"))
-    assert reply.status_code == 200, reply.text
-
-
-def test_a_strangers_long_token_is_not_run() -> None:
-    tokenizer = tokenizer_of()
-    tokenizer.add_tokens(["x" * 300])
-    with pytest.raises(ValueError, match="more than 256 characters"):
-        _check(tokenizer)
-    tokenizer = tokenizer_of()
-    tokenizer.post_processor = tiny_tokenizers.TemplateProcessing(
-        single=" ".join(["<s>"] * 1000 + ["$A"]), special_tokens=[("<s>", 256)]
-    )
-    with pytest.raises(ValueError, match="post_processor has over"):
-        _check(tokenizer)
-    with pytest.raises(ValueError, match="of another kind"):
-        _check(tiny_tokenizers.words().tokenizer, pre_tokenizer=TEXT.tokenizer.pre_tokenizer)
-    _check(tokenizer_of())
-
-
-def _check(tokenizer: Tokenizer, **changes: Any) -> None:
-    for name, value in ({"decoder": TEXT.tokenizer.decoder} | changes).items():
-        setattr(tokenizer, name, value)
-    check_works_as(TEXT, tokenizer)
-
-
 def test_a_strangers_chat_template_is_not_run_and_its_prompts_are(world: World) -> None:
     """{% for i in range(10**5) %} within another is a day's work."""
     files = {**ONE, **file_of(), TEMPLATE_NAME: b"<{{ messages[0]['content'] }}>"}
@@ -196,9 +145,9 @@ def test_a_strangers_chat_template_is_not_run_and_its_prompts_are(world: World) 
     wish = {"model": "hub:org/open", **CHAT}
     reply = world.front().post("/v1/chat/completions", wish)
     assert reply.status_code == 400
-    assert "--trust-tokenizers" in reply.json()["error"]["message"]
+    assert "--trust-templates" in reply.json()["error"]["message"]
     assert world.front().post("/generate", lorax(adapter_id="hub:org/open")).status_code == 200
-    world.settings = {"trusted_tokenizers": frozenset(("hub",))}
+    world.settings = {"trusted_templates": frozenset(("hub",))}
     assert world.front().post("/v1/chat/completions", wish).status_code == 200
     assert prompt_of(world) == "<x>"
 

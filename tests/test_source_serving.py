@@ -13,6 +13,7 @@ from adapter_files import write_adapter
 from clients import server_process
 from lory_router.sources.reference import Reference
 from lory_router.sources.service import Sources
+from lory_router.sources.source import FURTHER_NAMES
 from lory_server.adapters.errors import AdapterNotFoundError
 from lory_server.adapters.store import AdapterStore
 from lory_server.messages import EngineOptions
@@ -25,7 +26,8 @@ PROMPT = "My card was charged twice ->"
 
 
 def read_files(folder: Path) -> dict[str, bytes]:
-    return {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    paths = [folder / name for name in (CONFIG, WEIGHTS, *FURTHER_NAMES)]
+    return {path.name: path.read_bytes() for path in paths if path.is_file()}
 
 
 # -- the store ------------------------------------------------------------------------------------

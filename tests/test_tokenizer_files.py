@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 
+from lory_server.adapters import tokenizer_files
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.store import AdapterStore
 from lory_server.adapters.tokenizer_files import (
     MAX_TOKENIZER_BYTES,
     TokenizerFiles,
+    check_runnable,
     read_base_tokenizer,
     read_tokenizer,
     tokenizer_of,
@@ -85,6 +87,8 @@ def test_what_differs_is_the_adapter_s_own(own: TokenizerFiles) -> None:
         (b'{"model": {"vocab": {"a": true}}}', "no number of 31 bits"),
         (b'{"model": {"vocab": {"a": 1.5}}}', "no number of 31 bits"),
         (b'{"model": {"vocab": {}}, "added_tokens": [7]}', "no number of 31 bits"),
+        (b'{"model": {"vocab": {}}, "decoder": [1]}', "decoder is no step"),
+        (b'{"model": {"vocab": {}}, "decoder": {"type": "Sequence"}}', "sequence without steps"),
     ],
 )
 def test_what_is_no_tokenizer_is_refused_by_name(raw: bytes, says: str) -> None:
@@ -99,6 +103,119 @@ def test_companions_are_judged_too() -> None:
         made(chat_template__jinja=b"\xff")
     with pytest.raises(AdapterInvalidError, match=r"chat_template\.jinja: longer than"):
         made(chat_template__jinja=b"x" * 300_000)
+
+
+# -- what it does to texts ------------------------------------------------------------------
+
+
+def split(regex: str, **more: Any) -> Any:
+    return {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", **more}
+
+
+def in_turn(name: str, *steps: Any) -> Any:
+    return {"type": "Sequence", name: list(steps)}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": False}
+PREPEND = {"type": "Prepend", "prepend": "_"}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "_"}
+CUTTING = made(
+    FILE
+    | {
+        "normalizer": in_turn("normalizers", PREPEND, REPLACE),
+        "pre_tokenizer": in_turn("pretokenizers", split("[a-z]+"), split("[0-9]{1,3}"), BYTES),
+        "decoder": REPLACE,
+    }
+)
+
+
+def changed(**parts: Any) -> TokenizerFiles:
+    return made(json.loads(CUTTING.raw) | parts)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        CUTTING,
+        changed(added_tokens=[{"id": 4, "content": "<tool>"}]),
+        changed(pre_tokenizer=split("[a-z]+")),
+        changed(pre_tokenizer=in_turn("pretokenizers", in_turn("pretokenizers", BYTES))),
+        changed(pre_tokenizer={"type": "Metaspace", "replacement": "_"}, decoder={"type": "Fuse"}),
+        changed(normalizer=None, post_processor={"type": "TemplateProcessing", "single": []}),
+        changed(
+            normalizer=in_turn("normalizers", {"type": "NFKC"}, {"type": "Lowercase"}, REPLACE)
+        ),
+        changed(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}),
+        changed(model=FILE["model"] | {"vocab": {"a" * 256: 0}, "dropout": None}),
+    ],
+    ids=["same", "tokens", "fewer", "nested", "plain", "less", "mixed", "words", "long"],
+)
+def test_steps_that_are_the_base_s_or_plain_may_be_run(own: TokenizerFiles) -> None:
+    check_runnable(own, CUTTING)
+
+
+ENDLESS = split("(a+)+$")
+
+
+@pytest.mark.parametrize(
+    ("own", "says"),
+    [
+        (changed(pre_tokenizer=ENDLESS), "pre_tokenizer has a step 'Split'"),
+        (changed(pre_tokenizer=in_turn("pretokenizers", BYTES, ENDLESS)), "'Split'"),
+        (changed(normalizer=split("[a-z]+")), "normalizer has a step 'Split'"),
+        (changed(decoder=REPLACE | {"content": "_" * 10**6}), "decoder has a step 'Replace'"),
+        (changed(normalizer=PREPEND | {"prepend": "_" * 100}), "normalizer has a step 'Prepend'"),
+        (changed(normalizer=in_turn("normalizers", *[REPLACE] * 30)), "'Replace' twice"),
+        (changed(normalizer=in_turn("normalizers", *[{"type": "ByteLevel"}] * 30)), "twice"),
+        (changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}), "step"),
+        (changed(post_processor={"type": "TemplateProcessing", "single": [7] * 5000}), "step"),
+        (changed(decoder={"type": "OfTheFuture"}), "decoder has a step 'OfTheFuture'"),
+        (changed(model={"type": "Unigram", "vocab": [["a", 0.0]]}), "model.type is 'Unigram'"),
+        (changed(model={"vocab": [["a", 0.0]]}), "model.type is 'Unigram'"),
+        (changed(model={"type": "WordPiece", "vocab": {"a": 0}}), "model.type is 'WordPiece'"),
+        (
+            changed(model={"vocab": {"a": 0}, "continuing_subword_prefix": "##"}),
+            "model.type is 'WordPiece'",
+        ),
+        (changed(model=FILE["model"] | {"dropout": 0.1}), "model.dropout is for training"),
+        (changed(model=FILE["model"] | {"vocab": {"a" * 257: 0}}), "a token of 257 characters"),
+        (changed(added_tokens=[{"id": 4, "content": "b" * 300}]), "a token of 300 characters"),
+        (changed(model=FILE["model"] | {"end_of_word_suffix": "_" * 17}), "an affix of 17"),
+    ],
+)
+def test_steps_that_could_run_for_ever_are_refused_by_name(own: TokenizerFiles, says: str) -> None:
+    with pytest.raises(AdapterInvalidError, match=rf"tokenizer\.json: .*{says}"):
+        check_runnable(own, CUTTING)
+
+
+def test_nothing_is_the_base_s_where_nothing_is_known_of_it() -> None:
+    check_runnable(BASE, None)
+    with pytest.raises(AdapterInvalidError, match="'Prepend'"):
+        check_runnable(CUTTING, None)
+
+
+def test_a_vocabulary_of_its_own_may_be_some_times_as_large_as_the_base_s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is read in one go, while nothing else of the front runs."""
+    monkeypatch.setattr(tokenizer_files, "ALWAYS_ALLOWED_BYTES", 100)
+    large = {"type": "BPE", "vocab": {f"t{i}": i for i in range(500)}, "merges": []}
+    with pytest.raises(AdapterInvalidError, match="another vocabulary than the base's; at most"):
+        check_runnable(made(FILE | {"model": large}), BASE)
+    with pytest.raises(AdapterInvalidError, match="at most 100 are read"):
+        check_runnable(made(FILE), None)
+    tokens = [{"id": 4 + i, "content": f"<{i}>"} for i in range(500)]
+    check_runnable(made(FILE | {"added_tokens": tokens}), BASE)
+    other = large | {"vocab": {f"u{i}": i for i in range(400)}}
+    check_runnable(made(FILE | {"model": large}), made(FILE | {"model": other}))
+
+
+def test_a_base_s_own_limits_hold_for_its_adapters() -> None:
+    word = {"type": "WordPiece", "vocab": {"a" * 300: 0}, "max_input_chars_per_word": 500}
+    base = made(FILE | {"model": word})
+    check_runnable(made(FILE | {"model": word | {"vocab": {"b" * 300: 0}}}), base)
+    with pytest.raises(AdapterInvalidError, match="words of 501 characters; at most 500"):
+        check_runnable(made(FILE | {"model": word | {"max_input_chars_per_word": 501}}), base)
 
 
 def folder_of(root: Path, **files: bytes) -> AdapterStore:

@@ -41,7 +41,7 @@ def said(text: str, **more: Any) -> dict[str, Any]:
 def encoded(row: dict[str, Any], template: str = CHAT_TEMPLATE, config: str = "") -> list[Any]:
     options = parse_options(f"base: x\ndata: y\n{config}\n")
     raw = RawRow(row, "row 1")
-    plan = plan_rows(options, raw)
+    plan = plan_rows(options, [raw])
     encoder = make_encoder(
         char_tokenizer(chat=template), plan, learn_prompt=options.train_on_prompt
     )
@@ -135,7 +135,7 @@ def test_the_server_makes_the_same_tokens_of_the_same_conversation(texts):
     tokenizer, text_model = _demo_tokenizer(), _demo_text_model()
     messages = [m for text in texts for m in (user(text), said("ok"))]
     raw = RawRow({"messages": messages}, "row")
-    plan = plan_rows(parse_options("base: x\ndata: y\n"), raw)
+    plan = plan_rows(parse_options("base: x\ndata: y\n"), [raw])
     examples = make_encoder(tokenizer, plan).encode(make_sample(raw, plan))
     last = examples[-1]
     assert isinstance(last, Example)
@@ -149,7 +149,7 @@ def test_the_server_makes_the_same_tokens_of_the_same_conversation(texts):
 @given(st.text(max_size=40))
 def test_the_server_makes_the_same_tokens_of_the_same_text(text):
     raw = RawRow({"text": text, "completion": "ok"}, "row")
-    plan = plan_rows(parse_options('base: x\ndata: y\ntemplate: "{text} ->"\n'), raw)
+    plan = plan_rows(parse_options('base: x\ndata: y\ntemplate: "{text} ->"\n'), [raw])
     [example] = make_encoder(_demo_tokenizer(), plan).encode(make_sample(raw, plan))
     assert isinstance(example, Example)
     asked = _demo_text_model().encode(f"{text} ->")

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from lory_trainer import cli, publish, trackers, train
 from lory_trainer.config import TrackingOptions, load_options, parse_options
-from lory_trainer.curve import draw
+from lory_trainer.curve import HELD_OUT, NORM, SMOOTHED, TRAINED, draw, series
 from lory_trainer.dry_run import forecast, resolved
 from lory_trainer.errors import ConfigError, PublishError
 from lory_trainer.events import EventLog
@@ -44,7 +44,7 @@ def test_a_run_leaves_an_adapter_events_and_a_curve(world):
     assert (world / "adapters" / "mine" / "adapter_config.json").exists()
     assert {path.name for path in (world / "runs" / "mine").iterdir()} == {
         "events.jsonl",
-        "curve.svg",
+        "curve.png",
     }
     finished = events(world)[-1]
     assert (finished["type"], finished["adapter_id"]) == ("finished", "mine")
@@ -187,12 +187,79 @@ def test_init_writes_a_file_that_trains(world):
 
 def test_init_asks_for_the_prompt_where_the_columns_do_not_say_it(world):
     write_rows(world / "odd.jsonl", {"ticket": "a", "label": "b"})
-    answers = "tiny\nodd.jsonl\nsft\n{ticket} ->\nlabel\ny\n4\n2\n64\n"
+    answers = "tiny\nodd.jsonl\nsft\nlabel\n{ticket} ->\ny\n4\n2\n64\n"
     done = lory_train("odd.yaml", "--init", answers=answers)
     assert done.exit_code == 0, done.output
     options = load_options(world / "odd.yaml")
     assert (options.template, options.completion) == ("{ticket} ->", "label")
     assert options.quantization.bits == 4
+
+
+WRONG_THEN_RIGHT = (
+    ("nowhere", "there is no folder nowhere"),
+    ("adapters", "holds no config.json"),
+    ("tiny", ""),
+    ("none.jsonl", "there is no file or folder none.jsonl"),
+    ("bad.jsonl", "bad.jsonl line 1: not JSON"),
+    ("odd.jsonl", ""),
+    ("stf", "none of: sft, dpo, pretrain"),
+    ("sft", ""),
+    ("lable", "there is no column 'lable'"),
+    ("label", ""),
+    ("{label} ->", "no column 'label' to ask by"),
+    ("{ticket", "template: "),
+    ("ticket", "names no column"),
+    ("{ticket}\\n ->", ""),
+    ("perhaps", "invalid input"),
+    ("n", ""),
+    ("many", "'many' is no whole number from 1 up to 256"),
+    ("300", "'300' is no whole number"),
+    ("8", ""),
+    ("0", "'0' is no whole number"),
+    ("2", ""),
+    ("64", ""),
+)
+
+
+def test_init_asks_again_and_loses_no_answer(world):
+    (world / "adapters").mkdir()
+    (world / "bad.jsonl").write_text("{")
+    write_rows(world / "odd.jsonl", {"ticket": "a", "label": "b"})
+    answers = "".join(f"{answer}\n" for answer, _ in WRONG_THEN_RIGHT)
+    done = lory_train("odd.yaml", "--init", answers=answers)
+    assert done.exit_code == 0, done.output
+    for _, complaint in WRONG_THEN_RIGHT:
+        assert complaint in done.output
+    options = load_options(world / "odd.yaml")
+    assert (options.template, options.lora.r, options.epochs) == ("{ticket}\n ->", 8, 2)
+    assert lory_train("odd.yaml").exit_code == 0
+
+
+def test_init_writes_nothing_when_it_is_broken_off(world):
+    done = lory_train("new.yaml", "--init", answers="tiny\nrows.jsonl\n")
+    assert done.exit_code == 1
+    assert not (world / "new.yaml").exists()
+
+
+def test_init_finds_what_is_typed_from_here_and_names_it_from_the_file(world):
+    write_rows(world / "it's: #1.jsonl", {"prompt": "a", "chosen": "y", "rejected": "z"})
+    answers = "tiny\nit's: #1.jsonl\ndpo\nn\n4\n2\n64\n"
+    done = lory_train("conf/pairs.yaml", "--init", answers=answers)
+    assert done.exit_code == 0, done.output
+    options = load_options(world / "conf" / "pairs.yaml")
+    assert (options.base, options.data) == ("../tiny", "../it's: #1.jsonl")
+    assert (options.method, options.dpo.sft_weight, options.template) == ("dpo", 1, "{prompt}")
+    assert lory_train("conf/pairs.yaml").exit_code == 0
+
+
+def test_init_of_instructions_writes_their_words_as_lines(world):
+    write_rows(world / "alpaca.jsonl", {"instruction": "a", "input": "b", "output": "c"})
+    done = lory_train("a.yaml", "--init", answers="tiny\nalpaca.jsonl\nsft\nn\n4\n2\n256\n")
+    assert done.exit_code == 0, done.output
+    assert "\n  ### Instruction:\n  {instruction}\n\n  ### Input:" in (world / "a.yaml").read_text()
+    template = load_options(world / "a.yaml").template
+    assert template is not None
+    assert template.endswith("### Response:\n")
 
 
 # -- memory --------------------------------------------------------------------------------------
@@ -220,13 +287,31 @@ def test_the_estimate_of_weights_is_what_they_take(world):
 # -- curve and trackers --------------------------------------------------------------------------
 
 
-def test_a_curve_is_an_svg_with_every_step():
-    from xml.etree import ElementTree
+def test_a_curve_is_a_picture_of_every_step(world):
+    """Blue, light blue and orange above, green below: all that is told is drawn."""
+    from matplotlib.image import imread
 
-    text = draw([(1, 2.0), (2, 1.0), (3, float("inf"))], [(1, 0.5)], [(2, 1.5)])
-    root = ElementTree.fromstring(text)
-    lines = root.findall("{http://www.w3.org/2000/svg}polyline")
-    assert [len(line.attrib["points"].split()) for line in lines] == [2, 2, 1, 1]
+    write_rows(world / "held.jsonl", {"text": "ab", "completion": "y"})
+    (world / "mine.yaml").write_text(CONFIG + "eval_data: held.jsonl\n")
+    assert lory_train("mine.yaml").exit_code == 0
+    picture = world / "runs" / "mine" / "curve.png"
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n")
+    pixels = (imread(picture)[:, :, :3] * 255).round().astype(int)
+    assert pixels.shape == (500, 760, 3)
+    for colour in (TRAINED, SMOOTHED, HELD_OUT, NORM):
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
+        assert (pixels == wanted).all(axis=2).any(), colour
+
+
+def test_a_curve_has_a_point_for_each_step_and_none_for_what_is_no_number():
+    figure = draw([(1, 2.0), (2, 1.0), (4, 0.5)], [(1, 0.5)], [])
+    above, below = figure.axes
+    trained: Any = above.lines[0]
+    assert trained.get_xydata().tolist() == [[1, 2], [2, 1], [4, 0.5]]
+    assert [line.get_label() for line in above.lines] == ["training", "training, smoothed"]
+    assert below.lines[0].get_marker() == "o"
+    told = [{"type": "step", "step": 1, "loss": None}, {"type": "step", "step": 2, "loss": 3.0}]
+    assert series(told, "step", "loss") == [(2, 3.0)]
 
 
 def test_trackers_are_told_what_the_events_say(world, monkeypatch):
@@ -264,13 +349,14 @@ def server(monkeypatch: Any, status: int, body: Any) -> list[httpx.Request]:
     seen: list[httpx.Request] = []
 
     def answer(request: httpx.Request) -> httpx.Response:
-        request.read()
+        """What it is asked before the run, it has nothing against."""
+        if not request.read():
+            return httpx.Response(400, json={})
         seen.append(request)
         return httpx.Response(status, json=body)
 
     client = httpx.Client(transport=httpx.MockTransport(answer))
     monkeypatch.setattr(publish.httpx, "put", client.put)
-    monkeypatch.setattr(publish.httpx, "get", client.get)
     return seen
 
 
@@ -327,12 +413,29 @@ def test_a_target_that_cannot_be_reached_is_found_before_the_run(world):
     assert (done.exit_code, "no server answers" in done.output) == (1, True)
     assert not (world / "runs").exists()
     with pytest.raises(PublishError, match="neither a URL nor an adapters folder"):
-        publish.check_target("nowhere")
+        publish.check_target("nowhere", "mine", "")
     with pytest.raises(PublishError, match="is no http URL"):
-        publish.check_target("ftp://x")
+        publish.check_target("ftp://x", "mine", "")
     with pytest.raises(PublishError, match="give it by --api-key") as told:
-        publish.check_target("http://me:secret@127.0.0.1:9399")
+        publish.check_target("http://me:secret@127.0.0.1:9399", "mine", "")
     assert "secret" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "message"),
+    [
+        (401, {"error": {"message": "no such key"}}, "refused it: no such key"),
+        (404, {}, "takes no uploads: start it with --adapter-uploads"),
+    ],
+)
+def test_a_server_that_would_not_take_it_is_found_before_the_run(
+    world, monkeypatch, status, body, message
+):
+    reply = httpx.Response(status, json=body)
+    monkeypatch.setattr(publish.httpx, "put", lambda *_, **__: reply)
+    done = lory_train("mine.yaml", "--publish", "http://there:1")
+    assert (done.exit_code, message in done.output) == (1, True)
+    assert not (world / "runs").exists()
 
 
 def test_the_names_of_the_module_and_its_event_file_stay():

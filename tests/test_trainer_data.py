@@ -61,6 +61,8 @@ def test_long_rows_are_refused_or_dropped_never_cut():
     short, long = Example((0, 3, 1), 2), Example((0, 3, 4, 5, 1), 2)
     with pytest.raises(DataError, match=r"1 of 2 rows .* \(longest: 5 tokens\)"):
         fit_length([short, long], 4, "error")
+    with pytest.raises(DataError, match=r"longest: 5 tokens, line 2\)"):
+        fit_length([short, long], 4, "error", ["line 1", "line 2"])
     assert fit_length([short, long], 4, "drop") == [short]
     assert fit_length([short, long], 5, "error") == [short, long]
     with pytest.raises(DataError, match="every row"):

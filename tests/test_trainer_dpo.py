@@ -10,54 +10,20 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from lory_trainer.base import attach, find_base, load_base
-from lory_trainer.config import DpoOptions, parse_options
+from lory_trainer.config import DpoOptions
 from lory_trainer.data import Example, Pair, collate
-from lory_trainer.objective import Preference, accumulate, evaluate
+from lory_trainer.objective import accumulate, evaluate
+from lory_trainer.preference import Preference
 from lory_trainer.reference import with_reference
-from trainer_world import events, make_world, train, write_rows
+from pairs_world import CONFIG, PAIRS, make_pairs_world, model_of, stirred
+from trainer_world import events, train, write_rows
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-CONFIG = """
-base: tiny
-data: pairs.jsonl
-method: dpo
-template: "{prompt}>"
-lora: {r: 4, dtype: float32}
-epochs: 4
-batch_size: 4
-learning_rate: 1e-2
-"""
-PAIRS = [
-    Pair(
-        Example((0, *range(3, 6 + n), 7, 1), 3 + n),
-        Example((0, *range(3, 6 + n), 8, 9 + n, 1), 3 + n),
-    )
-    for n in range(8)
-]
 
 
 @pytest.fixture
 def world(tmp_path) -> Path:
-    make_world(tmp_path)
-    rows = [{"prompt": a + b, "chosen": b, "rejected": a} for a in "abcd" for b in "yz"]
-    write_rows(tmp_path / "pairs.jsonl", *rows)
-    return tmp_path
-
-
-def model_of(world: Path, text: str = CONFIG) -> Any:
-    options = parse_options(text)
-    return attach(load_base(find_base("tiny", world), options), options, world)
-
-
-def stirred(model: Any) -> Any:
-    """With an adapter that says something else than the base."""
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for tensor in model.parameters():
-            if tensor.requires_grad:
-                tensor.add_(torch.randn_like(tensor) * 0.05)
-    return model
+    return make_pairs_world(tmp_path)
 
 
 def test_the_first_loss_is_the_logarithm_of_two(world):
@@ -190,58 +156,6 @@ def test_a_folder_of_openai_pairs_trains(world):
     assert result.losses[-1] < result.losses[0]
     manifest = json.loads((result.output / "adapter_manifest.json").read_text())
     assert (manifest["chat"], manifest["template"]) == (True, None)
-
-
-@pytest.mark.full
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("ours", "theirs"),
-    [
-        ({}, {"loss_type": ["sigmoid"]}),
-        ({"loss": "ipo"}, {"loss_type": ["ipo"]}),
-        ({"sft_weight": 0.5}, {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]}),
-    ],
-)
-def test_loss_and_gradients_are_trls(world, tmp_path, ours, theirs):
-    """TRL's trainer on the same ids, the adapter stirred alike."""
-    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
-    from lory_trainer.base import lora_config
-    from trainer_world import char_tokenizer
-
-    model = model_of(world)
-    pairs = with_reference(model, PAIRS, rows=8, base_alone=True)
-    stirred(model)
-    loss = pair_loss(model, pairs, beta=0.2, **ours)
-
-    rows = [
-        {
-            "prompt_ids": list(p.chosen.ids[: p.chosen.num_prompt_tokens]),
-            "chosen_ids": list(p.chosen.ids[p.chosen.num_prompt_tokens :]),
-            "rejected_ids": list(p.rejected.ids[p.rejected.num_prompt_tokens :]),
-        }
-        for p in PAIRS
-    ]
-    torch.manual_seed(0)
-    trainer = trl.DPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(world / "tiny"),
-        args=trl.DPOConfig(
-            output_dir=str(tmp_path / "trl"), beta=0.2, use_cpu=True, report_to=[], **theirs
-        ),
-        # Its own tokens of these are not looked at: it takes no rows of ids.
-        train_dataset=datasets.Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}]),
-        processing_class=char_tokenizer(),
-        peft_config=lora_config(parse_options(CONFIG).lora),
-    )
-    with torch.no_grad():
-        for mine, other in zip(model.parameters(), trainer.model.parameters(), strict=True):
-            other.copy_(mine)
-    batch = trainer.data_collator(rows)
-    found = trainer.compute_loss(trainer.model, batch)
-    found.backward()
-    assert loss == pytest.approx(found.item(), rel=1e-5)
-    for mine, other in zip(model.parameters(), trainer.model.parameters(), strict=True):
-        if mine.requires_grad:
-            torch.testing.assert_close(mine.grad, other.grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.full

@@ -1,8 +1,14 @@
 """The event file: one whole object a line, whatever happened to the process before."""
 
 import json
+from io import StringIO
 
+import pytest
+from rich.console import Console
+
+from lory_trainer.errors import OutputError
 from lory_trainer.events import EVENTS_FILE, EventLog, read_events
+from lory_trainer.progress_bar import ProgressBar
 
 
 def test_events_are_lines_of_json_with_their_place(tmp_path):
@@ -40,3 +46,41 @@ def test_a_killed_runs_half_line_is_ended_and_skipped(tmp_path):
     with EventLog(tmp_path) as log:
         log.say("started", num_steps=2, resumed_from=0)
     assert [event["type"] for event in read_events(tmp_path)] == ["started", "started"]
+
+
+def test_what_is_half_written_is_told_and_ended_by_the_next_run(tmp_path, monkeypatch):
+    with EventLog(tmp_path) as log:
+        log.say("started", num_steps=2)
+        with monkeypatch.context() as changed:
+            changed.setattr(log, "_file", HalfDisk(log._file))
+            with pytest.raises(OutputError, match="the disk is full"):
+                log.say("step", step=1)
+    with EventLog(tmp_path) as log:
+        log.say("started", num_steps=2)
+    assert [event["type"] for event in read_events(tmp_path)] == ["started", "started"]
+
+
+class HalfDisk:
+    """Takes ten bytes."""
+
+    def __init__(self, file):
+        self._file = file
+
+    def write(self, line):
+        return self._file.write(line[:10])
+
+
+def test_the_terminal_shows_loss_speed_memory_and_time_left(tmp_path):
+    shown = StringIO()
+    console = Console(file=shown, force_terminal=True, width=140, color_system=None)
+    with ProgressBar(console, "mine") as bar, EventLog(tmp_path, bar) as log:
+        log.say("started", step=0, num_steps=40)
+        for step in (1, 2, 3):
+            facts = {"tokens_per_second": 1234.5, "memory_bytes": 3 << 30}
+            log.say("step", step=step, loss=2.5, **facts)
+        log.say("eval", loss=1.25, rows=7, seconds=0.1, reward_accuracy=0.5)
+        log.message("left out", "warning")
+    text = shown.getvalue()
+    for part in ("mine", "3/40", "loss 2.5000", "1,234 tokens/s", "3.0 GiB", "0:00:", "left out"):
+        assert part in text
+    assert "step 3: loss 1.2500 on 7 held-out rows, the better answer preferred in 50%" in text

@@ -1,6 +1,8 @@
 """Rows from files and folders of every kind, read by their columns, and held out."""
 
 import json
+from datetime import date
+from decimal import Decimal
 
 import pytest
 
@@ -90,6 +92,17 @@ def test_a_folder_as_the_datasets_package_saves_it_is_read(tmp_path):
         ("rows.jsonl", "\n", "rows.jsonl holds no rows"),
         ("rows.json", '{"a": 1,\n "b": 2}', "expected a list of rows"),
         ("rows.json", "[1]", "rows.json row 1: expected an object"),
+        ("rows.json", "", "rows.json: not JSON"),
+        ("rows.json", "[]", "rows.json holds no rows"),
+        ("rows.jsonl", '{"a": 1}\n{"a": 1, "b": 2, "a": 3}\n', "line 2: `a` is there twice"),
+        ("rows.jsonl", '{"a": {"b": NaN}}\n', "rows.jsonl line 1: NaN is no JSON"),
+        ("rows.json", '[{"a": 1}, {"a": -Infinity}]', "rows.json: -Infinity is no JSON"),
+        ("rows.jsonl", '{"a": 1}\n\n{"a": "\udcff"}\n', "rows.jsonl line 3: is not UTF-8"),
+        ("rows.csv", "a,b\n1,\udcff\n", "rows.csv line 2: is not UTF-8"),
+        ("rows.csv", "a,b\n", "rows.csv holds no rows"),
+        ("rows.csv", "", "rows.csv holds no rows"),
+        ("rows.csv", 'a,b\n1,"2" 3\n', "rows.csv line 2: "),
+        ("rows.csv", f"a,b\n1,{'x' * 200_000}\n", "line 2: field larger"),
         ("rows.csv", "a,a,b\n1,2,3\n", "names `a` twice"),
         ("rows.csv", "a,b\n1\n", "line 2: not as many fields"),
         ("rows.csv", "a,b\n1,2,3\n", "line 2: not as many fields"),
@@ -101,10 +114,44 @@ def test_a_folder_as_the_datasets_package_saves_it_is_read(tmp_path):
 def test_a_bad_file_is_named_with_its_place(tmp_path, name, text, message):
     if name.endswith(("parquet", "arrow")):
         pytest.importorskip("pyarrow")
-    (tmp_path / name).write_text(text)
+    (tmp_path / name).write_text(text, errors="surrogateescape")
     with pytest.raises(DataError) as caught:
         read_data(tmp_path / name)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv", ".JSONL"])
+def test_marks_carriage_returns_and_empty_lines_are_passed_over(tmp_path, suffix):
+    line = '{"a": "1", "b": "2"}' if suffix.lower() == ".jsonl" else "\t".join("12")
+    lines = ["", line, "", line, ""] if suffix.lower() == ".jsonl" else ["a\tb", line, "", line]
+    text = "\ufeff" + "\r\n".join(lines) + "\r\n"
+    path = tmp_path / f"rows{suffix}"
+    path.write_bytes((text.replace("\t", ",") if suffix == ".csv" else text).encode())
+    assert values(read_data(path).train) == [{"a": "1", "b": "2"}] * 2
+
+
+def test_what_lies_beside_the_rows_of_a_folder_is_passed_over(tmp_path):
+    write_rows(tmp_path / "train.JSONL", *ROWS)
+    (tmp_path / ".cache" / "huggingface").mkdir(parents=True)
+    (tmp_path / ".cache" / "huggingface" / "notes.json").write_text("{}")
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    assert values(read_data(tmp_path).train) == ROWS
+    before = data_digest(tmp_path)
+    (tmp_path / ".cache" / "huggingface" / "notes.json").write_text("[]")
+    assert data_digest(tmp_path) == before
+
+
+def test_parquet_does_not_give_a_tool_the_keys_of_another(tmp_path):
+    """Arrow makes one shape of all objects of a column, and fills it with nulls."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow.parquet import write_table
+
+    tools = [{"function": {"name": "f", "x": 1}}, {"function": {"name": "g", "y": None, "z": [2]}}]
+    rows = [{"tools": tools, "text": None}, {"tools": [], "text": "a"}]
+    write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    first, second = values(read_data(tmp_path / "rows.parquet").train)
+    expected = [{"function": {"name": "f", "x": 1}}, {"function": {"name": "g", "z": [2]}}]
+    assert (first, second["text"]) == ({"tools": expected, "text": None}, "a")
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
@@ -130,7 +177,7 @@ def test_a_folders_digest_goes_by_its_files(tmp_path):
 def sample(row, config=""):
     options = parse_options(f"base: x\ndata: y\n{config}\n")
     raw = RawRow(row, "row 1")
-    return make_sample(raw, plan_rows(options, raw))
+    return make_sample(raw, plan_rows(options, [raw]))
 
 
 @pytest.mark.parametrize(
@@ -142,6 +189,9 @@ def sample(row, config=""):
         ({"x": "a", "y": "b"}, "template: '<{x}>'\ncompletion: y", "<a>", "b"),
         ({"text": "a", "completion": "b"}, "completion_prefix: ' '", "a", " b"),
         ({"text": "a", "completion": 7}, "", "a", "7"),
+        ({"text": "a", "completion": date(2026, 3, 1)}, "", "a", "2026-03-01"),
+        ({"text": "a", "completion": Decimal("1.50")}, "", "a", "1.50"),
+        ({"text": "a", "completion": [{"x": True}]}, "", "a", '[{"x": true}]'),
     ],
 )
 def test_rows_are_known_by_their_columns(row, config, prompt, answer):
@@ -166,21 +216,17 @@ def test_conversations_are_read_in_both_dialects():
 
 
 def test_pairs_are_read_in_every_dialect():
-    user = {"role": "user", "content": "a"}
-
-    def said(text):
-        return {"role": "assistant", "content": text}
-
+    asked = user("a")
     openai = {
-        "input": {"messages": [user], "tools": []},
+        "input": {"messages": [asked], "tools": []},
         "preferred_output": [said("good")],
         "non_preferred_output": [said("bad")],
     }
-    whole = {"chosen": [user, said("good")], "rejected": [user, said("bad")]}
-    apart = {"prompt": [user], "chosen": [said("good")], "rejected": [said("bad")]}
+    whole = {"chosen": [asked, said("good")], "rejected": [asked, said("bad")]}
+    apart = {"prompt": [asked], "chosen": [said("good")], "rejected": [said("bad")]}
     for row in (openai, whole, apart):
         found = sample(row, "method: dpo")
-        assert (found.prompt, found.answer, found.rejected) == ((user,), "good", "bad")
+        assert (found.prompt, found.answer, found.rejected) == ((asked,), "good", "bad")
     plain = sample({"prompt": "a", "chosen": "good", "rejected": "bad"}, "method: dpo")
     assert (plain.prompt, plain.answer, plain.rejected) == ("a", "good", "bad")
 
@@ -199,6 +245,42 @@ def test_pairs_are_read_in_every_dialect():
         ({"messages": [{"role": "user", "content": "a"}]}, "", "no message of the assistant's"),
         ({"messages": [{"content": "a"}]}, "", "a message needs a role"),
         ({"messages": "a"}, "", "expected messages"),
+        ({"messages": []}, "", "expected messages"),
+        ({"messages": ["a"]}, "", "a message must be an object"),
+        ({"messages": [{"role": "user", "content": 5}]}, "", "content must be text"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "",
+            "content must be text",
+        ),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "", "lone surrogate"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "weight": 2}]},
+            "",
+            "weight is 0 or 1",
+        ),
+        ({"messages": [{"role": "assistant", "tool_calls": 3}]}, "", "tool_calls must be a list"),
+        ({"messages": [{"role": "assistant", "tool_calls": [3]}]}, "", "needs a function"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]},
+            "",
+            "arguments must be an object",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": "a"}], "tools": "[1]"},
+            "",
+            "tools must be a list of objects",
+        ),
+        ({"text": "a", "completion": float("nan")}, "", "`completion` must hold text; it holds a"),
+        ({"text": "a", "completion": {"x": float("inf")}}, "", "(NaN, infinity)"),
+        ({"text": b"a", "completion": "b"}, "", "`text` must hold text; it holds bytes"),
+        ({"text": "\udc00", "completion": "b"}, "", "(a lone surrogate)"),
+        ({"text": "a", "completion": "b"}, "template: '{x}'\ncompletion: text", "no column `x`"),
+        (
+            {"prompt": "a", "chosen": [{"role": "user", "content": "b"}], "rejected": "c"},
+            "method: dpo",
+            "must end in a text of the assistant's",
+        ),
     ],
 )
 def test_a_row_that_cannot_be_learned_from_is_named(row, config, message):
@@ -206,6 +288,48 @@ def test_a_row_that_cannot_be_learned_from_is_named(row, config, message):
         sample(row, config)
     assert message in str(caught.value)
     assert "row 1" in str(caught.value)
+
+
+def test_columns_are_those_that_any_row_fills():
+    """A first row without `input` does not make the others lose theirs."""
+    rows = [
+        {"instruction": "a", "input": None, "output": "b"},
+        {"instruction": "c", "input": "d", "output": "e"},
+    ]
+    raw = [RawRow(row, f"row {number}") for number, row in enumerate(rows, start=1)]
+    plan = plan_rows(parse_options("base: x\ndata: y\n"), raw)
+    assert plan.fields == ("instruction", "input")
+    assert "### Input:\nd\n" in str(make_sample(raw[1], plan).prompt)
+    mixed = [RawRow(ROWS[0], "row 1"), RawRow({"messages": [user("a"), said("b")]}, "row 2")]
+    plan = plan_rows(parse_options("base: x\ndata: y\n"), mixed)
+    with pytest.raises(DataError, match="row 1: no messages, which other rows have; found: text"):
+        make_sample(mixed[0], plan)
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+def test_parts_of_text_are_joined_as_the_server_joins_them():
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    found = sample({"messages": [{"role": "developer", "content": parts}, said("c")]})
+    assert found.prompt == ({"role": "system", "content": "a\nb"}, said("c"))
+
+
+def test_a_prompt_of_text_may_stand_beside_answers_of_messages():
+    """As in UltraFeedback, where the conversation is in the answers as well."""
+    whole = {"prompt": "a", "chosen": [user("a"), said("b")], "rejected": [user("a"), said("c")]}
+    apart = {"prompt": "a", "chosen": [said("b")], "rejected": [said("c")]}
+    for row in (whole, apart):
+        found = sample(row, "method: dpo")
+        assert (found.prompt, found.answer, found.rejected) == ((user("a"),), "b", "c")
+    other = whole | {"prompt": [user("x")]}
+    with pytest.raises(DataError, match="begin with another conversation"):
+        sample(other, "method: dpo")
 
 
 # -- rows held out -------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from lory_trainer.config_page import page, replaced
 from lory_trainer.config_translate import option_paths
 from lory_trainer.errors import ConfigError
 from ludwig_seed import LUDWIG_CONFIG
+from wild_configs import REFUSED, TAKEN
 
 DOCS = Path(__file__).parents[1] / "docs" / "training.md"
 
@@ -88,6 +89,7 @@ def test_what_has_no_effect_is_said(tmp_path):
     path.write_text(AXOLOTL_CONFIG)
     _, notes = read_config(path)
     assert sorted(note.split(":")[0] for note in notes) == [
+        "bf16",
         "flash_attention",
         "logging_steps",
         "pad_to_sequence_len",
@@ -103,7 +105,10 @@ def test_what_has_no_effect_is_said(tmp_path):
         ("adapter: {init_lora_weights: pissa}", "changes the base's own weights"),
         ("adapter: {postprocessor: {merge_adapter_into_base_model: true}}", "is not taken"),
         ("trainer: {type: kto}", "trainer.type: kto: kto learns from single marks"),
-        ("trainer: {type: ppo}", "trainer.type: 'ppo' is not taken; one of: finetune"),
+        ("trainer: {type: ppo}", "trainer.type: ppo: learning from a reward is left to TRL"),
+        ("trainer: {type: orpo}", "give dpo, and dpo.loss: orpo"),
+        ("trainer: {type: mlm}", "trainer.type: 'mlm' is not taken; one of: finetune"),
+        ("trainer: {type: [dpo]}", "trainer.type: ['dpo'] is not taken"),
         ("trainer: {epoch: 3}", "trainer.epoch: no such key; did you mean `epochs`?"),
         ("trainer: {epochs: many}", "trainer.epochs: "),
         ("trainer: {epochs: 2}\nepochs: 3", "trainer.epochs says something else"),
@@ -124,7 +129,16 @@ def test_what_has_no_effect_is_said(tmp_path):
         ("quantization: {bits: 4, backend: torchao}", "only bitsandbytes"),
         ("split: {type: stratify}", "split.type: "),
         ("preprocessing: {split: {probabilities: [0.5, 0.1]}}", "three shares that sum to 1"),
-        ("rl: kto", "only dpo and ipo"),
+        ("rl: kto", "rl: kto: kto learns from single marks"),
+        ("rl: [dpo]", "one of: dpo, ipo, simpo, orpo"),
+        ("load_in_4bit: 'no'", "load_in_4bit: 'no' is not taken; true or false"),
+        ("special_tokens: x", "special_tokens: expected"),
+        ("template: llama3", "Chat templates have no names here"),
+        ("chosen: better", "chosen: is for method: dpo, and this is sft"),
+        ("method: pretrain\ncompletion: x", "all of a text is learned"),
+        ("stage: rm", "a reward model is no adapter"),
+        ("test_datasets: [{path: a}, {path: b}]", "one data set"),
+        ("trainer: {type: dpo}\noutput_features: [{name: a}]\nchosen: b", "says something else"),
         ("datasets: [{path: a}, {path: b}]", "one data set is trained on"),
         ("datasets: [{path: a, type: sharegpt_x}]", "template: ..."),
         ("effective_batch_size: 4\ngradient_accumulation_steps: 2", "not both"),
@@ -132,7 +146,6 @@ def test_what_has_no_effect_is_said(tmp_path):
         ("trainer: {dpo_beta: 0.2}", "trainer.dpo_beta: is for method: dpo"),
         ("method: dpo\ntrain_on_prompt: true", "is not for dpo"),
         ("method: dpo\npacking: true", "pairs are not packed"),
-        ("method: dpo\ndpo: {loss: ipo, label_smoothing: 0.1}", "sigmoid"),
         ("lora: {r: 300}", "lora.r: "),
         ("lora_r: 300", "lora_r: "),
         ("tracking: {to: [comet]}", "tracking.to: "),
@@ -180,6 +193,16 @@ def test_every_wrong_key_is_told_at_once():
         ("wandb_project: mine", "tracking.to", ["wandb"]),
         ("report_to: tensorboard", "tracking.to", ["tensorboard"]),
         ("lora_target: all", "lora.target_modules", "all-linear"),
+        ("lora_target: 'q_proj, v_proj'", "lora.target_modules", ["q_proj", "v_proj"]),
+        ("lora: {target_modules: '.*[qv]_proj'}", "lora.target_modules", ".*[qv]_proj"),
+        ("num_train_epochs: 3.0", "epochs", 3),
+        ("rl: orpo\norpo_alpha: 0.2", "dpo.beta", 0.2),
+        ("stage: pt", "method", "pretrain"),
+        ("test_datasets: [{path: held.jsonl}]", "eval_data", "held.jsonl"),
+        ("trainer: {type: dpo}\noutput_features: [{name: good}]", "chosen", "good"),
+        ("use_mlflow: true", "tracking.to", ["mlflow"]),
+        ("model_type: LlamaForCausalLM", "lora.dropout", 0.0),
+        ("model_type: llm", "lora.dropout", 0.05),
         ("input_features: [{name: question}]", "template", "{question}"),
         ("output_features: [{name: out, prefix: ' '}]", "completion_prefix", " "),
     ],
@@ -190,6 +213,21 @@ def test_other_names_set_our_options(line, option, value):
     for name in option.split("."):
         found = getattr(found, name)
     assert found == value
+
+
+@pytest.mark.parametrize("text", TAKEN.values(), ids=TAKEN)
+def test_configurations_from_elsewhere_are_taken(text):
+    assert parse_options(text).base
+
+
+@pytest.mark.parametrize(("text", "told"), REFUSED.values(), ids=REFUSED)
+def test_what_others_do_that_is_not_done_here_is_told_key_by_key(text, told):
+    with pytest.raises(ConfigError) as caught:
+        parse_options(text)
+    lines = dict(line.strip().split(": ", 1) for line in str(caught.value).splitlines()[1:])
+    assert set(lines) == set(told)
+    for key, reason in told.items():
+        assert reason in lines[key]
 
 
 def test_every_alias_names_an_option_and_no_key_is_listed_twice():

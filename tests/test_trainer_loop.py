@@ -139,6 +139,8 @@ def test_a_run_that_diverges_ends_and_keeps_its_last_good_checkpoint(world, monk
     failed = events(world)[-1]
     assert (failed["type"], failed["code"]) == ("failed", "training")
     assert (world / "runs" / "mine" / failed["checkpoint"] / "adapter_config.json").exists()
+    monkeypatch.undo()
+    train(world, text + "divergence_factor: null\n", resume=True)
 
 
 def test_only_a_loss_far_above_its_best_and_its_start_diverges():
@@ -187,6 +189,19 @@ def test_out_of_memory_with_one_row_names_the_five_remedies(world, monkeypatch):
     assert events(world)[-1]["code"] == "out_of_memory"
 
 
+@pytest.mark.parametrize("what", ["load_base", "make_optimizer", "probe"])
+def test_out_of_memory_anywhere_else_names_them_too(world, monkeypatch, what):
+    def failing(*_: Any, **__: Any) -> Any:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried 7 bytes")
+
+    monkeypatch.setattr(f"lory_trainer.train.{what}", failing)
+    with pytest.raises(
+        OutOfMemoryError, match=r"(?s)you tried 7 bytes\nWhat helps:\n  1\. batch_s"
+    ):
+        train(world, CONFIG)
+    assert events(world)[-1]["code"] == "out_of_memory"
+
+
 def test_another_error_is_not_taken_for_out_of_memory(world, monkeypatch):
     def broken(*_: Any) -> Any:
         raise RuntimeError("shapes differ")
@@ -208,6 +223,16 @@ def test_auto_settles_batch_accumulation_and_learning_rate(world):
     assert events(world, "started")[0]["learning_rate"] == 2.5e-3
     with pytest.raises(ConfigError, match="no multiple of batch_size"):
         train(world, CONFIG + "effective_batch_size: 6\n", replace=True)
+
+
+def test_rows_longer_than_the_base_reads_are_refused_and_packs_of_short_ones_are_not(world):
+    write_rows(world / "long.jsonl", {"text": "a" * 80, "completion": "b"})
+    text = CONFIG.replace("rows.jsonl", "long.jsonl")
+    with pytest.raises(ConfigError, match="a row has 84 tokens and the base reads 64; give max_le"):
+        train(world, text)
+    rows = [{"text": "ab" * 8, "completion": "b"}] * 9
+    write_rows(world / "long.jsonl", *rows)
+    train(world, text + "packing: true\nmax_length: 128\nmax_steps: 1\n", replace=True)
 
 
 # -- methods ---------------------------------------------------------------------------------------
@@ -328,8 +353,11 @@ def test_another_runs_checkpoints_are_never_mixed_or_lost_unasked(world):
     other = {"output": world / "adapters" / "other"}
     with pytest.raises(OutputError, match="--resume to go on with it, --replace"):
         train(world, CONFIG, **other)
-    with pytest.raises(OutputError, match="of other options or rows"):
+    with pytest.raises(OutputError, match="holds a run with other seed; give another --run"):
         train(world, CONFIG + "seed: 1\n", resume=True, **other)
+    more = CONFIG.replace("epochs: 4", "epochs: 5").replace("r: 4", "r: 4, alpha: 3")
+    with pytest.raises(OutputError, match="with other lora, epochs; give"):
+        train(world, more, resume=True, **other)
     train(world, CONFIG, replace=True, **other)
     assert len(events(world, "started")) == 1
 

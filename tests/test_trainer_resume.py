@@ -7,12 +7,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from io import FileIO
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
+from lory_trainer import checkpoint
 from lory_trainer.checkpoint import checkpoints
 from lory_trainer.errors import OutputError, StoppedError
 from lory_trainer.events import read_events
@@ -34,16 +38,15 @@ def world(tmp_path) -> Path:
     return tmp_path
 
 
-def after(count: int, *, is_new: bool = True) -> Callable[[], bool]:
-    """Wishes to stop after so many steps: it is asked after each, and before the first of all."""
-    asked = -1 if is_new else 0
+def after(world: Path, count: int) -> Callable[[], bool]:
+    """Wishes to stop after so many more steps."""
 
-    def should_stop() -> bool:
-        nonlocal asked
-        asked += 1
-        return asked >= count
+    def num_steps() -> int:
+        is_there = (world / "runs" / "mine" / "events.jsonl").exists()
+        return len(events(world, "step")) if is_there else 0
 
-    return should_stop
+    before = num_steps()
+    return lambda: num_steps() >= before + count
 
 
 def full(text: str, name: str) -> Any:
@@ -70,7 +73,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_to_the_last_bit(world, text):
     shutil.rmtree(world / "runs")
     for count in (1, 2):
         with pytest.raises(StoppedError, match="after a checkpoint"):
-            train(world, text, resume=True, should_stop=after(count, is_new=count == 1))
+            train(world, text, resume=True, should_stop=after(world, count))
         assert not (world / "adapters").exists()
         assert events(world)[-1]["code"] == "stopped"
     resumed = train(world, text, resume=True)
@@ -90,6 +93,19 @@ def test_a_run_stopped_before_its_first_step_begins_at_the_start(world):
     train(world, STEPS, resume=True)
 
 
+def test_a_wish_to_stop_is_heard_while_the_reference_is_taken(world):
+    asked = []
+
+    def should_stop() -> bool:
+        asked.append(True)
+        return len(asked) == 2
+
+    text = PAIRS.replace('template: "{text}>"', 'template: "{prompt}>"\nmethod: dpo')
+    with pytest.raises(StoppedError, match="before the first step"):
+        train(world, text, should_stop=should_stop)
+    assert [event["type"] for event in events(world)] == ["failed"]
+
+
 def test_resume_without_a_checkpoint_begins_at_the_start(world):
     train(world, STEPS, resume=True)
     assert events(world, "started")[0]["resumed_from"] is None
@@ -106,11 +122,86 @@ def test_resume_without_a_checkpoint_begins_at_the_start(world):
 )
 def test_a_checkpoint_that_cannot_be_read_is_named(world, name, content):
     with pytest.raises(StoppedError):
-        train(world, STEPS, should_stop=after(2))
+        train(world, STEPS, should_stop=after(world, 2))
     [path] = checkpoints(world / "runs" / "mine")
     (path / name).write_bytes(content)
     with pytest.raises(OutputError, match="step-00000002 cannot be read"):
         train(world, STEPS, resume=True)
+
+
+def test_a_base_or_rows_that_changed_meanwhile_are_named(world):
+    with pytest.raises(StoppedError):
+        train(world, STEPS, should_stop=after(world, 2))
+    rows = (world / "rows.jsonl").read_text()
+    write_rows(world / "rows.jsonl", {"text": "a", "completion": "b"})
+    with pytest.raises(OutputError, match="with other rows; give another --run"):
+        train(world, STEPS, resume=True)
+    (world / "rows.jsonl").write_text(rows)
+    weights = world / "tiny" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.embed_tokens.weight"][0] += 1
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(OutputError, match=r"with other base \(weights\); give"):
+        train(world, STEPS, resume=True)
+
+
+def test_a_resumed_run_keeps_the_batch_that_auto_came_to(world, monkeypatch):
+    """There may be less memory free by then."""
+    text = STEPS.replace("batch_size: 4", "batch_size: auto\neffective_batch_size: 4")
+    with pytest.raises(StoppedError):
+        train(world, text, should_stop=after(world, 2))
+    monkeypatch.setattr("lory_trainer.settle.available_bytes", lambda _: 1)
+    train(world, text, resume=True)
+    told = [(e["batch_size"], e["gradient_accumulation_steps"]) for e in events(world, "started")]
+    assert told == [(4, 1), (4, 1)]
+    train(world, text, replace=True)
+    assert events(world, "started")[0]["batch_size"] == 1
+
+
+def full_disk_from(monkeypatch: Any, count: int) -> None:
+    """The count-th file of tensors, and all after it, find no room."""
+    real, tried = checkpoint.save_file, []
+
+    def failing(tensors: Any, path: Path, **more: Any) -> None:
+        tried.append(path)
+        if len(tried) >= count:
+            path.write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device")
+        real(tensors, path, **more)
+
+    monkeypatch.setattr(checkpoint, "save_file", failing)
+
+
+def test_a_disk_that_is_full_ends_the_run_and_keeps_the_last_checkpoint(world, monkeypatch):
+    text = STEPS + "checkpoint_steps: 2\n"
+    full_disk_from(monkeypatch, 4)
+    with pytest.raises(OutputError, match=r"of step 4 cannot be written: .*No space left") as told:
+        train(world, text)
+    assert "the last good checkpoint is" in str(told.value)
+    assert "go on with --resume" in str(told.value)
+    last = events(world)[-1]
+    assert (last["code"], last["checkpoint"]) == ("output", "checkpoints/step-00000002")
+    assert not list((world / "runs" / "mine" / "checkpoints").glob(".*"))
+    monkeypatch.undo()
+    train(world, text, resume=True)
+    assert [event["resumed_from"] for event in events(world, "started")] == [None, 2]
+
+
+class FullDisk(FileIO):
+    """Takes the first line, and no more."""
+
+    def write(self, line: Any) -> int:
+        if self.tell():
+            raise OSError(28, "No space left on device")
+        return super().write(line)
+
+
+def test_an_event_file_that_takes_no_more_ends_the_run_with_its_name(world, monkeypatch):
+    """And hides no other reason: the failure cannot be told there either."""
+    monkeypatch.setattr("lory_trainer.events.FileIO", FullDisk)
+    with pytest.raises(OutputError, match=r"events\.jsonl cannot be written: No space left"):
+        train(world, STEPS)
+    assert not (world / "adapters").exists()
 
 
 def run_in_child(world: Path, text: str) -> int:

@@ -218,7 +218,7 @@ def test_an_adapter_is_never_half_visible(world, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr(export, "save_file", failing_save)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OutputError, match="mine cannot be written: disk full; nothing was written"):
         run(world)
     assert seen == [False]
     assert list(output.parent.iterdir()) == []
@@ -235,7 +235,7 @@ def test_a_failed_rename_gives_the_old_adapter_back(world, monkeypatch):
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", failing_rename)
-    with pytest.raises(OSError, match="no"):
+    with pytest.raises(OutputError, match="cannot be written: no;"):
         run(world, "seed: 1\n", replace=True)
     assert (output / "adapter_model.safetensors").read_bytes() == before
     assert [path.name for path in output.parent.iterdir()] == ["mine"]

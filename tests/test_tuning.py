@@ -12,8 +12,6 @@ import fake_trainer
 from lory_router.errors import Invalid
 from lory_router.keys import Caller
 from lory_router.registry import Registry
-from lory_router.tuning.handover import Handover
-from lory_router.tuning.service import Tuning
 from lory_router.tuning.shapes import CreateJob
 from scripted_engine import BASE
 from tuning_world import (
@@ -23,12 +21,12 @@ from tuning_world import (
     PAIR,
     WAIT_S,
     RefusingEngine,
-    ServingEngine,
     World,
     key,
     name_of,
     run,
     settings_in,
+    unserved,
 )
 
 # -- files ----------------------------------------------------------------------------------
@@ -144,7 +142,9 @@ def test_a_job_ends_in_an_adapter_and_tells_every_step(tmp_path: Path):
         assert (done["trained_tokens"], done["seed"], done["metadata"]) == (40, 1, {"team": "a"})
         assert done["finished_at"] >= done["created_at"] > 0
         assert done["estimated_finish"] is None
-        assert await world.events(job["id"]) == [
+        told = await world.events(job["id"])
+        assert told.pop(3).startswith("Trained for ")
+        assert told == [
             f"Created fine-tuning job: {job['id']}",
             "Files validated, moving job to queued state",
             "Fine-tuning job started",
@@ -160,12 +160,14 @@ def test_a_job_ends_in_an_adapter_and_tells_every_step(tmp_path: Path):
         table = (await world.client.get(f"{FILES}/{result}/content")).text.splitlines()
         assert table[0] == "step,train_loss,valid_loss,learning_rate,grad_norm,tokens"
         assert table[4] == "4,0.25,,0.001,0.5,40"
-        told = (await world.client.get("/metrics")).text
-        values = dict(line.rsplit(" ", 1) for line in told.splitlines() if line[0] != "#")
+        shown = (await world.client.get("/metrics")).text
+        values = dict(line.rsplit(" ", 1) for line in shown.splitlines() if line[0] != "#")
         seconds = float(values['lory_training_seconds_total{tenant="default"}'])
         assert 0 < seconds < WAIT_S
         cost = float(values['lory_training_cost_total{tenant="default"}'])
         assert cost == pytest.approx(seconds)
+        assert cost == pytest.approx(done["usage"]["cost"], abs=0.1)
+        assert values['lory_training_tokens_total{tenant="default"}'] == "40.0"
         assert float(values["lory_training_jobs_running"]) == 0
 
     run(tmp_path, story)
@@ -266,6 +268,7 @@ def test_preferences_are_asked_for_by_dpo_alone(tmp_path: Path):
             "signal 9, as the kernel does where memory runs out: about to die",
         ),
         (fake_trainer.HUNGRY, "memory_exceeded", "more than 209715200 bytes"),
+        (fake_trainer.HUNGRY_CHILD, "memory_exceeded", "more than 209715200 bytes"),
     ],
 )
 def test_a_run_that_fails_says_why_and_the_next_one_runs(
@@ -302,7 +305,7 @@ def test_events_are_listed_in_pages(tmp_path: Path):
         await world.until(other["id"], "succeeded", "failed")
         path = f"{JOBS}/{job['id']}/events"
         whole = (await world.client.get(f"{path}?limit=100")).json()
-        assert (len(whole["data"]), whole["has_more"]) == (5 + fake_trainer.NUM_STEPS, False)
+        assert (len(whole["data"]), whole["has_more"]) == (6 + fake_trainer.NUM_STEPS, False)
         found: list[Any] = []
         more, after = True, ""
         while more:
@@ -451,8 +454,7 @@ def test_a_tenant_takes_no_more_than_its_share(tmp_path: Path):
 def test_a_tenants_job_needs_a_registry_that_is_kept(tmp_path: Path):
     async def whole() -> None:
         registry = Registry()
-        handover = Handover(ServingEngine(), registry)
-        tuning = Tuning(settings_in(tmp_path), {}, handover, price_per_hour=0.0)
+        tuning = unserved(tmp_path, registry)
         wish = CreateJob(model=BASE, training_file="file-x")
         with pytest.raises(Invalid, match="--registry"):
             await tuning.create(Caller("acme"), wish)

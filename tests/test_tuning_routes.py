@@ -391,7 +391,15 @@ def test_a_name_that_is_wanted_again_is_never_nobodys(tmp_path: Path, monkeypatc
         await giving.claim("acme/a", "acme")
         giving.release("acme/a")
         await giving.claim("acme/a", "acme")
-        await asyncio.sleep(0.1)
+        await asyncio.sleep(0.05)
+        assert registry.state.owners["acme/a"] == "acme"
+        async with registry._lock:
+            giving.release("acme/a")
+            await asyncio.sleep(0.05)  # the name is about to be forgotten, and cannot be kept
+            claiming = asyncio.create_task(giving.claim("acme/a", "acme"))
+            await asyncio.sleep(0.01)
+        await claiming
+        await asyncio.sleep(0.05)
         assert registry.state.owners["acme/a"] == "acme"
         giving.release("acme/a")
         await until(lambda: "acme/a" not in registry.state.owners)

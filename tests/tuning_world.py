@@ -20,6 +20,7 @@ from lory_router.metrics import Metrics
 from lory_router.registry import Registry
 from lory_router.settings import RouterSettings
 from lory_router.tuning.handover import Handover
+from lory_router.tuning.meter import Meter
 from lory_router.tuning.service import Tuning
 from lory_router.tuning.settings import TuningSettings
 from lory_server.messages import Failure, OrderDone, OrderKind
@@ -41,6 +42,8 @@ class World:
     tuning: Tuning
     settings: TuningSettings
     running: asyncio.Task[None]
+    serving: asyncio.Event
+    """Set while requests run, or so the jobs think."""
 
     async def upload(self, *rows: Any, name: str = "rows.jsonl") -> str:
         reply = await self.send("".join(json.dumps(row) + "\n" for row in rows).encode(), name)
@@ -108,6 +111,12 @@ def settings_in(folder: Path, **changes: Any) -> TuningSettings:
     return replace(found, **changes)
 
 
+def unserved(folder: Path, registry: Registry) -> Tuning:
+    """Jobs without a server."""
+    handover = Handover(ServingEngine(), registry)
+    return Tuning(settings_in(folder), {}, handover, Meter(0.0), asyncio.Event())
+
+
 class RefusingEngine(ScriptedEngine):
     async def order(self, kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
         failure = Failure(code="adapter_invalid", message="a tensor matches nothing")
@@ -133,9 +142,10 @@ async def world(
     settings = settings_in(folder, **changes)
     registry = Registry(str(folder / "registry"))
     handover = Handover(engine(), registry)
-    tuning = Tuning(settings, dict(os.environ), handover, price_per_hour=3600.0)
-    metrics = Metrics(model=BASE, price_per_hour=3600.0)
-    metrics.add(tuning.meter)
+    meter, serving = Meter(price_per_hour=3600.0), asyncio.Event()
+    tuning = Tuning(settings, dict(os.environ), handover, meter, serving)
+    metrics = Metrics(model=BASE, price_per_hour=3600.0, trained=meter.charged)
+    metrics.add(meter)
     front = create_app(
         engine(),
         RouterSettings(model_names=(BASE,)),
@@ -150,7 +160,7 @@ async def world(
     async with httpx.AsyncClient(
         transport=transport, base_url="http://test", headers=key("root")
     ) as client:
-        yield World(client, tuning, settings, running)
+        yield World(client, tuning, settings, running, serving)
         tuning.stop()
         await running
     tuning.close()

@@ -42,6 +42,9 @@ UNLOAD_LORA = "/v1/unload_lora_adapter"
 COUNTED = (PATH, LOAD_LORA, UNLOAD_LORA)
 """What metrics call them."""
 
+OF_VLLM_ALONE = ("lora_int_id", "is_3d_lora_weight")
+"""Fields of its routes that mean nothing here."""
+
 MANNER_WAIT_S = 5.0
 """How long a look at an adapter waits for it to be read."""
 
@@ -142,7 +145,7 @@ class AdapterRoutes:
 
     async def load_lora(self, exchange: Exchange, body: bytes) -> None:
         """Register a name for an adapter in the folder, and load it."""
-        wish = _read(body, LoadLoraBody)
+        wish = _read_vllm(body, LoadLoraBody)
         name, path = wish.lora_name, wish.lora_path
         if not name or not path:
             raise Invalid("Both 'lora_name' and 'lora_path' must be provided.", param="lora_name")
@@ -159,7 +162,7 @@ class AdapterRoutes:
 
     async def unload_lora(self, exchange: Exchange, body: bytes) -> None:
         """Forget a name, and let go of what it stood for."""
-        name = _read(body, UnloadLoraBody).lora_name
+        name = _read_vllm(body, UnloadLoraBody).lora_name
         if not name:
             raise Invalid(
                 "'lora_name' needs to be provided to unload a LoRA adapter.", param="lora_name"
@@ -214,6 +217,15 @@ def _read(body: bytes, kind: type[T]) -> T:
     value = read_object(body)
     refuse_unknown(value, kind)
     return read_struct(value, kind)
+
+
+def _read_vllm(body: bytes, kind: type[T]) -> T:
+    """Its generated clients send fields that they do not use, too, as what says nothing."""
+    value = read_object(body)
+    unused = [name for name in OF_VLLM_ALONE if value.get(name) in (None, False)]
+    told = {name: one for name, one in value.items() if name not in unused}
+    refuse_unknown(told, kind)
+    return read_struct(told, kind)
 
 
 def _json(value: object) -> Response:

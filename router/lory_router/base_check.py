@@ -13,7 +13,7 @@ from pathlib import Path
 import huggingface_hub
 from huggingface_hub.errors import LocalEntryNotFoundError
 
-from lory_router.chat_template import ChatTemplate
+from lory_router.chat_template import PromptTemplate
 from lory_server.messages import TrainedOn
 from lory_trainer.digests import FILES, base_digests
 
@@ -44,7 +44,7 @@ class OtherPart:
 
 
 class ServedBase:
-    def __init__(self, model: str = "", chat_template: ChatTemplate | None = None) -> None:
+    def __init__(self, model: str = "", chat_template: PromptTemplate | None = None) -> None:
         """A local folder or a hub id; without one nothing can be told."""
         self._model = model
         self._chat_template = chat_template
@@ -68,7 +68,7 @@ class ServedBase:
         )
 
 
-def _digests_of(model: str, chat_template: ChatTemplate | None) -> dict[str, str]:
+def _digests_of(model: str, chat_template: PromptTemplate | None) -> dict[str, str]:
     source = chat_template.source if chat_template else ""
     template = {"chat_template": hashlib.sha256(source.encode()).hexdigest()}
     try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lory_router.asking import Template, made_of_chat
 from lory_router.bodies import read_struct, refuse_unknown_inside
-from lory_router.chat_template import RESERVED_NAMES, ChatTemplate, TemplateError
+from lory_router.chat_template import RESERVED_NAMES, PromptTemplate, TemplateError
 from lory_router.errors import Invalid, shown
 from lory_router.schemas_openai import ChatBody, ChatMessage, ChatMessages, Json, TextPart
 from lory_server.messages import Manner
@@ -26,7 +26,7 @@ class ChatPrompt:
 
 
 def chat_prompt(
-    body: ChatBody, chat_template: ChatTemplate | None, manner: Manner, adapter_id: str
+    body: ChatBody, chat_template: PromptTemplate | None, manner: Manner, adapter_id: str
 ) -> ChatPrompt:
     """To be called off the event loop, for there may be many messages."""
     messages = chat_messages(body.messages)
@@ -44,7 +44,7 @@ def chat_prompt(
     return ChatPrompt(_rendered(messages, body, chat_template), "base", True)
 
 
-def _rendered(messages: Sequence[Json], body: ChatBody, template: ChatTemplate | None) -> str:
+def _rendered(messages: Sequence[Json], body: ChatBody, template: PromptTemplate | None) -> str:
     if template is None:
         raise Invalid("this base has no chat template; use /v1/completions", param="messages")
     try:

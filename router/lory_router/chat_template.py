@@ -1,13 +1,14 @@
 """Chat templates: the Jinja of a tokenizer's files, rendered as transformers renders it.
 
-Templates come with the base and are run in a sandbox that sees plain JSON data alone. This module
-must not know tokenizers or requests.
+Templates are run in a sandbox that sees plain JSON data alone; the base's by the front itself,
+those that adapters bring by a process of their own (`text_process`), for no sandbox bounds time
+or memory. This module must not know tokenizers or requests.
 """
 
 import json
 from collections.abc import Iterable, Mapping
 from datetime import datetime
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 import jinja2
 import jinja2.ext
@@ -23,6 +24,16 @@ RESERVED_NAMES = frozenset({"messages", "tools", "documents", "add_generation_pr
 
 class TemplateError(ValueError):
     """The template cannot render these messages; the text is the template's own complaint."""
+
+
+class PromptTemplate(Protocol):
+    """What makes a prompt of messages; it may take its time."""
+
+    source: str
+
+    def render(
+        self, messages: Iterable[Message], options: Mapping[str, object] | None = None
+    ) -> str: ...
 
 
 class ChatTemplate:

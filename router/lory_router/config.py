@@ -260,7 +260,7 @@ class ServeConfig:
             adapters_dir=self.model.adapters,
             strict_base=self.model.strict_base,
             adapter_sources=sources.kinds if sources else frozenset(),
-            trusted_tokenizers=self.sources.trusted,
+            trusted_templates=self.sources.trusted,
             api_keys=comma_list(self.keys.api_key),
             max_concurrent_requests=self.step.max_queued,
             max_input_length=self.limits.max_input_length,
@@ -328,6 +328,7 @@ def check_switches(environ: Mapping[str, str] | None = None) -> None:
 
 
 _HUGE_PAGES = "glibc.malloc.hugetlb"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
 def engine_environment() -> dict[str, str]:
@@ -343,9 +344,17 @@ def engine_environment() -> dict[str, str]:
     return kept
 
 
-def training_environment(num_threads: int) -> dict[str, str]:
-    """What a fine-tuning job inherits: as the engine, and so many threads that do not spin."""
-    return engine_environment() | {
+def training_environment(num_threads: int, gpu: str = "") -> dict[str, str]:
+    """What a fine-tuning job inherits: as the engine, so many threads that do not spin, and of the
+    GPUs that the engine sees this one alone, if one is named. Raises `StartError`."""
+    inherited = engine_environment()
+    if gpu:
+        seen = inherited.get(_VISIBLE, "")
+        names = seen.split(",") if seen else [str(number) for number in range(int(gpu) + 1)]
+        if int(gpu) >= len(names):
+            raise StartError(f"--tuning-device: there is no cuda:{gpu} in {_VISIBLE}={seen}")
+        inherited[_VISIBLE] = names[int(gpu)]
+    return inherited | {
         "OMP_NUM_THREADS": str(num_threads),
         "OMP_WAIT_POLICY": "PASSIVE",
         "TOKENIZERS_PARALLELISM": "false",

@@ -120,6 +120,8 @@ class ChildEngine:
         self._has_been_loaded = False
         self._is_draining = False
         self._stop = asyncio.Event()
+        self.serving = asyncio.Event()
+        """Set while sequences are in flight."""
 
     # -- what the routes ask ----------------------------------------------------------------
 
@@ -161,6 +163,7 @@ class ChildEngine:
         life.send(command)
         stream = SequenceStream(number, len(request.prompt_ids), request.room, life.send_cancel)
         life.streams[number] = stream
+        self.serving.set()
         return stream
 
     async def list_adapters(self) -> tuple[AdapterEntry, ...]:
@@ -218,6 +221,7 @@ class ChildEngine:
         finally:
             self._life = None
             _abandon(life, reason, self._is_draining)
+            self.serving.clear()
             loaded_s = life.loaded_s
             status = await child.end(grace_s)
         cause = life.fatal or reason or f"the engine {describe_exit(status)}"
@@ -256,6 +260,8 @@ class ChildEngine:
         match event:
             case StepEvents():
                 _deliver(life, event)
+                if not life.streams:
+                    self.serving.clear()
                 self._on_report(event.report)
             case EngineInfo():
                 self._take_info(life, event)

@@ -14,6 +14,7 @@ from lory_router.errors import (
     ApiError,
     Conflict,
     Invalid,
+    RegistryUnwritable,
     adapter_not_found,
     from_failure,
     shown,
@@ -83,9 +84,18 @@ class Lifecycle:
         if self._registry.state.is_removed(target.adapter_id):
             await self._order("drop", target)
             raise adapter_not_found(name)
-        pin = replace(target, revision=done.revision if target.revision else "")
-        await self._registry.pin(pin)
+        await self._keep_pin(replace(target, revision=done.revision if target.revision else ""))
         return reply
+
+    async def _keep_pin(self, pin: Target) -> None:
+        """One that cannot be written down is none."""
+        is_new = pin not in self._registry.state.pins
+        try:
+            await self._registry.pin(pin)
+        except RegistryUnwritable:
+            if is_new:
+                await self._order("unpin", pin)
+            raise
 
     async def unpin(self, caller: Caller, name: str, token: str = "") -> AdapterReply:
         target = await self._pins_target(caller, name)

@@ -166,10 +166,10 @@ class Manners:
             yield engine_name
 
     def _is_trusted(self, adapter_id: str) -> bool:
-        """Whether its tokenizer is run whatever it does."""
+        """Whether its chat template is run."""
         if not is_from_source(adapter_id):
             return True
-        return reference_of(adapter_id).kind in self._settings.trusted_tokenizers
+        return reference_of(adapter_id).kind in self._settings.trusted_templates
 
     async def _known_as(self, name: str, target: Target, engine_name: str) -> Known:
         """What the engine calls a fetched adapter never stands for other bytes."""

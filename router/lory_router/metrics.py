@@ -8,7 +8,7 @@ come from.
 import time
 from bisect import bisect_left
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -135,13 +135,14 @@ class Metrics(Collector):
         price_per_hour: float = 0.0,
         max_adapter_labels: int = 200,
         name_of: Callable[[str], str] = str,
+        trained: Callable[[], Mapping[str, float]] = dict,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._model = model
         self._price_per_s = price_per_hour / SECONDS_PER_HOUR
         self._clock = clock
         self._labels = AdapterLabels(max_adapter_labels, model, name_of)
-        self._ledger = Ledger(clock(), self._labels.of)
+        self._ledger = Ledger(clock(), self._labels.of, trained)
         self._info: EngineInfo | None = None
         self._report: StepReport | None = None
         self._last_report_at = clock()
@@ -380,8 +381,14 @@ class Metrics(Collector):
         for tenant, seconds in split.by_tenant.items():
             tenant_cost.add_metric((tenant,), seconds * price)
         yield tenant_cost
+        training_cost = CounterMetricFamily(
+            "lory_training_cost", "Cost of fine-tuning jobs.", labels=("tenant",)
+        )
+        for tenant, seconds in split.by_trainee.items():
+            training_cost.add_metric((tenant,), seconds * price)
+        yield training_cost
         yield CounterMetricFamily(
-            "lory_cost_idle", "Cost of an engine with nothing to do.", value=split.idle * price
+            "lory_cost_idle", "Cost of a machine with nothing to do.", value=split.idle * price
         )
         yield CounterMetricFamily(
             "lory_cost_unattributed",

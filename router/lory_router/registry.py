@@ -20,7 +20,7 @@ import msgspec
 
 from lory_router.errors import RegistryUnwritable
 from lory_router.names import Target, is_revision, split
-from lory_router.registry_file import open_registry
+from lory_router.registry_file import RegistryError, damaged, open_registry
 from lory_router.sources.reference import covers
 from lory_server.messages import FETCHED
 from lory_server.recipes import MERGED, Recipe, merged_id
@@ -88,7 +88,11 @@ class Registry:
         """Whether it outlives the server."""
         self._connection = open_registry(path)
         self._lock = asyncio.Lock()
-        self._state = _read(self._connection)
+        try:
+            self._state = _read(self._connection)
+        except (sqlite3.Error, msgspec.MsgspecError) as error:
+            self._connection.close()
+            raise RegistryError(damaged(path, str(error))) from error
 
     @property
     def state(self) -> State:

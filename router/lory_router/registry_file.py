@@ -45,7 +45,7 @@ def open_registry(path: str) -> sqlite3.Connection:
     except sqlite3.OperationalError as error:
         raise RegistryError(_why_not_open(path, str(error))) from error
     except sqlite3.DatabaseError as error:
-        raise RegistryError(_damaged(path, str(error))) from error
+        raise RegistryError(damaged(path, str(error))) from error
     return connection
 
 
@@ -57,7 +57,7 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
         version = _version(connection, path)
         found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
-            raise RegistryError(_damaged(path, found))
+            raise RegistryError(damaged(path, found))
         if version < SCHEMA_VERSION:
             _change(connection, version)
     except RegistryError:
@@ -97,5 +97,5 @@ def _why_not_open(path: str, error: str) -> str:
     return f"{path}: {error}; it must be a file that the server may write, in such a folder"
 
 
-def _damaged(path: str, error: str) -> str:
+def damaged(path: str, error: str) -> str:
     return f"{path}: is damaged or no registry ({error}); restore a copy, or move it away"

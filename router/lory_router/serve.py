@@ -44,6 +44,7 @@ from lory_router.sources.service import Sources
 from lory_router.supervisor import GaveUp, RestartPolicy, Supervisor
 from lory_router.text import TextModel, load_text_model
 from lory_router.tuning.handover import Handover
+from lory_router.tuning.meter import Meter
 from lory_router.tuning.service import Tuning
 from lory_router.tuning.store import TuningStoreError
 from lory_router.values import comma_list
@@ -142,11 +143,13 @@ async def _serve(launch: _Launch, after_ready: AfterReady | None) -> int:
 def _build(launch: _Launch) -> _Parts:
     config = launch.config
     settings, sources = config.router_settings(), _open_sources(config)
+    meter = Meter(config.metrics.price_per_hour)
     metrics = Metrics(
         model=settings.model_names[0],
         price_per_hour=config.metrics.price_per_hour,
         max_adapter_labels=config.metrics.metrics_adapter_labels,
         name_of=lambda name: model_of(sources.name_of(name) if sources else name, settings),
+        trained=meter.charged,
     )
     if sources is not None:
         metrics.add(SourceMetrics(sources))
@@ -165,9 +168,9 @@ def _build(launch: _Launch) -> _Parts:
         step_timeout_s=config.step.step_timeout,
         command=launch.engine_command,
     )
-    tuning = _open_tuning(config, engine, launch.registry)
+    tuning = _open_tuning(config, engine, launch.registry, meter)
     if tuning is not None:
-        metrics.add(tuning.meter)
+        metrics.add(meter)
     sourced = SourcedEngine(engine, sources) if sources else None
     if sourced is not None:
         sourced.orders.hold_pinned(launch.registry.state.pins)
@@ -201,13 +204,18 @@ async def _train(parts: _Parts) -> None:
         parts.tuning.close()
 
 
-def _open_tuning(config: ServeConfig, engine: ChildEngine, registry: Registry) -> Tuning | None:
+def _open_tuning(
+    config: ServeConfig, engine: ChildEngine, registry: Registry, meter: Meter
+) -> Tuning | None:
     settings = config.tuning_settings
     if settings is None:
         return None
-    environment, price = training_environment(settings.threads), config.metrics.price_per_hour
+    if sys.platform != "linux":
+        log.warning("--tuning-share: is kept on Linux alone; jobs run beside requests as they can")
+    environment = training_environment(settings.threads, settings.gpu)
+    handover = Handover(engine, registry)
     try:
-        return Tuning(settings, environment, Handover(engine, registry), price)
+        return Tuning(settings, environment, handover, meter, engine.serving)
     except (OSError, TuningStoreError) as error:
         raise StartError(f"--fine-tuning: {error}") from error
 

@@ -22,9 +22,9 @@ class RouterSettings:
     """Refuse adapters that were trained on another base, as their manifests tell."""
     adapter_sources: frozenset[SourceKind] = frozenset()
     """Where adapters may come from beside the local folder."""
-    trusted_tokenizers: frozenset[SourceKind] = frozenset(("s3", "web"))
-    """Sources beside the local folder whose adapters' tokenizers and chat templates are run,
-    whatever they do; of these two an operator lists what may be named."""
+    trusted_templates: frozenset[SourceKind] = frozenset(("s3", "web"))
+    """Sources beside the local folder whose adapters' chat templates are run; of these two an
+    operator lists what may be named."""
     max_concurrent_requests: int = 256
     """Most generation requests in flight; one more is refused with 429."""
     max_input_length: int = 0

@@ -40,10 +40,9 @@ class SourceConfig:
         " or http://HOST:PORT.",
     )
     adapter_uploads: bool = flag(False, "Take adapters that callers send.")
-    trust_tokenizers: str = flag(
+    trust_templates: str = flag(
         "",
-        "Of hub and upload, comma-separated: sources whose adapters' chat templates are run, and"
-        " tokenizers that cut texts in another way than the base's.",
+        "Of hub and upload, comma-separated: sources whose adapters' own chat templates are run.",
     )
     tenant_uploads_size: int = size_flag(
         0, "Most bytes of one tenant's uploads; 0: a quarter of the cache."
@@ -108,17 +107,17 @@ class SourceConfig:
 
     @property
     def trusted(self) -> frozenset[SourceKind]:
-        """Whose tokenizers are run whatever they do."""
-        named = comma_list(self.trust_tokenizers)
-        return LISTED | frozenset(kind for kind in STRANGERS if kind in named)
+        """Whose chat templates are run."""
+        named = comma_list(self.trust_templates)
+        return LISTED.union(kind for kind in STRANGERS if kind in named)
 
     def check(self, adapters: str) -> None:
         """Raises ValueError naming the flag; `adapters` is the local folder."""
         self._check_needs()
         self._check_numbers()
-        for name in comma_list(self.trust_tokenizers):
+        for name in comma_list(self.trust_templates):
             if name not in STRANGERS:
-                raise ValueError(f"--trust-tokenizers: {name!r} is none of {', '.join(STRANGERS)}")
+                raise ValueError(f"--trust-templates: {name!r} is none of {', '.join(STRANGERS)}")
         for name in ("hub_endpoint", "s3_endpoint"):
             _check_url(name, getattr(self, name))
         _hosts("hub_hosts", self.hub_hosts)

@@ -13,8 +13,12 @@ from types import MappingProxyType
 import huggingface_hub
 from tokenizers import AddedToken, Tokenizer
 
-from lory_router.chat_template import ChatTemplate
-from lory_server.adapters.tokenizer_files import chat_template_of, named_special_tokens
+from lory_router.chat_template import ChatTemplate, PromptTemplate
+from lory_server.adapters.tokenizer_files import (
+    chat_template_of,
+    named_special_tokens,
+    read_base_tokenizer,
+)
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -24,6 +28,8 @@ TOKENIZER_FILES = (
 )
 
 NO_NAMES: Mapping[str, str] = MappingProxyType({})
+UNKNOWN = "?"
+"""No digest."""
 
 
 class TextModel:
@@ -32,21 +38,25 @@ class TextModel:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        chat_template: ChatTemplate | None = None,
+        chat_template: PromptTemplate | None = None,
         special_tokens: Mapping[str, str] = NO_NAMES,
+        longest_token: int = 0,
+        model_digest: str = UNKNOWN,
     ) -> None:
-        """`special_tokens`: those that have names, such as `eos_token`."""
+        """`special_tokens`: those that have names, such as `eos_token`. `longest_token`: in
+        characters, if that is known. `model_digest`: of its vocabulary and merges, likewise."""
         tokenizer.no_truncation()
         tokenizer.no_padding()
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.special_tokens = special_tokens
+        self.model_digest = model_digest
         self.special_ids = frozenset(
             token_id
             for token_id, added in tokenizer.get_added_tokens_decoder().items()
             if added.special
         )
-        self.longest_token = max(map(len, tokenizer.get_vocab()), default=1)
+        self.longest_token = longest_token or max(map(len, tokenizer.get_vocab()), default=1)
         """Characters."""
         self.long_texts = asyncio.Semaphore(1)
         """Held while a long text is tokenized."""
@@ -141,7 +151,9 @@ def load_text_model(model: str) -> TextModel:
     own_source = own_file.read_text(encoding="utf-8") if own_file.is_file() else None
     source = chat_template_of(config, own_source)
     template = ChatTemplate(source, special_tokens) if source else None
-    return TextModel(tokenizer, template, special_tokens)
+    files = read_base_tokenizer(folder)
+    model_digest = files.model if files else UNKNOWN
+    return TextModel(tokenizer, template, special_tokens, model_digest=model_digest)
 
 
 def _read_json(path: Path) -> dict[str, object]:
@@ -162,7 +174,8 @@ def mark_special(tokenizer: Tokenizer, contents: Iterable[str]) -> None:
 
 
 def _decoder_kinds(tokenizer: Tokenizer) -> set[str]:
-    decoder = json.loads(tokenizer.to_str())["decoder"] or {}
+    # Written by itself: the whole has the vocabulary, and takes a part of a second.
+    decoder = json.loads(tokenizer.decoder.__getstate__()) if tokenizer.decoder else {}
     parts = decoder.get("decoders", [decoder])
     return {part.get("type", "") for part in parts}
 

@@ -3,14 +3,15 @@
 It must not know how a job is carried out.
 """
 
-# ruff: noqa: RUF009 - flag() is dataclasses.field() by another name
-
+import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 from lory_router.flags import flag, size_flag
-from lory_router.tuning.settings import TrainingDevice, TuningSettings
+from lory_router.tuning.settings import TuningSettings
 from lory_server.messages import Quantization
+
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,3})?")
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,20 @@ class TuningConfig:
     fine_tuning: str = flag(
         "", "Folder of fine-tuning jobs and their files; empty: /v1/fine_tuning is not served."
     )
-    tuning_device: TrainingDevice = flag(
-        "cpu", "Where jobs train; cuda needs memory that --memory leaves to them."
+    tuning_device: str = flag(
+        "cpu",
+        "Where jobs train: cpu, cuda (needs memory that --memory leaves to them), or a GPU of"
+        " their own such as cuda:1.",
     )
     tuning_threads: int = flag(1, "CPU threads of a job.", at_least=1)
+    tuning_share: float = flag(
+        0.1,
+        "Part of the time that a job may run while requests run, and the most they lose to it.",
+        at_least=0.0,
+        at_most=1.0,
+    )
     tuning_memory: int = size_flag(
-        0, "Memory of the host at which a job is ended; 0: as much as there is."
+        0, "Memory of the host at which a job is ended; 0: 3/4 of what is free as it begins."
     )
     tuning_max_file: int = size_flag(512 * 2**20, "Largest file that is taken for training.")
     tuning_files: int = size_flag(20 * 2**30, "Most bytes of all such files together.")
@@ -57,8 +66,10 @@ class TuningConfig:
             model_names=model_names,
             quantize=quantize,
             double_quant=double_quant,
-            device=self.tuning_device,
+            device="cpu" if self.tuning_device == "cpu" else "cuda",
+            gpu=self.tuning_device.partition(":")[2],
             threads=self.tuning_threads,
+            share=self.tuning_share,
             max_memory_bytes=self.tuning_memory,
             max_file_bytes=self.tuning_max_file,
             max_files_bytes=self.tuning_files,
@@ -76,6 +87,10 @@ class TuningConfig:
             raise ValueError("--fine-tuning: needs --adapters, the folder where new ones go")
         if self.fine_tuning and _lies_in(Path(self.fine_tuning), Path(adapters)):
             raise ValueError("--fine-tuning: must not lie in --adapters, nor the other way")
+        if not _DEVICE.fullmatch(self.tuning_device):
+            raise ValueError(
+                f"--tuning-device: {self.tuning_device!r} is none; give cpu, cuda, or cuda:1"
+            )
         for name in ("tuning_max_file", "tuning_files"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"--{name.replace('_', '-')}: must be more than 0")

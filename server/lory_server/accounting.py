@@ -18,9 +18,11 @@ class CostModel:
     """Relative work of one token at a given context, in units of the base's linears.
 
         work = 1 + context / balance_context + adapter_params / base_params
+        and of each row of logits of an adapter with a head of its own: head_params / base_params
 
     The linears cost 2 flops a parameter; attention costs 4 flops a layer, query width and context
-    position (q.k and p.v), so both are equal at `balance_context`.
+    position (q.k and p.v), so both are equal at `balance_context`. A head of an adapter's own is
+    read and multiplied beside the base's, for the rows that use it alone.
     """
 
     base_params: int
@@ -41,6 +43,10 @@ class CostModel:
         per_token = 1 + mean_context / self.balance_context + adapter_params / self.base_params
         return num_tokens * per_token
 
+    def head_work(self, num_logits: int, head_params: int) -> float:
+        """Work of so many rows of logits through a head of an adapter's own."""
+        return num_logits * head_params / self.base_params
+
 
 @dataclass(frozen=True, slots=True)
 class Share:
@@ -54,15 +60,30 @@ class Share:
     generated_tokens: int
 
 
-def row_share(command: Submit, row: PlanRow, adapter_bytes: int, cost_model: CostModel) -> Share:
+@dataclass(frozen=True, slots=True)
+class AdapterWork:
+    """What an adapter adds to a row that it acts on."""
+
+    num_bytes: int = 0
+    """Of its factors."""
+    head_params: int = 0
+    """Of its own head, or rows of one."""
+
+
+NO_WORK = AdapterWork()
+
+
+def row_share(command: Submit, row: PlanRow, adapter: AdapterWork, cost_model: CostModel) -> Share:
     """Rows that the base computes, before an aLoRA acts, cost what the base's do."""
     start, num_tokens = row.start, len(row.token_ids)
-    acting_bytes = 0 if row.slot == BASE_SLOT else adapter_bytes
+    acting = NO_WORK if row.slot == BASE_SLOT else adapter
+    num_logits = int(row.sample is not None) + len(row.targets)
+    work = cost_model.work(start, num_tokens, acting.num_bytes)
     return Share(
         request_id=command.request_id,
         tenant=command.tenant,
         adapter_id=command.charged_as or command.adapter_id,
-        work=cost_model.work(start, num_tokens, acting_bytes),
+        work=work + cost_model.head_work(num_logits, acting.head_params),
         prompt_tokens=max(min(start + num_tokens, len(command.prompt_ids)) - start, 0),
         generated_tokens=int(row.sample is not None),
     )

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from lory_server.accounting import CostModel, charge, row_share
+from lory_server.accounting import NO_WORK, AdapterWork, CostModel, charge, row_share
 from lory_server.adapters.cache import AdapterCache
 from lory_server.adapters.orders import Orders
 from lory_server.adapters.outcomes import Listed, Resolved
@@ -85,8 +85,9 @@ class _Request:
         return self.adapter.revision if self.adapter else ""
 
     @property
-    def adapter_bytes(self) -> int:
-        return self.adapter.num_bytes if self.adapter else 0
+    def adapter_work(self) -> AdapterWork:
+        adapter = self.adapter
+        return AdapterWork(adapter.num_bytes, adapter.head_params) if adapter else NO_WORK
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,7 +395,7 @@ class Engine:
 
     def _charge(self, flight: _InFlight, wall: float) -> None:
         shares = [
-            row_share(request.command, row, request.adapter_bytes, self._cost_model)
+            row_share(request.command, row, request.adapter_work, self._cost_model)
             for request, row in zip(flight.requests, flight.plan.rows, strict=True)
         ]
         charges = charge(wall, shares)

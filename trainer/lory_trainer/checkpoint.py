@@ -7,7 +7,7 @@ must not know data, losses or the terminal.
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,10 @@ STATE_FILE = "state.json"
 OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
 _NAME = re.compile(r"step-(\d{8})")
+
+
+Identity = Mapping[str, Any]
+"""options, base (digests) and rows (a digest): all that decides a run's steps."""
 
 
 @dataclass(slots=True)
@@ -59,6 +63,23 @@ def checkpoints(run: Path) -> list[Path]:
     return sorted(path for path in (run / FOLDER).iterdir() if _NAME.fullmatch(path.name))
 
 
+def kept(run: Path) -> str:
+    """What a run that ends badly leaves behind, in words."""
+    found = checkpoints(run)
+    return f"the last good checkpoint is {found[-1]}" if found else "nothing was written"
+
+
+def begun_with(run: Path) -> Mapping[str, Any]:
+    """The options of the run that the newest checkpoint is of; none without a readable one."""
+    found = checkpoints(run)
+    try:
+        state = json.loads((found[-1] / STATE_FILE).read_text(encoding="utf-8")) if found else {}
+        options = state["identity"]["options"] if found else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return options if isinstance(options, dict) else {}
+
+
 def save_checkpoint(
     run: Path,
     model: PeftModel,
@@ -66,42 +87,54 @@ def save_checkpoint(
     progress: Progress,
     *,
     facts: AdapterFacts,
-    fingerprint: str,
+    identity: Identity,
 ) -> Path:
     path = checkpoint_path(run, progress.step)
     with draft_of(path) as draft:
         write_files(model, facts, draft, "float32")
         _save_optimizer(optimizer, draft)
         save_file(_random_states(), draft / RANDOM_FILE)
-        state = {"fingerprint": fingerprint, "progress": asdict(progress)}
+        state = {"identity": identity, "progress": asdict(progress)}
         (draft / STATE_FILE).write_text(json.dumps(state) + "\n", encoding="utf-8")
         publish(draft, path)
     return path
 
 
 def load_checkpoint(
-    path: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, fingerprint: str
+    path: Path, model: PeftModel, optimizer: torch.optim.Optimizer, *, identity: Identity
 ) -> Progress:
-    """Raises OutputError if the run is another one: its options or rows have changed."""
+    """Raises OutputError if the run is another one: its options, base or rows have changed."""
     try:
         state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         tensors = load_file(path / OPTIMIZER_FILE)
         generator = load_file(path / RANDOM_FILE)
-        found, progress = state["fingerprint"], Progress(**state["progress"])
-        if found == fingerprint:
+        changes = _changes(state["identity"], identity)
+        progress = Progress(**state["progress"])
+        if not changes:
             load_adapter(model, path)
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise OutputError(
             f"{path} cannot be read: {error}; remove it to go on from an earlier one"
         ) from error
-    if found != fingerprint:
+    if changes:
         raise OutputError(
-            f"{path.parent.parent} holds a run of other options or rows; give another --run, or "
-            "leave --resume out to begin anew"
+            f"{path.parent.parent} holds a run with other {', '.join(changes)}; give another "
+            "--run, or --replace without --resume to begin anew"
         )
     _load_optimizer(optimizer, tensors)
     _set_random_states(generator)
     return progress
+
+
+def _changes(before: Identity, now: Identity) -> list[str]:
+    """Names of what differs: options, parts of the base, the rows."""
+    names = _differing(before["options"], now["options"])
+    names += [f"base ({name})" for name in _differing(before["base"], now["base"])]
+    return names if before["rows"] == now["rows"] else [*names, "rows"]
+
+
+def _differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    return [name for name in {**before, **now} if before.get(name) != now.get(name)]
 
 
 def forget_old(run: Path, keep: int, spared: Path | None) -> None:

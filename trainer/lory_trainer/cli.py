@@ -102,7 +102,7 @@ def train(
         check_output(target, replace=replace)
         _load_libraries(threads)
         places = _places(options, config, target, run, replace=replace, resume=resume)
-        deliver = _delivery(publish, api_key, replace=replace)
+        deliver = _delivery(publish, _name(options, target), api_key, replace=replace)
         result = run_training(options, places, console=console, notes=notes, deliver=deliver)
     except StoppedError as error:
         _print(console, f"{error}; go on with --resume", "yellow")
@@ -156,20 +156,26 @@ def _places(
     replace: bool,
     resume: bool,
 ) -> "Places":
-    from lory_trainer.train import Places, name_of
+    from lory_trainer.train import Places
 
-    folder = run or Path("runs") / name_of(options, target)
+    folder = run or Path("runs") / _name(options, target)
     return Places(_config_folder(config), target, folder, replace, resume)
 
 
+def _name(options: TrainOptions, target: Path) -> str:
+    from lory_trainer.train import name_of
+
+    return name_of(options, target)
+
+
 def _delivery(
-    target: str | None, api_key: str, *, replace: bool
+    target: str | None, name: str, api_key: str, *, replace: bool
 ) -> Callable[[Path, str], str | None]:
     if target is None:
         return lambda _output, _name: None
     from lory_trainer.publish import check_target, deliver
 
-    check_target(target)
+    check_target(target, name, api_key)
     return lambda output, name: deliver(
         output, name, target=target, api_key=api_key, replace=replace
     )
@@ -220,11 +226,12 @@ def _trackers(options: TrainOptions, places: "Places") -> Sequence["Listener"]:
 def _load_libraries(threads: int | None) -> None:
     logging.getLogger(OPTIONAL_KERNELS_LOGGER).setLevel(logging.ERROR)
     try:
+        import matplotlib  # noqa: F401
         import peft  # noqa: F401
         import torch
         from transformers.utils.logging import disable_progress_bar
     except ModuleNotFoundError as error:
-        if error.name not in ("peft", "torch"):
+        if error.name not in ("matplotlib", "peft", "torch"):
             raise
         raise TrainerError(
             f"training needs {error.name}; install it with: pip install '.[train]' in the checkout"

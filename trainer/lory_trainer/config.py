@@ -4,11 +4,18 @@ A file may be written with these names, with Ludwig's or with Axolotl's; config_
 the others are called here. This module must not know torch, peft or any data.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from lory_trainer.config_translate import Translation, explain, translate
 from lory_trainer.config_yaml import parse_yaml
@@ -103,20 +110,59 @@ class SplitOptions(_Options):
     """For fixed: the column that holds 0, 1 or 2 (or train, validation, test)."""
 
 
+PairLoss = Literal[
+    "sigmoid",
+    "sigmoid_norm",
+    "hinge",
+    "ipo",
+    "robust",
+    "exo_pair",
+    "nca_pair",
+    "bco_pair",
+    "sppo_hard",
+    "apo_zero",
+    "apo_down",
+    "simpo",
+    "orpo",
+]
+USUAL_OF_LOSS: dict[str, dict[str, Any]] = {
+    "exo_pair": {"label_smoothing": 1e-3},
+    "robust": {"label_smoothing": 0.1},
+    "simpo": {"beta": 2.0, "gamma": 1.0, "reference": "none"},
+    "orpo": {"sft_weight": 1.0, "reference": "none"},
+}
+"""What some losses' authors take, where a file says nothing."""
+SMOOTHED = ("sigmoid", "sigmoid_norm", "robust", "exo_pair", "simpo")
+WITHOUT_REFERENCE = ("simpo", "orpo")
+WITH_OR_WITHOUT = ("sigmoid", "sigmoid_norm", "hinge", "ipo")
+
+
 class DpoOptions(_Options):
     """Preference pairs."""
 
     beta: Positive = 0.1
-    """How strongly the model is held to its reference."""
-    loss: Literal["sigmoid", "ipo"] = "sigmoid"
-    """sigmoid is DPO's own; ipo does not run away on pairs that are never in doubt."""
+    """How strongly the model is held to its reference (simpo: 2); for orpo, the weight of the
+    odds ratio."""
+    loss: PairLoss = "sigmoid"
+    """sigmoid is DPO's own; ipo does not run away on pairs that are never in doubt; simpo and orpo
+    refer to no model. The formulas: preference.py."""
     label_smoothing: Annotated[Number, Field(ge=0, lt=0.5)] = 0.0
-    """Share of pairs taken to be the wrong way round (sigmoid only)."""
+    """Share of pairs taken to be the wrong way round: cDPO (robust: 0.1, exo_pair: 0.001)."""
+    gamma: NotNegative = 0.0
+    """For simpo: by how much the better answer has to be likelier, times beta (simpo: 1)."""
     sft_weight: NotNegative = 0.0
     """Adds this times the chosen answer's own loss, without which what the model says may not
-    change at all; 1 is a good value."""
-    reference: Literal["start", "base"] = "start"
-    """start: the model as the run found it, lora.start_from included; base: without any adapter."""
+    change at all; 1 is a good value (orpo: 1)."""
+    reference: Literal["start", "base", "none"] = "start"
+    """start: the model as the run found it, lora.start_from included; base: without any adapter;
+    none: no reference (sigmoid with sft_weight: 1 is CPO then)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _usual(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or not isinstance(values.get("loss"), str):
+            return values
+        return USUAL_OF_LOSS.get(values["loss"], {}) | values
 
 
 class GenerationOptions(_Options):
@@ -301,23 +347,52 @@ def _check_together(options: TrainOptions, found: Translation) -> None:
 
 
 def _contradictions(options: TrainOptions) -> Iterator[tuple[str, str]]:
-    method, given = options.method, options.quantization.model_fields_set
+    given = options.quantization.model_fields_set
     if options.effective_batch_size and options.gradient_accumulation_steps:
         yield "effective_batch_size", "give it or gradient_accumulation_steps, not both"
     if given and "bits" not in given:
         yield "quantization.bits", "is missing beside the other keys; give 4 or 8"
     if options.early_stop and options.split is None and options.eval_data is None:
         yield "early_stop", "needs rows to evaluate; give split or eval_data"
-    if method != "dpo":
-        for key in sorted(options.dpo.model_fields_set):
-            yield f"dpo.{key}", f"is for method: dpo, and this is {method}"
+    yield from _of_another_method(options)
+    if options.method == "dpo":
+        yield from _contradictions_of_pairs(options.dpo)
+
+
+def _of_another_method(options: TrainOptions) -> Iterator[tuple[str, str]]:
+    """Options that the method has no use for."""
+    method, dpo = options.method, options.dpo.model_fields_set
+    if method == "dpo":
+        if options.train_on_prompt:
+            yield "train_on_prompt", "is not for dpo: both prompts are the same"
+        if options.packing:
+            yield "packing", "pairs are not packed; leave it off for dpo"
         return
-    if options.dpo.label_smoothing and options.dpo.loss == "ipo":
-        yield "dpo.label_smoothing", "is for the sigmoid loss; ipo has none"
-    if options.train_on_prompt:
-        yield "train_on_prompt", "is not for dpo: both prompts are the same"
-    if options.packing:
-        yield "packing", "pairs are not packed; leave it off for dpo"
+    of_pairs = [key for key in ("chosen", "rejected") if key in options.model_fields_set]
+    of_pairs += [f"dpo.{key}" for key in sorted(dpo, key=lambda key: (key != "loss", key))]
+    for key in of_pairs:
+        yield key, f"is for method: dpo, and this is {method}"
+    for key in ("completion", "completion_prefix", "chat"):
+        if method == "pretrain" and getattr(options, key):
+            yield key, "is not for pretrain: all of a text is learned, as it is"
+
+
+def _contradictions_of_pairs(dpo: DpoOptions) -> Iterator[tuple[str, str]]:
+    loss = dpo.loss
+    if dpo.label_smoothing and loss not in SMOOTHED:
+        yield "dpo.label_smoothing", f"is for {_either(SMOOTHED)}; {loss} has none"
+    if not dpo.label_smoothing and loss == "exo_pair":
+        yield "dpo.label_smoothing", "has to be above 0 for exo_pair; its authors take 0.001"
+    if dpo.gamma and loss != "simpo":
+        yield "dpo.gamma", f"is for simpo; {loss} has none"
+    if dpo.reference != "none" and loss in WITHOUT_REFERENCE:
+        yield "dpo.reference", f"{loss} refers to no other model; leave it out"
+    if dpo.reference == "none" and loss not in (*WITHOUT_REFERENCE, *WITH_OR_WITHOUT):
+        yield "dpo.reference", f"{loss} is measured against one: start or base"
+
+
+def _either(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _check_split(split: SplitOptions, name: str) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ValidationError
 from lory_trainer.config_keys import KEYS, OWN_TURNS, Alias, Noted, Only, Several
 from lory_trainer.errors import ConfigError
 
-LUDWIG_MARKS = ("model_type", "input_features", "output_features")
+LUDWIG_MARKS = ("input_features", "output_features")
 LUDWIG_DEFAULTS = {"lora.dropout": 0.05, "overlong": "cut_prompt"}
 """What a file in Ludwig's form means where it says nothing and we would do something else."""
 
@@ -53,7 +53,7 @@ def translate(given: Mapping[str, Any], source: str, model: type[BaseModel]) -> 
     """Raises ConfigError naming every key that is unknown, refused or given twice."""
     reader = _Reader(tuple(option_paths(model)))
     reader.read(given, "")
-    if any(mark in given for mark in LUDWIG_MARKS):
+    if given.get("model_type") == "llm" or any(mark in given for mark in LUDWIG_MARKS):
         reader.found = LUDWIG_DEFAULTS | reader.found
     reader.settle_prompt()
     if reader.problems:
@@ -126,7 +126,12 @@ class _Reader:
             self.sources[option] = path
 
     def settle_prompt(self) -> None:
-        """Ludwig's input features are the prompt where no template is given."""
+        """Ludwig's input features are the prompt where no template is given, and its answer is the
+        better one of a pair."""
+        if self.found.get("method") == "dpo" and self.found.get("completion") is not None:
+            source = self.sources.pop("completion")
+            chosen = self.found.pop("completion")
+            self._take(source, "chosen", lambda value: value, chosen)
         columns = self.found.pop("input_columns", None)
         self.sources.pop("input_columns", None)
         if columns is None or "template" in self.found:
@@ -137,7 +142,9 @@ class _Reader:
             self.problems.append("input_features: several need a prompt.template that names them")
 
     def _did_you_mean(self, prefix: str, key: str) -> str:
-        beside = [p.removeprefix(prefix) for p in (*self.own, *KEYS) if p.startswith(prefix)]
+        """Names that do something, and groups."""
+        useful = [p for p, found in KEYS.items() if isinstance(found, Alias | Several)]
+        beside = [p.removeprefix(prefix) for p in (*self.own, *useful) if p.startswith(prefix)]
         near = [name for name in beside if "." not in name]
         close = get_close_matches(key, [*near, *self._group_names(prefix)], n=1)
         if close:

@@ -118,21 +118,103 @@ def output_features(value: Any) -> Values:
     return {"completion": column} | ({"completion_prefix": prefix} if prefix else {})
 
 
+_METHODS = {"finetune": "sft", "sft": "sft", "dpo": "dpo", "pretrain": "pretrain", "pt": "pretrain"}
+_NOT_TRAINED = {
+    "none": "nothing would be trained",
+    "kto": "kto learns from single marks, measured against the others of their batch; pairs of "
+    "answers can be learned from: dpo",
+    "grpo": "learning from a reward is left to TRL; its adapters can be served",
+    "ppo": "learning from a reward is left to TRL; its adapters can be served",
+    "rm": "a reward model is no adapter that answers; pairs can be learned from directly: dpo",
+}
+_NOT_TRAINED |= {"gdpo": _NOT_TRAINED["grpo"]}
+
+
 def trainer_type(value: Any) -> Any:
-    table = {"finetune": "sft", "sft": "sft", "dpo": "dpo", "pretrain": "pretrain"}
-    refused = {
-        "none": "nothing would be trained",
-        "kto": "kto learns from single marks; pairs of answers can be learned from: dpo",
-        "orpo": "use dpo with dpo.sft_weight",
-        "grpo": "learning from a reward is left to TRL; its adapters can be served",
+    """What Ludwig and we call methods."""
+    _refuse_method(value)
+    if value in ("orpo", "simpo"):
+        raise ConfigError(f"{value}: is a loss of pairs; give dpo, and dpo.loss: {value}")
+    return _choice(_METHODS, "one of: finetune, dpo, pretrain")(value)
+
+
+def _refuse_method(value: Any) -> None:
+    if isinstance(value, str) and value in _NOT_TRAINED:
+        raise ConfigError(f"{value}: {_NOT_TRAINED[value]}")
+
+
+def stage(value: Any) -> Values:
+    """LLaMA-Factory's."""
+    _refuse_method(value)
+    return {"method": _choice(_METHODS, "one of: sft, pt, dpo")(value)}
+
+
+def task(value: Any) -> Values:
+    """Predibase's."""
+    _refuse_method(value)
+    methods = {"sft": "sft", "instruction_tuning": "sft", "continued_pretraining": "pretrain"}
+    return {"method": _choice(methods, f"one of: {', '.join(methods)}")(value)}
+
+
+def rl(value: Any) -> Values:
+    """Axolotl's: a method, or a loss of pairs."""
+    _refuse_method(value)
+    kinds: dict[Any, Values] = {
+        None: {},
+        "dpo": {"method": "dpo"},
+        "ipo": {"method": "dpo", "dpo.loss": "ipo"},
+        "simpo": {"method": "dpo", "dpo.loss": "simpo"},
+        "orpo": {"method": "dpo", "dpo.loss": "orpo"},
     }
-    if value in refused:
-        raise ConfigError(f"{value}: {refused[value]}")
-    return _choice(table, "one of: finetune, dpo, pretrain")(value)
+    return _choice(kinds, "one of: dpo, ipo, simpo, orpo")(value)
+
+
+_NO_LOSS = {
+    "sft": "give dpo.sft_weight, which adds it to any loss",
+    "cpo": "it is sigmoid with dpo.reference: none and dpo.sft_weight: 1",
+    "cdpo": "it is sigmoid with dpo.label_smoothing",
+    "kto_pair": "bco_pair, nca_pair and apo_zero are its kin",
+    "discopop": "a mixture found by search, within the noise of sigmoid",
+    "alphapo": "give simpo; its powers of probabilities are not done",
+}
+_NO_LOSS |= dict.fromkeys(
+    ("aot", "aot_pair", "aot_unpaired"),
+    "compares a pair with the others of its batch, so that accumulation would change it; apo_zero "
+    "and nca_pair look at each answer alone too",
+)
+
+
+def pair_loss(value: Any) -> Any:
+    """TRL writes a list, of one or of several that are added."""
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise ConfigError(f"{value!r}: one loss, and dpo.sft_weight beside it")
+        value = value[0]
+    if isinstance(value, str) and value in _NO_LOSS:
+        raise ConfigError(f"{value}: {_NO_LOSS[value]}")
+    return value
+
+
+def model_type(value: Any) -> Values:
+    """Ludwig's kind of model; Axolotl's is the name of a class."""
+    is_class = isinstance(value, str) and value.endswith("ForCausalLM")
+    if value not in ("llm", None) and not is_class:
+        raise ConfigError(f"{value!r} is not taken: only llm is trained")
+    return {}
 
 
 def target_linear(value: Any) -> Values:
-    return {"lora.target_modules": "all-linear"} if value else {}
+    return {"lora.target_modules": "all-linear"} if _truth(value) else {}
+
+
+def target_modules(value: Any) -> Any:
+    """LLaMA-Factory writes names with commas between them, and `all`."""
+    if value == "all":
+        return "all-linear"
+    names = [name.strip() for name in value.split(",")] if isinstance(value, str) else []
+    if len(names) > 1 and all(name.isidentifier() for name in names):
+        return names
+    return value
 
 
 def adapter_kind(value: Any) -> Values:
@@ -141,38 +223,78 @@ def adapter_kind(value: Any) -> Values:
         return {}
     if value == "qlora":
         return {"quantization.bits": 4}
-    if value is None:
+    if value is None or value in ("full", "freeze"):
         raise ConfigError("without an adapter the base itself would be trained; give lora")
     raise ConfigError(f"{value!r}: only lora and qlora are trained; no other kind can be served")
 
 
-def rl(value: Any) -> Values:
-    kinds: dict[Any, Values] = {
-        None: {},
-        "dpo": {"method": "dpo"},
-        "ipo": {"method": "dpo", "dpo.loss": "ipo"},
-    }
-    if value not in kinds:
-        raise ConfigError(f"{value!r}: only dpo and ipo are trained")
-    return kinds[value]
+_MEANS_NOTHING: dict[str, tuple[Any, ...]] = {
+    "ds_type": (None, "json", "csv", "parquet", "arrow"),
+    "split": (None, "train"),
+    "name": (None,),
+    "shards": (None, 1),
+    "field": (None, "text"),
+    "field_messages": (None, "messages", "conversations"),
+    "chat_template": (None, "tokenizer_default"),
+    "roles_to_train": (None, ["assistant"], ["gpt"], ["assistant", "gpt"]),
+    "train_on_eos": (None, "turn"),
+    "message_property_mappings": (
+        None,
+        {"role": "role", "content": "content"},
+        {"role": "from", "content": "value"},
+    ),
+}
+"""What may be said of a data set, since it is so here."""
+_KINDS_OF_ROWS = (None, "alpaca", "completion", "sharegpt")
+_KINDS_OF_ROWS += ("chat_template", "chat_template.default", "chat_template.argilla")
+_KINDS_OF_ROWS += ("chatml.intel", "chatml.argilla", "orpo.chat_template")
 
 
 def datasets(value: Any) -> Values:
     """Axolotl's list of one: its path and what its rows look like."""
-    if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], dict):
-        raise ConfigError("one data set is trained on: [{path: ..., type: alpaca}]")
-    item = dict(value[0])
-    path, kind = item.pop("path", None), item.pop("type", None)
-    for ignorable in ("ds_type", "split"):
-        if item.get(ignorable) in (None, "json", "csv", "parquet", "train"):
-            item.pop(ignorable, None)
-    if item:
-        raise ConfigError(f"{', '.join(sorted(map(str, item)))}: only path and type are read")
-    known = (None, "alpaca", "chat_template", "completion", "chatml.intel", "chat_template.default")
-    if kind not in known:
-        raise ConfigError(f"type {kind!r}: write the prompt as `template: ...` instead")
+    path, kind = _one_dataset(value)
     method: Values = {"method": "pretrain"} if kind == "completion" else {}
     return {"data": path} | method
+
+
+def test_datasets(value: Any) -> Values:
+    return {"eval_data": _one_dataset(value)[0]} if value else {}
+
+
+def _one_dataset(value: Any) -> tuple[Any, Any]:
+    if not isinstance(value, list) or len(value) != 1 or not isinstance(value[0], dict):
+        raise ConfigError(
+            "one data set is trained on: [{path: ..., type: alpaca}]; a folder may hold several "
+            "files of rows"
+        )
+    item = dict(value[0])
+    path, kind = item.pop("path", None), item.pop("type", None)
+    for name, values in _MEANS_NOTHING.items():
+        if item.get(name) in values:
+            item.pop(name, None)
+    if item:
+        raise ConfigError(
+            f"{', '.join(sorted(map(str, item)))}: only path and type are read; what rows mean is "
+            "read from their columns"
+        )
+    if kind not in _KINDS_OF_ROWS:
+        raise ConfigError(
+            f"type {kind!r}: leave it out where the columns say it, or write the prompt as "
+            "`template: ...`"
+        )
+    return path, kind
+
+
+def special_tokens(value: Any) -> Values:
+    """Which id fills up rows is of no account: no label is there and nothing looks there."""
+    if not isinstance(value, dict | None):
+        raise ConfigError("expected `key: value` lines, of which pad_token has no effect")
+    named = [str(name) for name, token in (value or {}).items() if token is not None]
+    if set(named) - {"pad_token"}:
+        raise ConfigError(
+            f"{', '.join(named)}: the base's own are used, in training and in serving; leave it out"
+        )
+    return {}
 
 
 def val_set_size(value: Any) -> Values:
@@ -193,8 +315,24 @@ def report_to(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
 
 
+def tracker(name: str) -> Callable[[Any], Values]:
+    return lambda value: {"tracking.to": [name]} if _truth(value) else {}
+
+
 def bits_of(bits: int) -> Callable[[Any], Values]:
-    return lambda value: {"quantization.bits": bits} if value else {}
+    return lambda value: {"quantization.bits": bits} if _truth(value) else {}
+
+
+def _truth(value: Any) -> bool:
+    """YAML's `no` in quotes is a text, and no text is false."""
+    if value not in (None, True, False):
+        raise ConfigError(f"{value!r} is not taken; true or false")
+    return bool(value)
+
+
+def whole(value: Any) -> Any:
+    """transformers counts passes in fractions: 3.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def auto_as_none(value: Any) -> Any:

@@ -1,20 +1,22 @@
-"""RUN/curve.svg: the loss and the gradient's norm over the steps, drawn from the event file.
+"""RUN/curve.png: the loss and the gradient's norm over the steps, drawn from the event file.
 
-An SVG is text, so nothing needs to be installed for it, and every browser shows it. This module
+The figure is drawn without pyplot: no display is looked for, and no figure stays open. This module
 must not know models or data.
 """
 
-import math
 from collections.abc import Sequence
-from html import escape
+from io import BytesIO
 from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
 
 from lory_trainer.events import EVENTS_FILE, Event, read_events
 
-CURVE_FILE = "curve.svg"
-WIDTH, HEIGHT, LEFT, TOP, PANEL = 760, 460, 70, 30, 170
+CURVE_FILE = "curve.png"
+INCHES = (7.6, 5.0)
 SMOOTHING = 0.9
-MOST_POINTS = 2000
+TRAINED, SMOOTHED, HELD_OUT, NORM = "#b8cbe8", "#1f5fbf", "#d9822b", "#5a8f4e"
 
 Points = list[tuple[int, float]]
 
@@ -24,17 +26,19 @@ def write_curve(run: Path) -> Path | None:
     if not (run / EVENTS_FILE).exists():
         return None
     events = read_events(run)
-    losses, norms = _series(events, "step", "loss"), _series(events, "step", "grad_norm")
+    losses = series(events, "step", "loss")
     if not losses:
         return None
-    held_out = _series(events, "eval", "loss")
+    figure = draw(losses, series(events, "step", "grad_norm"), series(events, "eval", "loss"))
+    image = BytesIO()
+    figure.savefig(image, format="png", dpi=100)
     path = run / CURVE_FILE
-    path.write_text(draw(losses, norms, held_out), encoding="utf-8")
+    path.write_bytes(image.getvalue())
     return path
 
 
-def _series(events: Sequence[Event], kind: str, field: str) -> Points:
-    """By step; what a resumed run did again counts."""
+def series(events: Sequence[Event], kind: str, field: str) -> Points:
+    """By step; what a resumed run did again counts, and what was no number is left out."""
     found = {
         event["step"]: float(event[field])
         for event in events
@@ -43,51 +47,27 @@ def _series(events: Sequence[Event], kind: str, field: str) -> Points:
     return sorted(found.items())
 
 
-def draw(losses: Points, norms: Points, held_out: Points) -> str:
-    last = losses[-1][0]
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{HEIGHT}" '
-        f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
-        *_panel(
-            "loss",
-            TOP,
-            last,
-            [(losses, "#b8cbe8", 1), (_smooth(losses), "#1f5fbf", 2), (held_out, "#d9822b", 2)],
-        ),
-        *_panel("gradient norm", TOP + PANEL + 45, last, [(norms, "#5a8f4e", 1)]),
-        f'<text x="{LEFT}" y="{HEIGHT - 8}">step 1 to {last}; blue: training, smoothed; '
-        "orange: held-out rows</text>",
-        "</svg>",
-    ]
-    return "\n".join(parts) + "\n"
+def draw(losses: Points, norms: Points, held_out: Points) -> Figure:
+    figure = Figure(figsize=INCHES, layout="constrained")
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+    _line(above, losses, TRAINED, "training")
+    _line(above, _smooth(losses), SMOOTHED, "training, smoothed")
+    if held_out:
+        _line(above, held_out, HELD_OUT, "held-out rows")
+    above.set_ylabel("loss")
+    above.legend(frameon=False)
+    if norms:
+        _line(below, norms, NORM, "gradient norm")
+    below.set_ylabel("gradient norm")
+    below.set_xlabel("step")
+    return figure
 
 
-def _panel(title: str, top: int, last: int, lines: Sequence[tuple[Points, str, int]]) -> list[str]:
-    values = [value for points, _, _ in lines for _, value in points if math.isfinite(value)]
-    if not values:
-        return []
-    low, high = min(0.0, *values), max(values)
-    high = high if high > low else low + 1.0
-    right = WIDTH - 20
-    parts = [
-        f'<text x="{LEFT}" y="{top - 8}" font-weight="bold">{escape(title)}</text>',
-        f'<path d="M{LEFT} {top}V{top + PANEL}H{right}" fill="none" stroke="#888"/>',
-        f'<text x="{LEFT - 6}" y="{top + 10}" text-anchor="end">{high:.3g}</text>',
-        f'<text x="{LEFT - 6}" y="{top + PANEL}" text-anchor="end">{low:.3g}</text>',
-    ]
-
-    def place(step: int, value: float) -> str:
-        x = LEFT + (right - LEFT) * (step - 1) / max(1, last - 1)
-        y = top + PANEL * (high - value) / (high - low)
-        return f"{x:.1f},{y:.1f}"
-
-    for points, colour, width in lines:
-        shown = " ".join(place(s, v) for s, v in _thinned(points) if math.isfinite(v))
-        if shown:
-            style = f'fill="none" stroke="{colour}" stroke-width="{width}"'
-            parts.append(f'<polyline points="{shown}" {style}/>')
-    return parts
+def _line(axes: Any, points: Points, colour: str, label: str) -> None:
+    """A single point shows as a dot."""
+    steps, values = zip(*points, strict=True)
+    marker = "o" if len(points) == 1 else None
+    axes.plot(steps, values, color=colour, label=label, marker=marker, linewidth=1.2)
 
 
 def _smooth(points: Points) -> Points:
@@ -97,8 +77,3 @@ def _smooth(points: Points) -> Points:
         mean = SMOOTHING * mean + (1 - SMOOTHING) * value
         smoothed.append((step, mean))
     return smoothed
-
-
-def _thinned(points: Points) -> Points:
-    stride = max(1, math.ceil(len(points) / MOST_POINTS))
-    return points[::stride]

@@ -116,18 +116,31 @@ def longest(item: Item) -> int:
     return len(item.ids)
 
 
+def rows_of(item: Item) -> tuple[Example, ...]:
+    """That are read apart."""
+    if isinstance(item, Pack):
+        return item.examples
+    return (item.chosen, item.rejected) if isinstance(item, Pair) else (item,)
+
+
 def fit_length(
-    examples: Sequence[Row], max_length: int, overlong: Literal["error", "drop", "cut_prompt"]
+    examples: Sequence[Row],
+    max_length: int,
+    overlong: Literal["error", "drop", "cut_prompt"],
+    places: Sequence[str] = (),
 ) -> list[Row]:
-    """The rows of at most max_length tokens; of longer ones no answer is ever cut."""
+    """The rows of at most max_length tokens; of longer ones no answer is ever cut. `places` names
+    them for the complaint."""
     if overlong == "cut_prompt":
         examples = [_cut(example, max_length) for example in examples]
     kept = [example for example in examples if longest(example) <= max_length]
     num_overlong = len(examples) - len(kept)
     if num_overlong and overlong == "error":
+        worst = max(range(len(examples)), key=lambda index: longest(examples[index]))
+        where = f", {places[worst]}" if places else ""
         raise DataError(
             f"data: {num_overlong} of {len(examples)} rows are longer than max_length {max_length} "
-            f"(longest: {max(map(longest, examples))} tokens); raise max_length or set "
+            f"(longest: {longest(examples[worst])} tokens{where}); raise max_length or set "
             "`overlong: drop`"
         )
     if not kept:

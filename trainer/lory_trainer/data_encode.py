@@ -116,7 +116,7 @@ class Encoder:
             text = self.tokenizer.apply_chat_template(
                 plain, tools=tools, tokenize=False, add_generation_prompt=prompt
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise DataError(
                 f"data: {sample.place}: the base's chat template does not take it: {error}"
             ) from error

@@ -9,6 +9,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,13 +68,15 @@ def data_digest(path: Path) -> str:
 
 
 def _data_files(folder: Path) -> list[Path]:
+    """Without what is kept beside the rows: notes about them, and hidden folders."""
     return sorted(
         path
         for path in folder.rglob("*")
         if path.is_file()
-        and path.suffix in _READERS
-        and not path.name.endswith("_info.json")
+        and path.suffix.lower() in _READERS
+        and not path.name.endswith(("_info.json", "_infos.json"))
         and path.name not in ("state.json", "dataset_dict.json")
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
 
 
@@ -110,14 +113,27 @@ def _read_file(path: Path) -> Iterator[RawRow]:
         yield from (read or _read_jsonl)(path)
     except FileNotFoundError as error:
         raise DataError(
-            f"data: there is no file {path}; a path in the configuration starts at its folder"
+            f"data: there is no file {path}; a relative path starts at the configuration's folder, "
+            "and a data set of the hub has to be downloaded first"
         ) from error
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except OSError as error:
         raise DataError(f"data: {path.name} cannot be read: {error}") from error
 
 
+def _text(path: Path) -> str:
+    """Without a byte order mark."""
+    encoded = path.read_bytes()
+    try:
+        return encoded.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = encoded.count(b"\n", 0, error.start) + 1
+        raise DataError(
+            f"data: {path.name} line {line}: is not UTF-8 text ({error.reason}); save it as UTF-8"
+        ) from error
+
+
 def _read_jsonl(path: Path) -> Iterator[RawRow]:
-    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    lines = _text(path).split("\n")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             place = f"{path.name} line {number}"
@@ -126,7 +142,7 @@ def _read_jsonl(path: Path) -> Iterator[RawRow]:
 
 def _read_json(path: Path) -> Iterator[RawRow]:
     """A list of objects, or one object that holds such a list; else lines."""
-    text = path.read_text(encoding="utf-8-sig")
+    text = _text(path)
     if text.lstrip()[:1] == "{" and _is_lines(text):
         yield from _read_jsonl(path)
         return
@@ -152,11 +168,30 @@ def _is_lines(text: str) -> bool:
         return False
 
 
+class _OddError(ValueError):
+    """What Python's reader takes, and would pass in silence."""
+
+
 def _parse(text: str, place: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=_object, parse_constant=_no_constant)
+    except _OddError as error:
+        raise DataError(f"data: {place}: {error}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"data: {place}: not JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise _OddError(f"`{twice}` is there twice; keep one of them")
+    return found
+
+
+def _no_constant(text: str) -> Any:
+    raise _OddError(f"{text} is no JSON; write null, or leave the row out")
 
 
 def _row(value: Any, place: str) -> RawRow:
@@ -166,8 +201,9 @@ def _row(value: Any, place: str) -> RawRow:
 
 
 def _read_csv(path: Path, delimiter: str = ",") -> Iterator[RawRow]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter=delimiter, restkey="", strict=True)
+    lines = StringIO(_text(path), newline="")
+    reader = csv.DictReader(lines, delimiter=delimiter, restkey="", strict=True)
+    try:
         names = reader.fieldnames or ()
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise DataError(f"data: {path.name}: the first line names `{twice[0]}` twice")
@@ -176,6 +212,10 @@ def _read_csv(path: Path, delimiter: str = ",") -> Iterator[RawRow]:
             if "" in values or None in values.values():
                 raise DataError(f"data: {place}: not as many fields as the first line names")
             yield RawRow(dict(values), place)
+    except csv.Error as error:
+        raise DataError(
+            f"data: {path.name} line {reader.line_num + 1}: {error}; JSONL has no such limits"
+        ) from error
 
 
 def _read_tsv(path: Path) -> Iterator[RawRow]:
@@ -215,16 +255,25 @@ def _from_arrow(path: Path, batches: Callable[[], Iterable[Any]]) -> Iterator[Ra
         from pyarrow import ArrowException
     except ModuleNotFoundError as error:
         raise DataError(
-            f"data: {path.name} needs pyarrow: pip install '.[train]' in the checkout"
+            f"data: {path.name} needs pyarrow; install it with: pip install 'lory-server[train]'"
         ) from error
     number = 0
     try:
         for batch in batches():
             for values in batch.to_pylist():
                 number += 1
-                yield RawRow(values, f"{path.name} row {number}")
+                whole = {name: _without_nulls(value) for name, value in values.items()}
+                yield RawRow(whole, f"{path.name} row {number}")
     except ArrowException as error:
         raise DataError(f"data: {path.name} cannot be read: {error}") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """Arrow gives every object of a column the keys of all of them: a null is a key that was not
+    there."""
+    if isinstance(value, dict):
+        return {name: _without_nulls(one) for name, one in value.items() if one is not None}
+    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 _READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {

@@ -49,7 +49,7 @@ def load_data(
 ) -> LoadedData:
     path = folder / options.data
     parts = _parts(options, folder)
-    plan = plan_rows(options, parts.train[0])
+    plan = plan_rows(options, parts.train)
     encoder = make_encoder(tokenizer, plan, stop_ids=stop_ids, learn_prompt=options.train_on_prompt)
     train = [make_sample(row, plan) for row in parts.train]
     validation = [make_sample(row, plan) for row in parts.validation]
@@ -57,9 +57,9 @@ def load_data(
     findings = tuple(lint(train, [*validation, *test]))
     _refuse(findings, options)
 
-    encoded = _encode(train, encoder, options)
-    examples = fit_length(encoded, options.max_length, options.overlong)
-    encoded_validation = _encode(validation, encoder, options)
+    encoded, places = _encode(train, encoder, options)
+    examples = fit_length(encoded, options.max_length, options.overlong, places)
+    encoded_validation, _ = _encode(validation, encoder, options)
     fitting = _fitting(encoded_validation, options)
     is_cutting = options.overlong == "cut_prompt"
     num_cut = sum(longest(e) > options.max_length for e in encoded) if is_cutting else 0
@@ -103,11 +103,19 @@ def _refuse(findings: Sequence[Finding], options: TrainOptions) -> None:
         raise DataError(f"data: lint: error was asked for, and it finds\n{lines}")
 
 
-def _encode(samples: Sequence[Sample], encoder: Encoder, options: TrainOptions) -> list[Row]:
-    found = [example for sample in samples for example in encoder.encode(sample)]
-    if options.method != "pretrain":
-        return found
-    return [piece for example in found for piece in _pieces(example.ids, options.max_length)]
+def _encode(
+    samples: Sequence[Sample], encoder: Encoder, options: TrainOptions
+) -> tuple[list[Row], list[str]]:
+    """And the place of each."""
+    rows: list[Row] = []
+    places: list[str] = []
+    for sample in samples:
+        found = encoder.encode(sample)
+        if options.method == "pretrain":
+            found = [piece for row in found for piece in _pieces(row.ids, options.max_length)]
+        rows += found
+        places += [sample.place] * len(found)
+    return rows, places
 
 
 def _pieces(ids: Sequence[int], length: int) -> list[Row]:

@@ -5,8 +5,10 @@ text. This module must not know tokenizers.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date, time
+from decimal import Decimal
 from typing import Any, Literal
 
 from lory_trainer.config import TrainOptions
@@ -35,8 +37,8 @@ USUAL_COLUMNS: tuple[tuple[str, str], ...] = (
     ("{question}", "answer"),
 )
 """Templates and answer columns that rows are recognised by, in this order."""
-SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
-SPEAKERS |= {"system": "system", "tool": "tool"}
+SPEAKERS = {"human": "user", "gpt": "assistant", "developer": "system"}
+"""Other names of roles; the server takes a developer for the system, too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +97,14 @@ def _messages_text(messages: Sequence[Message]) -> str:
     return "\n".join(_text_of(m.get("content")) or json.dumps(m, default=str) for m in messages)
 
 
-def plan_rows(options: TrainOptions, first: RawRow) -> Plan:
-    """Decides by the options, and by the first row's columns where they leave it open."""
-    columns = {name for name, value in first.values.items() if value is not None}
+def filled_columns(rows: Iterable[RawRow]) -> set[str]:
+    """Those that at least one row fills."""
+    return {name for row in rows for name, value in row.values.items() if value is not None}
+
+
+def plan_rows(options: TrainOptions, rows: Sequence[RawRow]) -> Plan:
+    """Decides by the options, and by the rows' columns where they leave it open."""
+    first, columns = rows[0], filled_columns(rows)
     if options.method == "pretrain":
         return _text_plan(options, columns, first)
     if options.method == "dpo":
@@ -106,6 +113,8 @@ def plan_rows(options: TrainOptions, first: RawRow) -> Plan:
     if options.template is None and (
         is_asked_in_messages or columns & {"messages", "conversations"}
     ):
+        if options.completion_prefix:
+            raise DataError("completion_prefix: is for columns; these rows are messages")
         return Plan("messages", completion=options.completion or "completion", chat=True)
     template, completion = _template(options, columns, first)
     return Plan("columns", template, completion, options.completion_prefix, options.chat)
@@ -131,7 +140,7 @@ def _pair_plan(options: TrainOptions, columns: set[str], first: RawRow) -> Plan:
             f"{', '.join(sorted(columns))}"
         )
     template = options.template
-    if template is None and isinstance(first.values[options.chosen], list):
+    if template is None and isinstance(first.values.get(options.chosen), list):
         return Plan("pair", chat=True, chosen=options.chosen, rejected=options.rejected)
     if template is None:
         usual = [t for t in ("{prompt}", "{question}", "{text}") if t[1:-1] in columns]
@@ -184,28 +193,57 @@ def _prompt(row: RawRow, plan: Plan) -> str:
 
 
 def _column(row: RawRow, name: str, *, may_be_null: bool = False) -> str:
-    if name in row.values:
-        value = row.values[name]
-        if value is None and may_be_null:
-            return ""
-        text = _text_of(value)
-        if text is not None:
-            return text
-    found = ", ".join(row.values) or "nothing"
-    raise DataError(f"data: {row.place}: column `{name}` must hold text; found: {found}")
+    if name not in row.values:
+        found = ", ".join(row.values) or "nothing"
+        raise DataError(f"data: {row.place}: no column `{name}`; found: {found}")
+    value = row.values[name]
+    if value is None and may_be_null:
+        return ""
+    text = _text_of(value)
+    if text is None:
+        raise DataError(f"data: {row.place}: column `{name}` must hold text; {_fault(value)}")
+    return text
 
 
 def _text_of(value: Any) -> str | None:
-    """Text as it is; numbers, truth, lists and objects as JSON writes them."""
+    """Text as it is; numbers, truth, lists and objects as JSON writes them; None if there is no
+    telling."""
     if isinstance(value, str):
-        return value
-    if value is None:
+        return value if _is_whole(value) else None
+    if value is None or isinstance(value, bytes):
         return None
-    return json.dumps(value, ensure_ascii=False, default=str)
+    if isinstance(value, date | time | Decimal):
+        return str(value)
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str, allow_nan=False)
+    except ValueError:
+        return None
+
+
+def _is_whole(text: str) -> bool:
+    """JSON's escapes can write half of a character, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _fault(value: Any) -> str:
+    if isinstance(value, str):
+        return "it holds half of a character (a lone surrogate)"
+    if isinstance(value, bytes):
+        return "it holds bytes"
+    if value is None:
+        return "it is null"
+    return "it holds a number that is none (NaN, infinity)"
 
 
 def _conversation(row: RawRow, plan: Plan) -> Sample:
     said = row.values.get("messages", row.values.get("conversations"))
+    if said is None and "prompt" not in row.values:
+        found = ", ".join(row.values) or "nothing"
+        raise DataError(f"data: {row.place}: no messages, which other rows have; found: {found}")
     messages = _messages(said, row.place) if said is not None else _asked_then_said(row, plan)
     if not any(m["role"] == "assistant" for m in messages):
         raise DataError(f"data: {row.place}: no message of the assistant's; nothing to learn")
@@ -228,13 +266,26 @@ def _pair(row: RawRow, plan: Plan) -> Sample:
         return Sample(row.place, _prompt(row, plan), better, worse)
     before, better = _asked_and_answered(chosen, row)
     other, worse = _asked_and_answered(rejected, row)
+    if before != other:
+        raise DataError(f"data: {row.place}: the two answers are to different conversations")
+    return Sample(row.place, _asked(row, before), better, worse, tools=_tools(row))
+
+
+def _asked(row: RawRow, before: tuple[Message, ...]) -> tuple[Message, ...]:
+    """`before`: what stands before both answers in their own messages, if anything."""
     asked = row.values.get("input", row.values.get("prompt"))
     if isinstance(asked, Mapping):
         asked = asked.get("messages")
-    prompt = _messages(asked, row.place) if asked is not None else before
-    if asked is None and before != other:
-        raise DataError(f"data: {row.place}: the two answers are to different conversations")
-    return Sample(row.place, prompt, better, worse, tools=_tools(row))
+    if isinstance(asked, str):
+        if before:
+            return before
+        asked = [{"role": "user", "content": asked}]
+    if asked is None and before:
+        return before
+    prompt = _messages(asked, row.place)
+    if before not in ((), prompt):
+        raise DataError(f"data: {row.place}: its answers begin with another conversation")
+    return prompt
 
 
 def _asked_and_answered(value: Any, row: RawRow) -> tuple[tuple[Message, ...], str]:
@@ -280,13 +331,41 @@ def _message(item: Any, place: str) -> Message:
     if "from" in message and "value" in message:
         message = {"role": message["from"], "content": message["value"]}
     role = message.get("role")
-    if isinstance(role, str):
-        message["role"] = SPEAKERS.get(role, role)
     if not isinstance(role, str) or not ("content" in message or "tool_calls" in message):
         raise DataError(f"data: {place}: a message needs a role, and content or tool_calls")
+    message["role"] = SPEAKERS.get(role, role)
+    if message.get("weight", 1) not in (0, 1):
+        raise DataError(f"data: {place}: a message's weight is 0 or 1")
+    if "content" in message:
+        message["content"] = _content(message["content"], place)
     if "tool_calls" in message:
-        message["tool_calls"] = [_tool_call(call, place) for call in message["tool_calls"]]
+        message["tool_calls"] = _tool_calls(message["tool_calls"], place)
     return message
+
+
+def _content(value: Any, place: str) -> str:
+    """Parts of text are joined as the server joins them."""
+    parts = value if isinstance(value, list) else [{"type": "text", "text": value}]
+    texts = [_part(part, place) for part in parts]
+    return "\n".join(texts)
+
+
+def _part(part: Any, place: str) -> str:
+    text = part.get("text") if isinstance(part, dict) and part.get("type") == "text" else None
+    if not isinstance(text, str):
+        raise DataError(
+            f'data: {place}: a message\'s content must be text, or parts {{"type": "text", '
+            '"text": ...}'
+        )
+    if not _is_whole(text):
+        raise DataError(f"data: {place}: a message's content: {_fault(text)}")
+    return text
+
+
+def _tool_calls(calls: Any, place: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        raise DataError(f"data: {place}: tool_calls must be a list")
+    return [_tool_call(call, place) for call in calls]
 
 
 def _tool_call(call: Any, place: str) -> dict[str, Any]:
@@ -297,4 +376,6 @@ def _tool_call(call: Any, place: str) -> dict[str, Any]:
     arguments = function.get("arguments", {})
     if isinstance(arguments, str):
         arguments = _json_value(arguments)
+    if not isinstance(arguments, dict):
+        raise DataError(f"data: {place}: a tool call's arguments must be an object, or its JSON")
     return {**call, "function": {**function, "arguments": arguments}}

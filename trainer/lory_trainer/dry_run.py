@@ -89,7 +89,8 @@ def _seconds(num_tokens: int, num_parameters: int, options: TrainOptions, device
     no gradient), once more forward where activations are computed twice; DPO's reference once."""
     wished = options.gradient_checkpointing
     is_spared = device == "cuda" if wished == "auto" else wished
-    passes = 4 + (2 if is_spared else 0) + (2 / options.epochs if options.method == "dpo" else 0)
+    is_referred = options.method == "dpo" and options.dpo.reference != "none"
+    passes = 4 + (2 if is_spared else 0) + (2 / options.epochs if is_referred else 0)
     return passes * num_parameters * num_tokens / (EFFICIENCY * matmul_speed(device))
 
 
@@ -126,8 +127,11 @@ def resolved(options: TrainOptions) -> dict[str, Any]:
     """A configuration of the same run; what does not concern it is left out."""
     values = options.model_dump(mode="json", exclude_none=True)
     values["lora"]["alpha"] = options.lora.resolved_alpha
+    is_of_pairs = options.method == "dpo"
     concerns = {
-        "dpo": options.method == "dpo",
+        "dpo": is_of_pairs,
+        "chosen": is_of_pairs,
+        "rejected": is_of_pairs,
         "quantization": options.quantization.bits is not None,
         "tracking": bool(options.tracking.to),
     }

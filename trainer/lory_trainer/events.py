@@ -47,10 +47,12 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
-from io import TextIOWrapper
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
+
+from lory_trainer.errors import OutputError
 
 EVENTS_FILE = "events.jsonl"
 
@@ -60,12 +62,14 @@ Listener = Callable[[Event], None]
 
 
 class EventLog:
-    """Appends events to RUN/events.jsonl, and tells each to the listeners."""
+    """Appends events to RUN/events.jsonl, and tells each to the listeners; raises OutputError if
+    the file takes no more."""
 
     def __init__(self, run: Path, *listeners: Listener) -> None:
         run.mkdir(parents=True, exist_ok=True)
         self._listeners = listeners
-        self._file = _open_whole(run / EVENTS_FILE)
+        self._path = run / EVENTS_FILE
+        self._file = _open_whole(self._path)
         self._step = 0
         self._num_steps = 0
 
@@ -75,10 +79,18 @@ class EventLog:
         self._num_steps = fields.pop("num_steps", self._num_steps)
         place = {"step": self._step, "num_steps": self._num_steps}
         event: Event = {"type": kind, "time": round(time.time(), 3), **place, **_finite(fields)}
-        self._file.write(json.dumps(event) + "\n")
-        self._file.flush()
+        self._write(f"{json.dumps(event)}\n".encode())
         for listener in self._listeners:
             listener(event)
+
+    def _write(self, line: bytes) -> None:
+        """Unbuffered: what a full disk does not take is not tried again when the file is closed."""
+        try:
+            is_whole = self._file.write(line) == len(line)
+        except OSError as error:
+            raise OutputError(f"{self._path} cannot be written: {error.strerror}") from error
+        if not is_whole:
+            raise OutputError(f"{self._path} cannot be written: the disk is full")
 
     def message(self, text: str, level: Literal["info", "warning"] = "info") -> None:
         self.say("message", level=level, text=text)
@@ -98,15 +110,15 @@ class EventLog:
         self.close()
 
 
-def _open_whole(path: Path) -> TextIOWrapper:
+def _open_whole(path: Path) -> FileIO:
     """For appending; the half line that a killed run may have left is ended first."""
-    file = path.open("a+b")
+    file = FileIO(path, "a+")
     size = file.seek(0, 2)
     if size:
         file.seek(size - 1)
         if file.read(1) != b"\n":
             file.write(b"\n")
-    return TextIOWrapper(file, encoding="utf-8", write_through=True)
+    return file
 
 
 def read_events(run: Path) -> list[Event]:

@@ -15,19 +15,22 @@ from typing import cast
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from lory_trainer.base import load_adapter
 from lory_trainer.checkpoint import (
+    Identity,
     Progress,
     checkpoint_path,
     checkpoints,
     forget_old,
+    kept,
     load_checkpoint,
     save_checkpoint,
 )
 from lory_trainer.config import TrainOptions
 from lory_trainer.data import Batch, Item, collate, epoch_batches, longest
-from lory_trainer.errors import OutOfMemoryError, StoppedError, TrainingError
+from lory_trainer.errors import OutOfMemoryError, OutputError, StoppedError, TrainingError
 from lory_trainer.events import EventLog
 from lory_trainer.export import AdapterFacts
 from lory_trainer.memory import is_out_of_memory, peak_bytes, remedies
@@ -57,7 +60,7 @@ class Job:
     run: Path
     facts: AdapterFacts
     """What is known of the adapter before it is trained."""
-    fingerprint: str
+    identity: Identity
     log: EventLog
     should_stop: Callable[[], bool]
 
@@ -93,7 +96,7 @@ def resume(job: Job) -> Progress:
     found = checkpoints(job.run)
     if not found:
         return Progress()
-    return load_checkpoint(found[-1], job.model, job.optimizer, fingerprint=job.fingerprint)
+    return load_checkpoint(found[-1], job.model, job.optimizer, identity=job.identity)
 
 
 def fit(job: Job, progress: Progress) -> Progress:
@@ -233,7 +236,7 @@ def _check_finite(loss: float, norm: float, job: Job, progress: Progress) -> Non
         return
     what = f"the loss is {loss}" if not math.isfinite(loss) else f"the gradient's norm is {norm}"
     raise TrainingError(
-        f"{what} at step {progress.step + 1} of {len(job.steps)}; {_kept(job)}. Lower "
+        f"{what} at step {progress.step + 1} of {len(job.steps)}; {kept(job.run)}. Lower "
         f"learning_rate ({job.rate:g}) or lora.alpha, or use dtype: float32"
     )
 
@@ -246,7 +249,7 @@ def _check_divergence(job: Job, progress: Progress) -> None:
         now = sum(progress.losses[-WINDOW:]) / WINDOW
         raise TrainingError(
             f"the loss runs away: {now:.3g} on average over the last {WINDOW} steps, at step "
-            f"{progress.step} of {len(job.steps)}; {_kept(job)}. Lower learning_rate "
+            f"{progress.step} of {len(job.steps)}; {kept(job.run)}. Lower learning_rate "
             f"({job.rate:g}), raise warmup_fraction, or set divergence_factor: null to go on"
         )
 
@@ -260,11 +263,6 @@ def has_diverged(losses: Sequence[float], factor: float) -> bool:
     ]
     first = sum(losses[:WINDOW]) / WINDOW
     return windows[0] > factor * min(windows) and windows[0] > first
-
-
-def _kept(job: Job) -> str:
-    found = checkpoints(job.run)
-    return f"the last good checkpoint is {found[-1]}" if found else "nothing was written"
 
 
 # -- evaluations and checkpoints ---------------------------------------------------------------
@@ -305,14 +303,20 @@ def _is_worse_for_long(job: Job, progress: Progress) -> bool:
 
 
 def _checkpoint(job: Job, progress: Progress) -> None:
-    path = save_checkpoint(
-        job.run,
-        job.model,
-        job.optimizer,
-        progress,
-        facts=job.facts,
-        fingerprint=job.fingerprint,
-    )
+    try:
+        path = save_checkpoint(
+            job.run,
+            job.model,
+            job.optimizer,
+            progress,
+            facts=job.facts,
+            identity=job.identity,
+        )
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"the checkpoint of step {progress.step} cannot be written: {error}; {kept(job.run)}. "
+            "Make room, and go on with --resume"
+        ) from error
     best = progress.best_step if job.options.early_stop else None
     spared = checkpoint_path(job.run, best) if best is not None else None
     forget_old(job.run, job.options.keep_checkpoints, spared)

@@ -5,6 +5,8 @@ it is an estimate. This module must not know data files or the terminal.
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from peft import PeftModel
 
 from lory_trainer.config import TrainOptions
+from lory_trainer.errors import OutOfMemoryError
 
 GIB = 1 << 30
 OVERHEAD = 0.06
@@ -124,6 +127,17 @@ def peak_bytes(device: torch.device) -> int:
 def remedies() -> str:
     lines = (f"  {number}. {key}: {what}" for number, (key, what) in enumerate(REMEDIES, start=1))
     return "\n".join(lines)
+
+
+@contextmanager
+def telling_remedies() -> Iterator[None]:
+    """What runs out of memory where nothing can be halved ends with what helps."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemoryError(f"out of memory: {error}\nWhat helps:\n{remedies()}") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

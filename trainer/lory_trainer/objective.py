@@ -1,8 +1,8 @@
-"""What a run makes small: the answers' loss, or the preference between two of them.
+"""What a run makes small: the answers' loss; preference.py has those of pairs.
 
 Each objective is a sum over tokens or pairs, divided by the count of a whole optimizer step, so
 accumulating four batches of 2 is exactly one batch of 8. This module must not know the
-configuration's file, optimizers or schedules.
+configuration, optimizers or schedules.
 """
 
 from collections.abc import Sequence
@@ -11,9 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
-from torch.nn.functional import cross_entropy, logsigmoid
+from torch.nn.functional import cross_entropy
 
-from lory_trainer.config import DpoOptions
 from lory_trainer.data import IGNORED, Batch
 
 
@@ -89,49 +88,6 @@ class Answers:
         self, model: PeftModel, batch: Batch, counts: Counts
     ) -> tuple[torch.Tensor, dict[str, float]]:
         return answer_loss_sum(model, batch) / counts.tokens, {}
-
-
-@dataclass(frozen=True, slots=True)
-class Preference:
-    """Direct preference optimization against log-probabilities taken before the run."""
-
-    options: DpoOptions
-
-    def count(self, batches: Sequence[Batch]) -> Counts:
-        chosen = sum(batch.chosen_half().num_answer_tokens for batch in batches)
-        return Counts(chosen, sum(len(batch.ids) // 2 for batch in batches))
-
-    def share(
-        self, model: PeftModel, batch: Batch, counts: Counts
-    ) -> tuple[torch.Tensor, dict[str, float]]:
-        if batch.reference is None:
-            raise ValueError("pairs need reference log-probabilities")
-        found, lengths = row_log_probabilities(model, batch)
-        ratios = found - batch.reference
-        loss = self._pair_losses(ratios, lengths).sum() / counts.rows
-        chosen, rejected = ratios.detach().chunk(2)
-        if self.options.sft_weight:
-            chosen_loss = -found.chunk(2)[0].sum() / counts.tokens
-            loss = loss + self.options.sft_weight * chosen_loss
-        margin = self.options.beta * (chosen - rejected)
-        return loss, {
-            "reward_accuracy": float((margin > 0).sum()) / counts.rows,
-            "reward_margin": float(margin.sum()) / counts.rows,
-        }
-
-    def _pair_losses(self, ratios: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
-        """ratios: log pi - log pi_ref of every better answer, then of every worse one.
-
-        sigmoid: -(1 - s) log sig(beta d) - s log sig(-beta d), d = better - worse, s = smoothing
-        ipo:     (d / length - 1 / (2 beta))^2, each ratio by its own answer's length
-        """
-        beta, smoothing = self.options.beta, self.options.label_smoothing
-        if self.options.loss == "ipo":
-            better, worse = (ratios / lengths.clamp(min=1)).chunk(2)
-            return (better - worse - 1 / (2 * beta)) ** 2
-        better, worse = ratios.chunk(2)
-        margin = beta * (better - worse)
-        return -(1 - smoothing) * logsigmoid(margin) - smoothing * logsigmoid(-margin)
 
 
 def accumulate(model: PeftModel, batches: Sequence[Batch], objective: Objective) -> Outcome:

@@ -25,43 +25,58 @@ def deliver(output: Path, name: str, *, target: str, api_key: str, replace: bool
     return _copy(output, name, Path(target), replace=replace)
 
 
-def check_target(target: str) -> None:
+def check_target(target: str, name: str, api_key: str) -> None:
     """Before a run that may take hours: raises PublishError if it could only fail."""
-    if "://" in target:
-        parts = urlsplit(target)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise PublishError(f"--publish: {parts.scheme}://{parts.hostname or ''} is no http URL")
-        if "@" in parts.netloc:
-            raise PublishError(
-                "--publish: leave the key out of the URL, which is told; give it by --api-key or "
-                "LORY_API_KEY"
-            )
-        try:
-            httpx.get(f"{target.rstrip('/')}/health", timeout=TIMEOUT_S)
-        except httpx.HTTPError as error:
-            raise PublishError(f"--publish: no server answers at {target}: {error}") from error
-    elif not Path(target).is_dir():
-        raise PublishError(f"--publish: {target} is neither a URL nor an adapters folder")
+    if "://" not in target:
+        if not Path(target).is_dir():
+            raise PublishError(f"--publish: {target} is neither a URL nor an adapters folder")
+        return
+    parts = urlsplit(target)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise PublishError(f"--publish: {parts.scheme}://{parts.hostname or ''} is no http URL")
+    if "@" in parts.netloc:
+        raise PublishError(
+            "--publish: leave the key out of the URL, which is told; give it by --api-key or "
+            "LORY_API_KEY"
+        )
+    url = target.rstrip("/")
+    try:
+        reply = httpx.put(
+            _place(url, name),
+            headers=_headers(api_key) | {"content-type": "multipart/form-data; boundary=none"},
+            timeout=TIMEOUT_S,
+        )
+    except httpx.HTTPError as error:
+        raise PublishError(f"--publish: no server answers at {url}: {error}") from error
+    if reply.status_code in NEVER_TAKEN:
+        raise PublishError(f"--publish: {_refusal(reply, url)}")
+
+
+NEVER_TAKEN = (401, 403, 404, 405)
+"""What an upload without files is answered where one with files is not taken either."""
+
+
+def _place(url: str, name: str) -> str:
+    return f"{url}/v1/adapters/{quote(name, safe='/')}/files"
+
+
+def _headers(api_key: str) -> dict[str, str]:
+    return {"authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _upload(output: Path, name: str, url: str, api_key: str) -> str:
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     files = {file: (output / file).read_bytes() for file in SENT_FILES}
-    path = f"{url}/v1/adapters/{quote(name, safe='/')}/files"
     try:
-        reply = httpx.put(path, files=files, headers=headers, timeout=TIMEOUT_S)
+        reply = httpx.put(
+            _place(url, name), files=files, headers=_headers(api_key), timeout=TIMEOUT_S
+        )
     except httpx.HTTPError as error:
         raise PublishError(
             f"{output} is written, but {url} did not take it: {error}; send it again with the "
             "adapter routes"
         ) from error
-    if reply.status_code == httpx.codes.NOT_FOUND:
-        raise PublishError(
-            f"{output} is written, but {url} takes no uploads: start it with --adapter-uploads, "
-            "or give --publish its adapters folder"
-        )
     if not reply.is_success:
-        raise PublishError(f"{output} is written, but {url} refused it: {_reason(reply)}")
+        raise PublishError(f"{output} is written, but {_refusal(reply, url)}")
     try:
         return f"{reply.json()['id']} at {url}"
     except (ValueError, KeyError, TypeError) as error:
@@ -69,6 +84,15 @@ def _upload(output: Path, name: str, url: str, api_key: str) -> str:
             f"{output} is written, but {url} does not answer as Lory does; give --publish the URL"
             " of a Lory server"
         ) from error
+
+
+def _refusal(reply: httpx.Response, url: str) -> str:
+    if reply.status_code in (404, 405):
+        return (
+            f"{url} takes no uploads: start it with --adapter-uploads, or give --publish its "
+            "adapters folder"
+        )
+    return f"{url} refused it: {_reason(reply)}"
 
 
 def _reason(reply: httpx.Response) -> str:

@@ -4,7 +4,7 @@ Taken once and kept as two numbers a pair, so that no second model is held in me
 resumed run has the same reference. This module must not know loops or optimizers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -12,30 +12,39 @@ import torch
 from peft import PeftModel
 
 from lory_trainer.data import Pair, collate, longest
+from lory_trainer.errors import StoppedError
 from lory_trainer.memory import is_out_of_memory
 from lory_trainer.objective import row_log_probabilities
 
 
 @torch.no_grad()
 def with_reference(
-    model: PeftModel, pairs: Sequence[Pair], *, rows: int, base_alone: bool
+    model: PeftModel,
+    pairs: Sequence[Pair],
+    *,
+    rows: int,
+    base_alone: bool,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> list[Pair]:
-    """The pairs with the model's log-probabilities; base_alone: without its adapter."""
+    """The pairs with the model's log-probabilities; base_alone: without its adapter. Raises
+    StoppedError when asked to stop: there is no checkpoint of this yet."""
     was_training = model.training
     model.eval()
     with model.disable_adapter() if base_alone else nullcontext():
-        found = _log_probabilities(model, pairs, rows)
+        found = _log_probabilities(model, pairs, rows, should_stop)
     model.train(was_training)
     return [replace(pair, reference=found[id(pair)]) for pair in pairs]
 
 
 def _log_probabilities(
-    model: PeftModel, pairs: Sequence[Pair], rows: int
+    model: PeftModel, pairs: Sequence[Pair], rows: int, should_stop: Callable[[], bool]
 ) -> dict[int, tuple[float, float]]:
     device = next(model.parameters()).device
     found: dict[int, tuple[float, float]] = {}
     waiting = sorted(pairs, key=longest)
     while waiting:
+        if should_stop():
+            raise StoppedError("stopped before the first step")
         batch = waiting[:rows]
         try:
             sums, _ = row_log_probabilities(model, collate(batch).to(device))

@@ -9,7 +9,7 @@ from peft import PeftModel
 
 from lory_trainer.base import choose_device
 from lory_trainer.config import TrainOptions
-from lory_trainer.data import Item, longest
+from lory_trainer.data import Item, longest, rows_of
 from lory_trainer.errors import ConfigError
 from lory_trainer.memory import available_bytes, estimate, text_config
 from lory_trainer.optimizer import resolve_learning_rate
@@ -22,7 +22,9 @@ MEMORY_SHARE = 0.8
 def settle(
     options: TrainOptions, model: PeftModel, items: Sequence[Item], *, loaded: bool
 ) -> TrainOptions:
-    """The options with numbers in place of auto; `loaded`: the weights are in memory already."""
+    """The options with numbers in place of auto; `loaded`: the weights are in memory already.
+    Raises ConfigError for what this base, or these numbers, cannot do."""
+    _check_context(model, items)
     rows, steps = _batch(options, model, items, loaded=loaded)
     return options.model_copy(
         update={
@@ -33,6 +35,17 @@ def settle(
             "effective_batch_size": None,
         }
     )
+
+
+def _check_context(model: PeftModel, items: Sequence[Item]) -> None:
+    """Places past a base's last say nothing, and no server goes there."""
+    places = getattr(text_config(model), "max_position_embeddings", None)
+    most = max(len(row.ids) for item in items for row in rows_of(item))
+    if isinstance(places, int) and most > places:
+        raise ConfigError(
+            f"max_length: a row has {most} tokens and the base reads {places}; give max_length: "
+            f"{places}, and overlong: drop or cut_prompt"
+        )
 
 
 def _batch(

@@ -23,7 +23,10 @@ def template_fields(template: str) -> tuple[str, ...]:
             _check_field(name, spec, conversion)
             fields[name] = None
     if not fields:
-        raise ConfigError("template: names no column; write one in braces, such as {text}")
+        raise ConfigError(
+            "template: names no column; write one in braces, such as {text}. Chat templates have "
+            "no names here: rows of messages go through the base's own"
+        )
     return tuple(fields)
 
 

@@ -6,11 +6,13 @@ This module must not know YAML, the terminal, servers or registries.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from lory_trainer.base import (
     BaseFiles,
@@ -25,7 +27,14 @@ from lory_trainer.base import (
     stop_ids,
 )
 from lory_trainer.checkpoint import FOLDER as CHECKPOINTS
-from lory_trainer.checkpoint import Progress, checkpoints, forget_all
+from lory_trainer.checkpoint import (
+    Identity,
+    Progress,
+    begun_with,
+    checkpoints,
+    forget_all,
+    kept,
+)
 from lory_trainer.config import TrainOptions
 from lory_trainer.curve import write_curve
 from lory_trainer.data import Item, Pair
@@ -38,8 +47,10 @@ from lory_trainer.events import EVENTS_FILE, EventLog, Listener
 from lory_trainer.export import AdapterFacts, round_adapter, write_adapter
 from lory_trainer.folders import remove_leftovers
 from lory_trainer.loop import Job, fit, plan_steps, resume
-from lory_trainer.objective import Answers, Objective, Preference
+from lory_trainer.memory import telling_remedies
+from lory_trainer.objective import Answers, Objective
 from lory_trainer.optimizer import make_optimizer, unpaged
+from lory_trainer.preference import Preference
 from lory_trainer.probe import learns_to_end, probe
 from lory_trainer.reference import with_reference
 from lory_trainer.settle import settle
@@ -47,7 +58,17 @@ from lory_trainer.settle import settle
 TEST_FILE = "test.jsonl"
 TAIL = 20
 """Steps whose mean loss is told at the end."""
-NOT_THE_RUN = {"name", "output", "generation", "tracking", "lint", "keep_checkpoints", "data"}
+NOT_THE_RUN = {
+    "name",
+    "output",
+    "data",
+    "generation",
+    "tracking",
+    "lint",
+    "checkpoint_steps",
+    "keep_checkpoints",
+    "divergence_factor",
+}
 """Options that may change between a run and its resumption."""
 
 
@@ -111,7 +132,8 @@ def train_adapter(
         for note in notes:
             log.message(note)
         try:
-            result = _train(options, places, log, should_stop)
+            with telling_remedies():
+                result = _train(options, places, log, should_stop)
             result = replace(result, published=deliver(result.output, result.name))
             log.say("finished", **_ending(result))
         except TrainerError as error:
@@ -121,13 +143,14 @@ def train_adapter(
             _tell_failure(log, places.run, "stopped", "interrupted")
             raise
         except OSError as error:
-            _tell_failure(log, places.run, "output", str(error))
+            _tell_failure(log, places.run, OutputError.code, str(error))
             raise
         except Exception as error:
             _tell_failure(log, places.run, "internal", f"{type(error).__name__}: {error}")
             raise
         finally:
-            write_curve(places.run)
+            with suppress(OSError):  # a full disk must not hide what the run came to
+                write_curve(places.run)
     return result
 
 
@@ -147,7 +170,8 @@ def _check_run(places: Places) -> None:
 def _tell_failure(log: EventLog, run: Path, code: str, text: str) -> None:
     found = checkpoints(run)
     newest = str(found[-1].relative_to(run)) if found else None
-    log.say("failed", code=code, error=text, checkpoint=newest)
+    with suppress(OutputError):  # what ended the run may be that nothing can be written
+        log.say("failed", code=code, error=text, checkpoint=newest)
 
 
 def _train(
@@ -159,12 +183,22 @@ def _train(
     if data.test:
         write_rows(data.test, places.run / TEST_FILE)
     model = attach(load_base(base, options), options, places.folder)
+    is_auto = options.batch_size == "auto"
     options = settle(options, model, data.items, loaded=True)
+    if places.resume and is_auto:
+        options = _as_begun(options, places.run)
     job = _job(options, places, base, data, model, log, should_stop)
     progress = resume(job) if places.resume else Progress()
     _tell_start(job, base, data, places, progress)
     fit(job, progress)
     return _write(job, base, data, places, progress)
+
+
+def _as_begun(options: TrainOptions, run: Path) -> TrainOptions:
+    """What `auto` came to when the run began, though there may be other room now."""
+    before = begun_with(run)
+    names = ("batch_size", "gradient_accumulation_steps")
+    return options.model_copy(update={name: before[name] for name in names if name in before})
 
 
 def _job(
@@ -179,7 +213,7 @@ def _job(
     if options.packing:
         check_packing(model.get_base_model())
     spare_memory(model, options)
-    items, held_out, objective = _objective(options, data, model)
+    items, held_out, objective = _objective(options, data, model, should_stop)
     add_noise(model, options.neftune_noise_alpha)
     steps, steps_per_epoch = plan_steps(items, options)
     return Job(
@@ -192,34 +226,39 @@ def _job(
         options=options,
         run=places.run,
         facts=_facts(options, places, base, data),
-        fingerprint=_fingerprint(options, base, data),
+        identity=_identity(options, base, data),
         log=log,
         should_stop=should_stop,
     )
 
 
 def _objective(
-    options: TrainOptions, data: LoadedData, model: PeftModel
+    options: TrainOptions, data: LoadedData, model: PeftModel, should_stop: Callable[[], bool]
 ) -> tuple[Sequence[Item], Sequence[Item], Objective]:
     if options.method != "dpo":
         return data.items, data.validation, Answers()
+    if options.dpo.reference == "none":
+        return data.items, data.validation, Preference(options.dpo)
     base_alone = options.dpo.reference == "base"
     rows = options.batch_size if isinstance(options.batch_size, int) else 1
 
     def referred(items: Sequence[Item]) -> list[Pair]:
         pairs = [item for item in items if isinstance(item, Pair)]
-        return with_reference(model, pairs, rows=rows, base_alone=base_alone)
+        return with_reference(
+            model, pairs, rows=rows, base_alone=base_alone, should_stop=should_stop
+        )
 
     return referred(data.items), referred(data.validation), Preference(options.dpo)
 
 
-def _fingerprint(options: TrainOptions, base: BaseFiles, data: LoadedData) -> str:
-    """Of all that decides a run's steps."""
-    deciding = options.model_dump(mode="json", exclude=NOT_THE_RUN)
+def _identity(options: TrainOptions, base: BaseFiles, data: LoadedData) -> Identity:
+    """All that decides a run's steps."""
     rows = [[list(item.ids), item.num_answer_tokens] for item in (*data.items, *data.validation)]
-    rows_digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-    facts = [deciding, base_digests(base.folder), rows_digest]
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return {
+        "options": options.model_dump(mode="json", exclude=NOT_THE_RUN),
+        "base": base_digests(base.folder),
+        "rows": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
+    }
 
 
 def _tell_start(
@@ -248,6 +287,10 @@ def _tell_start(
     )
     if options.optimizer.startswith("paged") and choose_device(options) == "cpu":
         job.log.message(f"a CPU pages nothing: {unpaged(options.optimizer)} it is")
+    if _expects_held_out(options) and not data.validation:
+        job.log.message(
+            "split leaves no row to evaluate on: give more rows, or eval_data", "warning"
+        )
     for finding in data.findings:
         job.log.message(str(finding), finding.level)
     if data.num_dropped:
@@ -260,6 +303,12 @@ def _tell_start(
             "what is served will not be what was trained",
             "warning",
         )
+
+
+def _expects_held_out(options: TrainOptions) -> bool:
+    split = options.split
+    is_shared = split is not None and split.type != "fixed" and split.probabilities[1] > 0
+    return is_shared or bool(options.early_stop)
 
 
 def name_of(options: TrainOptions, output: Path) -> str:
@@ -295,7 +344,12 @@ def _write(
             "train longer, or give generation.stop",
             "warning",
         )
-    write_adapter(job.model, facts, places.output, dtype=dtype, replace=places.replace)
+    try:
+        write_adapter(job.model, facts, places.output, dtype=dtype, replace=places.replace)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(
+            f"{places.output} cannot be written: {error}; {kept(places.run)}"
+        ) from error
     return result
 
 

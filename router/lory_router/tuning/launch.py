@@ -1,7 +1,9 @@
-"""`python -m lory_router.tuning.launch PARENT COMMAND...`: becomes COMMAND, of the lowest priority.
+"""`python -m lory_router.tuning.launch PARENT TIED COMMAND...`: becomes COMMAND, of the lowest
+priority.
 
 What has to be done within the process before it is another program: it dies with its parent, and
-comes after everybody else for a core. It must not know what it starts.
+comes after everybody else for a core. The descriptor TIED is closed once it would die with its
+parent even if it were stopped. It must not know what it starts.
 """
 
 import os
@@ -14,10 +16,11 @@ NICENESS = 19
 
 
 def main() -> None:
-    parent, command = int(sys.argv[1]), sys.argv[2:]
+    parent, tied, command = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
     die_with_parent()
     if os.getppid() != parent:
         sys.exit(1)  # it ended before it could be watched
+    os.close(tied)
     os.nice(NICENESS)
     if sys.platform == "linux":
         _lower()

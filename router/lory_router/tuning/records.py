@@ -51,6 +51,7 @@ class JobRecord:
     finished_at: int = 0
     trained_tokens: int = 0
     trained_seconds: float = 0.0
+    """That it ran."""
     estimated_finish: int = 0
     error_code: str = ""
     error_message: str = ""
@@ -58,6 +59,11 @@ class JobRecord:
     result_file: str = ""
     bytes_read: int = 0
     """Of the run's events."""
+    held_seconds: float = 0.0
+    """That it was stopped, for requests ran."""
+    charged_seconds: float = 0.0
+    cost: float = 0.0
+    """Of these, at the price of their time."""
 
     @property
     def is_open(self) -> bool:

@@ -23,7 +23,9 @@ from lory_router.tuning.checkpoints import MAX_KEPT, checkpoint_name, clear, pub
 from lory_router.tuning.child import LOOK_S, Child
 from lory_router.tuning.dataset import count_rows
 from lory_router.tuning.handover import Handover
+from lory_router.tuning.job_usage import JobUsage
 from lory_router.tuning.kept_files import RESULTS_PURPOSE, KeptFiles
+from lory_router.tuning.memory import MemoryLimit
 from lory_router.tuning.meter import Meter
 from lory_router.tuning.news import (
     STOPPED,
@@ -38,6 +40,7 @@ from lory_router.tuning.news import (
 from lory_router.tuning.records import JobRecord, JobStatus, failed
 from lory_router.tuning.run_config import RunConfig, train_command, write_config
 from lory_router.tuning.settings import TuningSettings
+from lory_router.tuning.share import Share, kept
 from lory_router.tuning.store import Record, TuningStore
 
 log = logging.getLogger(__name__)
@@ -92,13 +95,17 @@ class JobRunner:
         environment: Mapping[str, str],
         handover: Handover,
         meter: Meter,
+        serving: asyncio.Event,
     ) -> None:
+        """`serving` is set while requests run."""
         self._store = store
         self._files = files
         self._settings = settings
         self._environment = environment
         self._handover = handover
         self._meter = meter
+        self._serving = serving
+        self._share = Share(settings.share)
         self._awake = asyncio.Event()
         self._stopping = False
         self._current: _Current | None = None
@@ -173,12 +180,12 @@ class JobRunner:
         try:
             end = await self._carry_out(job, current)
         except JobFailedError as error:
-            await self._fail(job.id, error)
+            await self._fail(job, error)
         except JobsUnwritable:
             raise
         except Exception as error:
             log.exception("fine-tuning job %s", job.id)
-            await self._fail(job.id, JobFailedError("server_error", f"the run failed: {error}"))
+            await self._fail(job, JobFailedError("server_error", f"the run failed: {error}"))
         else:
             await self.clear_away(await self._move(job.id, end))
         finally:
@@ -225,30 +232,26 @@ class JobRunner:
 
     async def _watch(self, job: JobRecord, child: Child, run: Path, current: _Current) -> int:
         """Pass on what the run tells until it ends; its exit status."""
-        started_s = time.monotonic()
-        try:
-            with self._meter.running(job.tenant):
-                code: int | None = None
-                while code is None:
-                    code = await child.wait(LOOK_S, current.asked)
-                    await self._pass_on(job.id, run)
-                    most = self._settings.max_memory_bytes
-                    if most and child.num_bytes() > most:
-                        raise JobFailedError(
-                            "memory_exceeded",
-                            f"the run took more than {most} bytes of memory; use a smaller"
-                            " batch_size, shorter rows, or raise --tuning-memory",
-                        )
-                    if current.wish and code is None:
-                        code = await self._end(child, current)
-                await self._pass_on(job.id, run)
+        limit = MemoryLimit(self._settings.max_memory_bytes)
+        with self._meter.running(job.tenant) as tally:
+            usage = JobUsage(job, tally, self._meter)
+            try:
+                async with kept(self._share, child, self._serving, tally):
+                    code: int | None = None
+                    while code is None:
+                        code = await child.wait(LOOK_S, current.asked)
+                        await self._pass_on(usage, run)
+                        if excess := await asyncio.to_thread(limit.excess, child.session):
+                            raise JobFailedError("memory_exceeded", excess)
+                        if (texts := usage.look()) is not None:
+                            await self._note(usage, *texts, level="warn")
+                        if current.wish and code is None:
+                            code = await self._end(child, current)
+                await self._pass_on(usage, run)
                 return code
-        finally:
-            await child.kill()
-            seconds = time.monotonic() - started_s
-            await self._store.change(
-                job.id, lambda job: replace(job, trained_seconds=job.trained_seconds + seconds)
-            )
+            finally:
+                await child.kill()
+                await self._note(usage, usage.total)
 
     async def _end(self, child: Child, current: _Current) -> int:
         """It may write a checkpoint, unless nobody needs one."""
@@ -256,9 +259,16 @@ class JobRunner:
             return await child.kill()
         return await child.stop(self._settings.stop_grace_s)
 
-    async def _pass_on(self, job_id: str, run: Path) -> None:
+    async def _note(
+        self, usage: JobUsage, *texts: str, level: Literal["info", "warn"] = "info"
+    ) -> None:
+        """What there is to tell, and what the job has taken until then."""
+        events = [message_event(usage.job_id, text, level) for text in texts]
+        await self._store.change(usage.job_id, usage.entered, *events)
+
+    async def _pass_on(self, usage: JobUsage, run: Path) -> None:
         """What the run has told since, as events of the job."""
-        job = await self._store.job(job_id)
+        job = await self._store.job(usage.job_id)
         assert job is not None
         news, num_bytes = await asyncio.to_thread(read_news, run, job.bytes_read)
         if not news:
@@ -266,12 +276,13 @@ class JobRunner:
         records = [record for one in news if (record := told(job, one, self._hidden)) is not None]
 
         def change(job: JobRecord) -> JobRecord:
-            return _after(replace(job, bytes_read=num_bytes), news)
+            return usage.entered(_after(replace(job, bytes_read=num_bytes), news))
 
         for one in news:
             if one.type == "checkpoint":
                 await self._publish(job, one, run)
-        await self._store.change(job_id, change, *records)
+        changed = await self._store.change(job.id, change, *records)
+        self._meter.learned(job.tenant, max(changed.trained_tokens - job.trained_tokens, 0))
 
     async def _publish(self, job: JobRecord, one: News, run: Path) -> None:
         """Let a checkpoint be served, and those before the last few no more: these are taken away
@@ -363,14 +374,15 @@ class JobRunner:
         event = message_event(job_id, MESSAGES.get(status, status))
         return await self._store.change(job_id, change, event)
 
-    async def _fail(self, job_id: str, error: JobFailedError) -> None:
-        log.warning("fine-tuning job %s failed: %s", job_id, error.message)
+    async def _fail(self, job: JobRecord, error: JobFailedError) -> None:
+        """What was made goes before the job is called failed."""
+        log.warning("fine-tuning job %s failed: %s", job.id, error.message)
         message = without_paths(error.message, self._hidden)
-        event = message_event(job_id, f"The job failed: {message}", "error")
-        job = await self._store.change(
-            job_id, lambda job: failed(job, error.code, message, error.param), event
+        event = message_event(job.id, f"The job failed: {message}", "error")
+        await self.clear_away(failed(job, error.code, message))
+        await self._store.change(
+            job.id, lambda job: failed(job, error.code, message, error.param), event
         )
-        await self.clear_away(job)
 
 
 def _forget_checkpoints(run: Path) -> None:

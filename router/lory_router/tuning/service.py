@@ -50,19 +50,21 @@ class Tuning:
         settings: TuningSettings,
         environment: Mapping[str, str],
         handover: Handover,
-        price_per_hour: float,
+        meter: Meter,
+        serving: asyncio.Event,
     ) -> None:
-        """Opens its folder; raises OSError or TuningStoreError."""
+        """Opens its folder; raises OSError or TuningStoreError. `serving` is set while requests
+        run."""
         for folder in (settings.files, settings.runs):
             folder.mkdir(parents=True, exist_ok=True)
         self.settings = settings
-        self.meter = Meter(price_per_hour)
+        self.meter = meter
         self._handover = handover
         self._store = TuningStore(settings.database)
         self._files = KeptFiles(self._store, settings)
         self._files.sweep()
         self._runner = JobRunner(
-            self._store, self._files, settings, environment, handover, self.meter
+            self._store, self._files, settings, environment, handover, meter, serving
         )
         self._validator = Validator(self._store, settings, self._runner.wake)
         self._lock = asyncio.Lock()

@@ -27,9 +27,13 @@ class TuningSettings:
     """As the base is served, so it is trained on."""
     double_quant: bool = False
     device: TrainingDevice = "cpu"
+    gpu: str = ""
+    """Its number among those that the server sees; empty: the first, the engine's."""
     threads: int = 1
+    share: float = 0.1
+    """Part of the time that a job may run while requests run."""
     max_memory_bytes: int = 0
-    """A job that takes more is ended; 0: as much as there is."""
+    """A job that takes more is ended; 0: a part of what is free as it begins."""
     max_file_bytes: int = 512 * 2**20
     max_files_bytes: int = 20 * 2**30
     """Of all files together."""

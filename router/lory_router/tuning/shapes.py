@@ -68,6 +68,15 @@ class ErrorReply(msgspec.Struct, frozen=True, kw_only=True):
     param: str | None
 
 
+class UsageReply(msgspec.Struct, frozen=True, kw_only=True):
+    """Ours alone; clients keep what they do not know."""
+
+    trained_seconds: float
+    held_seconds: float
+    charged_seconds: float
+    cost: float | None
+
+
 class JobReply(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -89,6 +98,7 @@ class JobReply(msgspec.Struct, frozen=True, kw_only=True):
     integrations: tuple[()] = ()
     metadata: dict[str, str]
     user_provided_suffix: str | None
+    usage: UsageReply
 
 
 class EventReply(msgspec.Struct, frozen=True, kw_only=True):
@@ -155,6 +165,12 @@ def job_reply(job: JobRecord) -> JobReply:
         seed=job.seed,
         metadata=msgspec.json.decode(job.metadata),
         user_provided_suffix=job.suffix or None,
+        usage=UsageReply(
+            trained_seconds=round(job.trained_seconds, 3),
+            held_seconds=round(job.held_seconds, 3),
+            charged_seconds=round(job.charged_seconds, 3),
+            cost=job.cost or None,
+        ),
     )
 
 

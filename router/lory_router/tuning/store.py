@@ -21,7 +21,7 @@ from lory_router.tuning.records import (
     JobRecord,
 )
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 APPLICATION_ID = 0x4C6F4654
 """In the file's header: "LoFT"."""
 
@@ -36,6 +36,8 @@ _TABLES: dict[type[Any], str] = {
     CheckpointRecord: "checkpoints",
 }
 _SQL_TYPES = {str: "TEXT", int: "INTEGER", float: "REAL"}
+_SINCE_1 = ("held_seconds", "charged_seconds", "cost")
+"""Columns of jobs that schema 1 did not have."""
 
 
 class TuningStoreError(Exception):
@@ -251,6 +253,9 @@ def _prepare(db: sqlite3.Connection, path: Path) -> None:
             db.execute(statement)
     elif owner != APPLICATION_ID:
         raise TuningStoreError(f"{path}: is another program's file; name another folder")
+    elif version == 1:
+        for statement in _from_1():
+            db.execute(statement)
     elif version != SCHEMA_VERSION:
         raise TuningStoreError(
             f"{path}: was written by another Lory (schema {version}, this one knows"
@@ -272,6 +277,11 @@ def _schema() -> Sequence[str]:
         f"PRAGMA user_version = {SCHEMA_VERSION}",
     ]
     return [*statements, *indexes, *pragmas]
+
+
+def _from_1() -> Sequence[str]:
+    added = [f"ALTER TABLE jobs ADD COLUMN {name} REAL NOT NULL DEFAULT 0" for name in _SINCE_1]
+    return [*added, f"PRAGMA user_version = {SCHEMA_VERSION}"]
 
 
 def _columns(kind: type[Any]) -> str:

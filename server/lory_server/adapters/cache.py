@@ -434,6 +434,7 @@ class AdapterCache:
             num_bytes=footprint.num_bytes,
             full_bytes=footprint.full_bytes,
             has_own_head=entry.blob.manifest.has_own_head,
+            head_params=entry.blob.manifest.head_params,
             max_rank=footprint.max_rank,
             invocation_tokens=entry.facts.invocation_tokens,
             load_seconds=time.monotonic() - asked.asked_s,

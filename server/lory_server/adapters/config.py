@@ -160,7 +160,10 @@ def read_config(raw: bytes) -> AdapterConfig:
 
 def _check_kind(fields: dict[str, Any]) -> None:
     if fields.get("peft_type") != "LORA":
-        raise _invalid(f"peft_type is {_shown(fields.get('peft_type'))}; only LORA is served")
+        raise _invalid(
+            f"peft_type is {_shown(fields.get('peft_type'))}; only LORA is served: train LoRA, or"
+            " convert it with PEFT's save_as_lora, if it can be"
+        )
     if fields.get("task_type") not in (None, "CAUSAL_LM"):
         raise _invalid(f"task_type is {_shown(fields['task_type'])}; only CAUSAL_LM is served")
     _check_init(fields.get("init_lora_weights", True))
@@ -190,7 +193,7 @@ def _check_keys(fields: dict[str, Any]) -> None:
         if key in _READ or key in _HARMLESS or _is_off(value):
             continue
         reason = _UNSUPPORTED.get(key, "this key is not known to be harmless, and is not served")
-        raise _invalid(f"{key[:100]} is {_shown(value)}: {reason}")
+        raise _invalid(f"{repr(key[:100])[1:-1]} is {_shown(value)}: {reason}")
 
 
 def _is_off(value: object) -> bool:

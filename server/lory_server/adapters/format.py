@@ -31,7 +31,7 @@ from lory_server.adapters.full_format import (
 from lory_server.adapters.header import TensorSpec, read_exactly, read_header, read_header_bytes
 from lory_server.adapters.manifest import AdapterManifest, AdapterSlice, Base, FullWeight
 from lory_server.adapters.tensors import Role, Tensors, by_module, check_shape, invalid
-from lory_server.adapters.tokenizer_files import TOKENIZER_NAME, read_tokenizer
+from lory_server.adapters.tokenizer_files import TOKENIZER_NAME, check_runnable, read_tokenizer
 from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE
 
 __all__ = [
@@ -111,6 +111,7 @@ def _own_tokenizer(descriptors: Mapping[str, int], vocab_size: int, base: Base) 
     if not descriptors:
         return ""
     files = read_tokenizer(descriptors)
+    check_runnable(files, base.tokenizer)
     # Beside the base's ends it may well name more, a token to pad with above all: as elsewhere
     # that is an error of the text that needs one, not of the adapter.
     if vocab_size and files.num_tokens > vocab_size:

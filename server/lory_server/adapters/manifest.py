@@ -154,6 +154,13 @@ class AdapterManifest:
             for weight in self.full
         )
 
+    @property
+    def head_params(self) -> int:
+        """Of the head, and the rows of one, that its logits take a product with beside the
+        base's. A head of its own goes before a tied embedding, which it follows."""
+        of_head = (weight for weight in self.full if weight.module == HEAD_MODULE or weight.is_tied)
+        return sum({bool(weight.token_ids): weight.numel for weight in of_head}.values())
+
     def chunk_bytes(self, dtype_size: int) -> tuple[int, ...]:
         """Bytes of each chunk in the pool, padded so that the next one is aligned."""
         sizes = {"a": dtype_size, "b": dtype_size, "gain": VECTOR_BYTES, "bias": VECTOR_BYTES}

@@ -21,6 +21,8 @@ class Resolved:
     """What it takes in the device's pool, and its full weights beside it."""
     full_bytes: int
     has_own_head: bool
+    head_params: int
+    """Of its own head, or rows of one."""
     max_rank: int
     invocation_tokens: tuple[int, ...]
     load_seconds: float

@@ -18,8 +18,10 @@ from lory_server.adapters.errors import AdapterInvalidError
 MAX_PATTERN_CHARS = 4096
 MAX_DEPTH = 32
 MAX_WORK = 4_000_000
-"""Some 0.3 us each, for all patterns of an adapter together; an honest one takes some dozens
-a name."""
+"""Some 0.3 us each, for all patterns of an adapter together; an honest one takes a hundred a
+name."""
+NODE_WORK = 2
+"""For each part of a pattern that is tried."""
 PARSE_WORK = 10
 """For each character of a pattern."""
 
@@ -51,7 +53,7 @@ class _Walk:
     leaf_masks: dict[re.Pattern[str], int] = field(default_factory=dict)
 
     def count(self) -> None:
-        self.work.spend(1)
+        self.work.spend(NODE_WORK)
 
     def mask(self, leaf: re.Pattern[str]) -> int:
         """Where a leaf matches."""

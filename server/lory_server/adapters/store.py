@@ -227,6 +227,8 @@ class AdapterStore:
                     f"{name} is a pickle, and pickles are never read; save the adapter again with"
                     " save_pretrained(..., safe_serialization=True)"
                 )
+        if os.path.lexists(os.path.join(root, adapter_id, f"{WEIGHTS_NAME}.index.json")):
+            raise AdapterInvalidError("the weights are in shards; save them in one file")
         raise AdapterInvalidError(f"{WEIGHTS_NAME} is missing")
 
     def revision_of(self, signature: Signature) -> str | None:

@@ -1,4 +1,5 @@
-"""JSON from strangers: one object, bounded by the caller, no duplicate keys, no NaN, no deep nests.
+"""JSON from strangers: one object, bounded by the caller, no duplicate keys, no NaN, no deep nests,
+no half characters.
 
 It must not know what the object means.
 """
@@ -12,9 +13,11 @@ from lory_server.adapters.errors import AdapterInvalidError
 def parse_object(raw: bytes, what: str) -> dict[str, Any]:
     """The object in `raw`; `what` names the source in errors."""
     try:
-        value = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
-        )
+        text = raw.decode("utf-8")
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant)
+        if "\\u" in text:
+            # Half of a surrogate pair can be escaped, but never sent on: no message could hold it.
+            json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise AdapterInvalidError(f"{what}: JSON is nested too deeply") from None
     except ValueError as error:

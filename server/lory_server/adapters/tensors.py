@@ -45,8 +45,10 @@ _ROLES: tuple[tuple[Role, str], ...] = (
     ("original.weight", r"original_module\.weight"),
     ("rows", r"token_adapter\.trainable_tokens_delta(?:\.default)?"),
 )
+_PREFIX = "base_model.model."
 _TENSOR_NAME = re.compile(
-    r"base_model\.model\.(?P<module>.+?)\.(?:"
+    re.escape(_PREFIX)
+    + r"(?P<module>.+?)\.(?:"
     + "|".join(f"({pattern})" for _, pattern in _ROLES)
     + ")",
     re.DOTALL,
@@ -59,7 +61,7 @@ def by_module(specs: Sequence[TensorSpec], modules: Collection[str]) -> dict[str
     for spec in specs:
         match = _TENSOR_NAME.fullmatch(spec.name)
         if match is None:
-            raise invalid(spec.name, "is not of LoRA on a linear layer, and is not served")
+            raise invalid(spec.name, _why_no_role(spec.name))
         parts = zip(_ROLES, match.groups()[1:], strict=True)
         role: Role = next(role for (role, _), part in parts if part)
         if match["module"] not in modules:
@@ -71,7 +73,16 @@ def by_module(specs: Sequence[TensorSpec], modules: Collection[str]) -> dict[str
     return found
 
 
+def _why_no_role(name: str) -> str:
+    if "lora_" not in name:
+        return "is not of LoRA on a linear layer, and is not served"
+    what = "" if name.startswith(_PREFIX) else f", whose names begin with {_PREFIX!r}"
+    return f"is not named as PEFT's save_pretrained names LoRA's tensors{what}; save it with that"
+
+
 def _why_no_place(module: str, role: Role, modules: Collection[str]) -> str:
+    if ".lora_" in module:
+        return _why_no_role(_PREFIX + module)
     packing = packing_of(module, modules)
     if packing:
         return f"is not for this base, which {packing}; train it on the checkpoint that is served"

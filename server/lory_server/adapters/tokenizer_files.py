@@ -16,6 +16,7 @@ import msgspec
 
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.header import read_exactly
+from lory_server.adapters.tokenizer_steps import NO_STEPS, Steps, check_steps, steps_of
 
 TOKENIZER_NAME = "tokenizer.json"
 CONFIG_NAME = "tokenizer_config.json"
@@ -34,6 +35,9 @@ SPECIAL_TOKENS = (
 
 MAX_TOKENIZER_BYTES = 64 * 1024 * 1024
 MAX_CONFIG_BYTES = 8 * 1024 * 1024
+MOST_TIMES_THE_BASE = 4
+"""Of a tokenizer.json with a vocabulary of its own, beside a small base's:"""
+ALWAYS_ALLOWED_BYTES = 4 * 1024 * 1024
 MAX_TEMPLATE_CHARS = 262_144
 DIGEST_CHARS = 32
 
@@ -60,6 +64,16 @@ class TokenizerFiles:
     """Of all that matters."""
     content: str
     """Digest of tokenizer.json alone, of what of it matters."""
+    steps: Steps = NO_STEPS
+    """What it does to a text."""
+    model: str = ""
+    """Digest of its vocabulary and merges."""
+    rest: bytes = field(default=b"", repr=False)
+    """tokenizer.json without these."""
+    num_bytes: int = 0
+    """Of tokenizer.json."""
+    sha256: str = ""
+    """Of its bytes."""
 
     def repeats(self, base: "TokenizerFiles") -> bool:
         """Whether it says nothing that `base` does not say."""
@@ -80,7 +94,7 @@ def read_base_tokenizer(folder: Path) -> TokenizerFiles | None:
     paths = [folder / name for name in (TOKENIZER_NAME, *COMPANIONS)]
     try:
         files = tokenizer_of({path.name: path.read_bytes() for path in paths if path.is_file()})
-        return replace(files, raw=b"")
+        return replace(files, raw=b"", rest=b"")
     except (OSError, AdapterInvalidError):
         return None
 
@@ -96,10 +110,38 @@ def tokenizer_of(files: Mapping[str, bytes]) -> TokenizerFiles:
     template = chat_template_of(config, _text(files.get(TEMPLATE_NAME), TEMPLATE_NAME))
     if len(template) > MAX_TEMPLATE_CHARS:
         raise _invalid(TEMPLATE_NAME, f"longer than {MAX_TEMPLATE_CHARS} characters")
-    num_tokens, content = _num_tokens(value), _content(value)
+    num_tokens, model, rest = _num_tokens(value), _model(value), _rest(value)
+    content = _sha256([model, {n: part for n, part in rest.items() if n not in _NOT_OF_CONTENT}])
     parts = (content, sorted(special_tokens.items()), template)
     digest = hashlib.sha256(msgspec.json.encode(parts)).hexdigest()[:DIGEST_CHARS]
-    return TokenizerFiles(raw, special_tokens, template, num_tokens, digest, content)
+    return TokenizerFiles(
+        raw,
+        special_tokens,
+        template,
+        num_tokens,
+        digest,
+        content,
+        steps_of(value),
+        model,
+        msgspec.json.encode(rest),
+        len(raw),
+        hashlib.sha256(raw).hexdigest(),
+    )
+
+
+def check_runnable(own: TokenizerFiles, base: TokenizerFiles | None) -> None:
+    """Refuses, by AdapterInvalidError, a tokenizer that could run for ever, as the base's does
+    not, or that takes too long to be made."""
+    if base is not None and own.content == base.content:
+        return
+    check_steps(own.steps, base.steps if base else NO_STEPS)
+    most = max(ALWAYS_ALLOWED_BYTES, MOST_TIMES_THE_BASE * base.num_bytes if base else 0)
+    if (base is None or own.model != base.model) and own.num_bytes > most:
+        raise _invalid(
+            TOKENIZER_NAME,
+            f"has {own.num_bytes} bytes and another vocabulary than the base's; at most {most} are"
+            " read of such: add tokens to the base's",
+        )
 
 
 def named_special_tokens(config: Mapping[str, object]) -> dict[str, str]:
@@ -184,15 +226,22 @@ def _checked(ids: Iterable[object]) -> int:
     return largest
 
 
-def _content(value: Object) -> str:
-    told = {name: part for name, part in value.items() if name not in _NOT_OF_CONTENT}
-    model = told["model"]
+def _model(value: Object) -> str:
+    model = value["model"]
     assert isinstance(model, dict)
     merges = model.get("merges")
     if isinstance(merges, list):
-        told["model"] = model | {"merges": [_merge(pair) for pair in merges]}
+        model = model | {"merges": [_merge(pair) for pair in merges]}
+    return _sha256(model)
+
+
+def _rest(value: Object) -> Object:
+    return {name: part for name, part in value.items() if name != "model"}
+
+
+def _sha256(value: object) -> str:
     try:
-        return hashlib.sha256(msgspec.json.encode(told, order="sorted")).hexdigest()
+        return hashlib.sha256(msgspec.json.encode(value, order="sorted")).hexdigest()
     except RecursionError:
         raise _invalid(TOKENIZER_NAME, "JSON is nested too deeply") from None
 

@@ -26,6 +26,7 @@ from lory_trainer.evaluation.options import EvaluationOptions, read_options
 from lory_trainer.evaluation.own_server import serving
 from lory_trainer.evaluation.page import page
 from lory_trainer.evaluation.publish import publish
+from lory_trainer.evaluation.record import record
 from lory_trainer.evaluation.results import Evaluation, GateResult
 from lory_trainer.evaluation.run import Watch, evaluate
 from lory_trainer.evaluation.server import Server
@@ -105,6 +106,8 @@ def _check(flags: EvalFlags) -> None:
         raise EvaluationError("--base and --adapters go together; or name a server by --url")
     if flags.serve_flags and not flags.base:
         raise EvaluationError("--serve-flags is for a server that --base starts")
+    if flags.record and not flags.base:
+        raise EvaluationError("--record needs the folder that is served: --base and --adapters")
     if flags.base and flags.publish:
         raise EvaluationError("--publish needs the server at --url that is to serve it")
     if flags.publish and not all(flags.publish.rpartition("@")):
@@ -152,6 +155,8 @@ def _judged(result: Evaluation, gates: list[Gate], flags: EvalFlags) -> list[Gat
         verdicts.extend(gate.check(result) for gate in gates)
     finally:
         _write(result, verdicts, flags)
+    if flags.record:
+        record(Path(flags.adapters), result, verdicts)
     return verdicts
 
 

@@ -70,6 +70,10 @@ class EvalFlags:
     ] = ""
     output: Annotated[Path | None, typer.Option(help="Write all of it as JSON.")] = None
     page: Annotated[Path | None, typer.Option(help="Write a page of HTML.")] = None
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="Write the scores into the candidate's manifest."),
+    ] = False
     publish: Annotated[
         str,
         typer.Option(

@@ -1,4 +1,5 @@
-"""Held-out rows: columns of text, one of which is the answer that is wanted.
+"""Held-out rows: columns of text of which one is the answer that is wanted, or conversations that
+end in it.
 
 In: a JSONL file, or a JSON list. It must not know prompts, metrics or servers.
 """
@@ -21,6 +22,8 @@ class Row:
     values: Mapping[str, str]
     """Every column of text but the answer."""
     wanted: str
+    messages: tuple[Mapping[str, str], ...] = ()
+    """Of a conversation: those before the answer."""
 
     def fields(self, names: Sequence[str]) -> dict[str, str]:
         """The columns a template names."""
@@ -53,6 +56,8 @@ def read_data(path: Path, completion: str, num_rows: int | None = None) -> DataS
     rows = tuple(_row(place, value, completion) for place, value in _values(path.name, text))
     if not rows:
         raise EvaluationError(f"{path.name} holds no rows")
+    if any(bool(row.messages) != bool(rows[0].messages) for row in rows):
+        raise EvaluationError(f"{path.name} holds both conversations and columns; keep them apart")
     return DataSet(path.name, hashlib.sha256(raw).hexdigest(), rows[:num_rows])
 
 
@@ -90,6 +95,8 @@ def _parsed(place: str, text: str) -> Any:
 def _row(place: str, value: Any, completion: str) -> Row:
     if not isinstance(value, dict):
         raise EvaluationError(f'{place}: expected an object such as {{"text": "..."}}')
+    if isinstance(value.get("messages"), list):
+        return _conversation(place, value)
     wanted = value.get(completion)
     if not isinstance(wanted, str):
         found = ", ".join(value) or "nothing"
@@ -103,6 +110,27 @@ def _row(place: str, value: Any, completion: str) -> Row:
             raise EvaluationError(f"{place}: column `{key}` holds half a character, a surrogate")
     texts.pop(completion)
     return Row(place, texts, wanted)
+
+
+def _conversation(place: str, value: Mapping[str, Any]) -> Row:
+    if value.get("tools"):
+        raise EvaluationError(f"{place}: tools: conversations are asked without; leave the row out")
+    *asked, last = [_message(place, message) for message in value["messages"]] or [{}]
+    if not asked or last["role"] != "assistant":
+        raise EvaluationError(
+            f"{place}: messages must end in the answer, an assistant's, to others"
+        )
+    text = "\n".join(f"{message['role']}: {message['content']}" for message in asked)
+    return Row(place, {"messages": text}, last["content"], tuple(asked))
+
+
+def _message(place: str, message: Any) -> dict[str, str]:
+    names = ("role", "content")
+    if not isinstance(message, dict) or not all(isinstance(message.get(n), str) for n in names):
+        raise EvaluationError(f"{place}: a message needs a role, and content that is text")
+    if not _is_text(message["content"]):
+        raise EvaluationError(f"{place}: a message holds half of a character (a lone surrogate)")
+    return {name: message[name] for name in names}
 
 
 def _is_text(text: str) -> bool:

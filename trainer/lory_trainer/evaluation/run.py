@@ -98,10 +98,15 @@ def _variants(
     adapters: Sequence[AdapterFacts],
 ) -> list[Variant]:
     """The candidate first."""
+    is_conversation = bool(data.rows[0].messages)
+    if options.template and is_conversation:
+        raise EvaluationError("template: conversations are asked as they are; leave it out")
     if options.template and all(one.template for one in adapters):
         names = ", ".join(one.adapter_id for one in adapters)
         raise EvaluationError(f"template: {names} has one of its own; leave --template out")
-    found = [adapter_variant(one, options.template) for one in adapters]
+    found = [
+        adapter_variant(one, options.template, is_conversation=is_conversation) for one in adapters
+    ]
     if BASE in options.compare:
         found.append(base_variant(facts.base_name, found[0]))
     if PROMPT_ONLY in options.compare:
@@ -152,7 +157,8 @@ def _prompting(options: EvaluationOptions, data: DataSet) -> Prompting:
         source = Path(wish.shots_from or options.data)
         rows = read_data(source, options.completion).rows
         shots = pick_shots(rows, wish.shots, data.rows, options.seed)
-    return Prompting(wish.instruction, tuple(shots), wish.style == "chat")
+    is_chat = wish.style == "chat" or bool(data.rows[0].messages)
+    return Prompting(wish.instruction, tuple(shots), is_chat)
 
 
 def _longest(

@@ -7,7 +7,7 @@
 In: rows. Out: request bodies, and what an answer's text is. It must not know metrics.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -51,7 +51,9 @@ class Variant:
     """What its answers begin with, and wanted ones do not."""
 
     def prompt(self, row: Row) -> str:
-        """As text; of a chat, its last message."""
+        """As text; of a chat, its last message, and all before the answer of a conversation."""
+        if row.messages:
+            return row.values["messages"]
         return render(self.template, row.fields(template_fields(self.template)))
 
 
@@ -105,9 +107,9 @@ def prompt_only_variant(
     )
 
 
-def adapter_variant(facts: AdapterFacts, template: str) -> Variant:
-    """`template` is for an adapter that has none on the server."""
-    if not (facts.template or template):
+def adapter_variant(facts: AdapterFacts, template: str, *, is_conversation: bool) -> Variant:
+    """`template` is for an adapter that has none on the server; conversations need none."""
+    if not (facts.template or template or is_conversation):
         raise EvaluationError(
             f"adapter {facts.adapter_id!r} has no template on the server; give the one it was"
             " trained with by --template"
@@ -119,14 +121,14 @@ def adapter_variant(facts: AdapterFacts, template: str) -> Variant:
         facts.template or template,
         sends_fields=bool(facts.template),
         stop=facts.stop,
-        is_chat=facts.is_chat,
+        is_chat=facts.is_chat or is_conversation,
         prefix=facts.completion_prefix,
     )
 
 
 def request(variant: Variant, row: Row, sampling: Sampling) -> tuple[str, Json]:
     """Path and body."""
-    if variant.prompting.is_chat:
+    if variant.prompting.is_chat or row.messages:
         return "/v1/chat/completions", _chat_body(variant, row, sampling)
     parameters: Json = {
         "max_new_tokens": sampling.max_new_tokens,
@@ -145,7 +147,7 @@ def request(variant: Variant, row: Row, sampling: Sampling) -> tuple[str, Json]:
 
 
 def read_answer(variant: Variant, reply: Reply) -> Answer:
-    return _chat_answer(reply) if variant.prompting.is_chat else _plain_answer(variant, reply)
+    return _chat_answer(reply) if "choices" in reply.body else _plain_answer(variant, reply)
 
 
 def _inputs(variant: Variant, row: Row) -> str | dict[str, str]:
@@ -161,19 +163,35 @@ def _inputs(variant: Variant, row: Row) -> str | dict[str, str]:
 
 
 def _chat_body(variant: Variant, row: Row, sampling: Sampling) -> Json:
-    prompting = variant.prompting
-    messages = [{"role": "system", "content": prompting.instruction}]
-    for shot in prompting.shots:
-        messages.append({"role": "user", "content": variant.prompt(shot)})
+    messages: list[Mapping[str, str]] = []
+    for shot in variant.prompting.shots:
+        messages += [one for one in _asked(variant, shot) if one["role"] != "system"]
         messages.append({"role": "assistant", "content": shot.wanted})
-    messages.append({"role": "user", "content": variant.prompt(row)})
-    return {
+    body: Json = {
         "model": variant.model,
-        "messages": messages if prompting.instruction else messages[1:],
+        "messages": _instructed(variant, messages, _asked(variant, row)),
         "max_tokens": sampling.max_new_tokens,
-        "temperature": 0,
         "seed": sampling.seed,
     }
+    if sampling.is_greedy or variant.kind != "adapter":
+        body["temperature"] = 0
+    if variant.kind != "adapter" and variant.stop:
+        body["stop"] = list(variant.stop)
+    return body
+
+
+def _asked(variant: Variant, row: Row) -> Sequence[Mapping[str, str]]:
+    return row.messages or [{"role": "user", "content": variant.prompt(row)}]
+
+
+def _instructed(
+    variant: Variant, shown: Sequence[Mapping[str, str]], asked: Sequence[Mapping[str, str]]
+) -> list[Mapping[str, str]]:
+    """There is one system message, before all: the instruction, then the conversation's own."""
+    own = [one["content"] for one in asked if one["role"] == "system"]
+    said = [text for text in (variant.prompting.instruction, *own) if text]
+    system = [{"role": "system", "content": BETWEEN_EXAMPLES.join(said)}] if said else []
+    return [*system, *shown, *(one for one in asked if one["role"] != "system")]
 
 
 def _plain_answer(variant: Variant, reply: Reply) -> Answer:
@@ -204,5 +222,5 @@ def _chat_answer(reply: Reply) -> Answer:
         num_prompt_tokens=usage["prompt_tokens"],
         num_tokens=usage["completion_tokens"],
         seconds=reply.seconds,
-        revision="",
+        revision=reply.headers.get("x-adapter-revision", ""),
     )
