@@ -125,8 +125,5 @@ def test_a_base_that_is_nowhere_is_told_apart_from_one_that_cannot_be_read(
     monkeypatch.setattr("lory_router.serve.load_text_model", nothing)
     with pytest.raises(StartError, match="mine: its tokenizer cannot be read"):
         _load_text(config(tmp_path, model=str(tmp_path / "mine")))
-    (tmp_path / "mine").rmdir()
-    with pytest.raises(
-        StartError, match="mine: there is no such folder, and as a model of the hub"
-    ):
-        _load_text(config(tmp_path, model=str(tmp_path / "mine")))
+    with pytest.raises(StartError, match="org/base: there is no such folder, and as a model of"):
+        _load_text(config(tmp_path))
