@@ -155,9 +155,7 @@ def test_parquet_does_not_give_a_tool_the_keys_of_another(tmp_path):
 
 
 def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(
-        DataError, match=r"no file .*none\.jsonl; a path in the configuration starts at"
-    ):
+    with pytest.raises(DataError, match=r"no file .*none\.jsonl; a relative path starts at"):
         read_data(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="holds no data files"):
         read_data(tmp_path)
