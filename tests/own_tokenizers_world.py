@@ -13,7 +13,7 @@ import tiny_models
 from lory_server.adapters.manner import with_tokenizer
 from lory_server.adapters.tokenizer_files import COMPANIONS, TOKENIZER_NAME, tokenizer_of
 from lory_server.messages import NO_MANNER, EngineOptions, Manner
-from parity_world import Reference
+from parity_world import Reference, small_options
 from trainer_world import CHAT_TEMPLATE, char_tokenizer, make_base
 
 BASE_TOKENS = 32
@@ -53,21 +53,8 @@ class World:
         return {name: made.folder for name, made in self.adapters.items()}
 
     def options(self, **changes: Any) -> EngineOptions:
-        fields: dict[str, Any] = {
-            "model": str(self.base),
-            "adapters_dir": str(self.adapters_dir),
-            "device": "cpu",
-            "dtype": "float32",
-            "max_batch_rows": 12,
-            "max_step_tokens": 40,
-            "block_size": 8,
-            "kv_bytes": 1 << 20,
-            "adapter_pool_bytes": 8 << 20,
-            "full_weight_bytes": 1 << 20,
-            "adapter_host_bytes": 64 << 20,
-            "reader_processes": 0,
-        }
-        return EngineOptions(**(fields | changes))
+        fields = {"full_weight_bytes": 1 << 20} | changes
+        return small_options(self.base, self.adapters_dir, **fields)
 
 
 class OwnReference(Reference):

@@ -97,6 +97,24 @@ MakeAdapters = Callable[[str, Path, Path], dict[str, Path]]
 """From a family, the base's folder and the adapters': each adapter's folder by its name."""
 
 
+def small_options(base: Path, adapters_dir: Path, **changes: Any) -> EngineOptions:
+    """Of an engine whose batches, steps and blocks are small enough to be filled by a test."""
+    fields: dict[str, Any] = {
+        "model": str(base),
+        "adapters_dir": str(adapters_dir),
+        "device": "cpu",
+        "dtype": "float32",
+        "max_batch_rows": 12,
+        "max_step_tokens": 40,
+        "block_size": 8,
+        "kv_bytes": 1 << 20,
+        "adapter_pool_bytes": 8 << 20,
+        "adapter_host_bytes": 64 << 20,
+        "reader_processes": 0,  # half the time to build an engine; one test has one
+    }
+    return EngineOptions(**(fields | changes))
+
+
 @dataclass
 class ParityWorld:
     family: str
@@ -116,20 +134,7 @@ class ParityWorld:
         return cls(family, base, adapters, make_adapters(family, base, adapters))
 
     def options(self, **changes: Any) -> EngineOptions:
-        fields: dict[str, Any] = {
-            "model": str(self.base),
-            "adapters_dir": str(self.adapters_dir),
-            "device": "cpu",
-            "dtype": "float32",
-            "max_batch_rows": 12,
-            "max_step_tokens": 40,
-            "block_size": 8,
-            "kv_bytes": 1 << 20,
-            "adapter_pool_bytes": 8 << 20,
-            "adapter_host_bytes": 64 << 20,
-            "reader_processes": 0,  # half the time to build an engine; one test has one
-        }
-        return EngineOptions(**(fields | changes))
+        return small_options(self.base, self.adapters_dir, **changes)
 
 
 @dataclass

@@ -7,32 +7,23 @@ not know what the files mean, or how adapters are merged.
 import hashlib
 from contextlib import ExitStack
 from dataclasses import dataclass
-from types import TracebackType
 
 import msgspec
 
 from lory_server.adapters.errors import AdapterError, AdapterNotFoundError, blaming
-from lory_server.adapters.store import AdapterFiles, AdapterStore, Signature
+from lory_server.adapters.store import AdapterFiles, AdapterStore, Closing, Signature
 from lory_server.recipes import MERGED, Recipe, merged_id, read_recipe
 
 
 @dataclass(frozen=True, slots=True)
-class SourceFiles:
+class SourceFiles(Closing):
     """Use it in a `with` block."""
 
     recipe: Recipe
     sources: tuple[AdapterFiles, ...]
     """In the recipe's order."""
 
-    def __enter__(self) -> "SourceFiles":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         for files in self.sources:
             files.close()
 

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import time
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, Self
 
 from lory_server.adapters.config import CONFIG_NAME
 from lory_server.adapters.errors import AdapterInvalidError, AdapterNotFoundError
@@ -65,8 +66,28 @@ class OpenFiles(Protocol):
     def tokenizer_fds(self) -> Mapping[str, int]: ...
 
 
+class Closing(ABC):
+    """What is closed at the end of a `with` block."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
-class AdapterFiles:
+class AdapterFiles(Closing):
     """The files of an adapter, open for reading; use it in a `with` block."""
 
     adapter_id: str
@@ -80,17 +101,6 @@ class AdapterFiles:
     located_ns: int
     tokenizer_fds: Mapping[str, int] = field(default_factory=dict)
     """By name; empty: it has no tokenizer."""
-
-    def __enter__(self) -> "AdapterFiles":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         for fd in self._descriptors:
@@ -118,21 +128,13 @@ class AdapterFiles:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizerOnDisk:
+class TokenizerOnDisk(Closing):
     """Open files of a tokenizer; use it in a `with` block."""
 
     descriptors: Mapping[str, int]
     """By name; empty: there is none."""
 
-    def __enter__(self) -> "TokenizerOnDisk":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def close(self) -> None:
         for fd in self.descriptors.values():
             os.close(fd)
 
