@@ -97,11 +97,14 @@ MakeAdapters = Callable[[str, Path, Path], dict[str, Path]]
 """From a family, the base's folder and the adapters': each adapter's folder by its name."""
 
 
-def small_options(base: Path, adapters_dir: Path, **changes: Any) -> EngineOptions:
-    """Of an engine whose batches, steps and blocks are small enough to be filled by a test."""
+def small_options(base: Path, folder: Path, /, **changes: Any) -> EngineOptions:
+    """Of an engine whose batches, steps and blocks are small enough to be filled by a test.
+
+    `folder` is of its adapters; a change names `adapters_dir` for another, or for none.
+    """
     fields: dict[str, Any] = {
         "model": str(base),
-        "adapters_dir": str(adapters_dir),
+        "adapters_dir": str(folder),
         "device": "cpu",
         "dtype": "float32",
         "max_batch_rows": 12,
