@@ -217,6 +217,28 @@ def test_a_removed_one_is_not_served_at_any_branch_until_registered_again(world:
     assert ask(world.front(), "hub:org/open@v2").status_code == 200
 
 
+def test_the_main_branch_is_removed_and_served_again_by_either_of_its_names(world: World):
+    """What was removed at `main` was served to who named no branch, which is the same."""
+    assert ask(world.front(), "hub:org/open@main").status_code == 200
+    assert world.front().ask("DELETE", f"{ADAPTERS}/hub:org/open@main").status_code == 200
+    assert ask(world.front(), "hub:org/open").status_code == 404
+    world.hub.repos["Org/Open"] = world.hub.repos["org/open"]
+    assert register(world.front(), name="hub:Org/Open").status_code == 201
+    for name in ("hub:org/open", "hub:org/open@main"):
+        assert ask(world.front(), name).status_code == 200
+
+
+def test_one_branch_of_a_removed_repo_is_not_said_to_be_served_again(world: World):
+    """It was a 201, and requests went on being a 404."""
+    assert ask(world.front(), "hub:org/open").status_code == 200
+    assert world.front().ask("DELETE", f"{ADAPTERS}/hub:org/open").status_code == 200
+    for branch in ("main", "v2"):
+        reply = register(world.front(), name=f"hub:org/open@{branch}")
+        assert reply.status_code == 409
+        assert "was removed as 'hub:org/open'" in reply.json()["error"]["message"]
+    assert register(world.front(), name="hub:org/open").status_code == 201
+
+
 def test_what_a_request_holds_is_gone_with_its_end(world: World):
     front = world.front()
 
