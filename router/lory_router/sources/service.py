@@ -139,6 +139,11 @@ class Sources:
         self.disk.hold(entry.folder)
         return FETCHED + entry.folder
 
+    def is_here(self, engine_name: str) -> bool:
+        """Whether it is on the disk, and was not taken away since it was held."""
+        entry = self.disk.entry(engine_name.removeprefix(FETCHED))
+        return entry is not None and not entry.origin.is_removed
+
     async def fixed(self, reference: Reference, token: str) -> Reference:
         """The same at the commit that it stands for now, where the source has such a thing."""
         if reference.kind != "hub":
