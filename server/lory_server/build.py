@@ -230,7 +230,7 @@ def assemble(
         scheduler,
         runner,
         adapters,
-        CostModel.of(linear_params, spec.num_layers, spec.q_size, decoder.dtype.itemsize),
+        CostModel.of(linear_params, spec.num_layers, spec.q_size),
         EngineLimits(
             vocab_size=spec.vocab_size,
             max_model_len=plan.max_model_len,

@@ -87,7 +87,7 @@ class _Request:
     @property
     def adapter_work(self) -> AdapterWork:
         adapter = self.adapter
-        return AdapterWork(adapter.num_bytes, adapter.head_params) if adapter else NO_WORK
+        return AdapterWork(adapter.token_params, adapter.head_params) if adapter else NO_WORK
 
 
 @dataclass(frozen=True, slots=True)

@@ -441,6 +441,7 @@ class AdapterCache:
             num_bytes=footprint.num_bytes,
             full_bytes=footprint.full_bytes,
             has_own_head=entry.blob.manifest.has_own_head,
+            token_params=entry.blob.manifest.token_params,
             head_params=entry.blob.manifest.head_params,
             max_rank=footprint.max_rank,
             invocation_tokens=entry.facts.invocation_tokens,

@@ -228,6 +228,7 @@ def _slice(config: AdapterConfig, module: str, place: _Place, found: Tensors) ->
         bias=found.get("base_layer.bias", found.get("bias")),
         has_base_bias=place.has_bias,
         is_lookup=place.is_lookup,
+        is_head=module == HEAD_MODULE,
     )
 
 
