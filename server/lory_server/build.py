@@ -237,6 +237,7 @@ def assemble(
             max_queued=options.max_queued,
             pipeline_depth=1 if device.type == "cuda" else 0,
             serves_adapters=options.serves_adapters,
+            short_tokens=decoder.short_tokens,
         ),
         clock=time.monotonic,
     )
