@@ -61,7 +61,7 @@ class TuningRoutes:
             Route(FILES + "/{file_id}", self.get_file),
             Route(FILES + "/{file_id}", self.delete_file, methods=["DELETE"]),
             Route(FILES + "/{file_id}/content", self.content),
-            Route(JOBS, Endpoint(self._front, JOBS, "openai", self._create), methods=["POST"]),
+            Route(JOBS, self._creating(), methods=["POST"]),
             Route(JOBS, self.list_jobs),
             Route(one, self.get_job),
             Route(one + "/events", self.events),
@@ -115,6 +115,9 @@ class TuningRoutes:
         return FileResponse(path, media_type=BYTES, filename=record.filename)
 
     # -- jobs -------------------------------------------------------------------------------
+
+    def _creating(self) -> Endpoint:
+        return Endpoint(self._front, JOBS, "openai", self._create, needs_engine=False)
 
     async def _create(self, front: Front, exchange: Exchange, body: bytes) -> None:
         job = await self._tuning.create(exchange.caller, _read_wish(body))
