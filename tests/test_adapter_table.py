@@ -113,3 +113,22 @@ def test_a_pattern_picks_by_any_name():
     assert [one["id"] for one in matching(adapters, "ft-*")] == ["ft-a", "b"]
     assert matching(adapters, "") == adapters
     assert shown(*matching(adapters, "nobody")) == ["base: demo", "no adapters"]
+
+
+def test_of_hundreds_on_disk_a_terminal_shows_the_names_side_by_side():
+    adapters = [adapter(f"idle-{n}") for n in range(300)] + [resident("a", names={"b": None})]
+    lines = shown(*adapters, width=80)
+    assert len(lines) < 60
+    assert lines[2].split()[:3] == ["a", "device", "b"]
+    assert lines[3] == "on disk alone:"
+    down = [line.split()[0] for line in lines[4:-1]]
+    assert down == [f"idle-{n}" for n in range(len(down))]
+    assert sorted(" ".join(lines[4:-1]).split()) == sorted(one["id"] for one in adapters[:-1])
+    assert lines[-1] == "301 adapters: 1 device, 300 disk"
+    assert len(shown(*adapters, is_terminal=False)) == 304
+
+
+def test_numbers_in_names_count_as_numbers():
+    names = ["v10", "v9", "a-2-b", "a-10", "2", "10", "v"]
+    lines = shown(*(adapter(name) for name in names))[2:-1]
+    assert [line.split()[0] for line in lines] == ["2", "10", "a-2-b", "a-10", "v", "v9", "v10"]

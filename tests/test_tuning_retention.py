@@ -285,7 +285,9 @@ def test_an_id_that_is_mistyped_or_cut_off_is_told_to_who_may_see_it(tmp_path: P
                 assert message.endswith(f"'{wrong}'; did you mean '{known}'?")
         body = {"model": BASE, "training_file": file_id[:18]}
         error = (await world.client.post(JOBS, json=body)).json()["error"]
-        assert f"did you mean '{file_id}'?" in error["message"]
+        assert error["message"] == (
+            f"`training_file`: no such file: '{file_id[:18]}'; did you mean '{file_id}'?"
+        )
         world.client.headers.update(key("of-other"))
         for route, known in ids.items():
             for wrong in (known, known[:18]):

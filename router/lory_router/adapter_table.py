@@ -5,6 +5,7 @@ Columns that say nothing are left out; where the terminal is narrow, so are the 
 It must not know HTTP.
 """
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from rich.columns import Columns
 from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Table
@@ -23,11 +25,14 @@ Adapter = Mapping[str, Any]
 MIB = 1 << 20
 TIERS = {"device": "green", "host": "cyan", "fetching": "yellow", "disk": "dim", "refused": "red"}
 """In the order that they are shown, each with its colour."""
+MAX_IDLE_ROWS = 12
+"""Of more adapters that are on disk alone a terminal shows the names side by side."""
 MAX_NAMES = 3
 """Further names of an adapter; the others are counted."""
 REVISION_SHOWN = 8
 PIPE_WIDTH = 1000
 """Nobody looks at it: nothing is left out or cut."""
+_NUMBER = re.compile(r"([0-9]{1,18})")
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
 
 
@@ -57,11 +62,24 @@ def print_adapters(console: Console, base: Sequence[str], adapters: Sequence[Ada
         console = Console(file=console.file, width=PIPE_WIDTH)
     if base:
         console.print(Text(f"base: {', '.join(base)}"), soft_wrap=True)
-    if adapters:
-        console.print(_fitting(console, sorted(adapters, key=_order)))
+    rows = sorted(adapters, key=_order)
+    idle = [one for one in rows if _is_idle(one)] if console.is_terminal else []
+    if len(idle) > MAX_IDLE_ROWS:
+        rows = [one for one in rows if not _is_idle(one)]
+    if rows:
+        console.print(_fitting(console, rows))
+    if len(idle) > MAX_IDLE_ROWS:
+        names = [Text(one["id"], "dim") for one in idle]
+        console.print(Text("on disk alone:", "bold"))
+        console.print(Columns(names, column_first=True, padding=(0, 2)))
     console.print(Text(_summary(adapters), style="dim"), soft_wrap=True)
     for line in _remarks(adapters):
         console.print(Text(line), soft_wrap=True)
+
+
+def _is_idle(one: Adapter) -> bool:
+    """Whether its name is all there is to tell."""
+    return _tier(one) == "disk" and not any(c.tell(one) for c in _COLUMNS if c.rank)
 
 
 def _fitting(console: Console, adapters: Sequence[Adapter]) -> Table:
@@ -93,7 +111,15 @@ def _style(column: _Column, one: Adapter) -> str:
 def _order(one: Adapter) -> tuple[Any, ...]:
     tiers = list(TIERS)
     tier = tiers.index(_tier(one)) if _tier(one) in tiers else len(tiers)
-    return (not one.get("pinned"), tier, -(one.get("last_used") or 0), one["id"])
+    return (not one.get("pinned"), tier, -(one.get("last_used") or 0), _as_read(one["id"]))
+
+
+def _as_read(name: str) -> list[tuple[bool, int, str]]:
+    """So that a-9 comes before a-10."""
+    return [
+        (not part.isdecimal(), int(part) if part.isdecimal() else 0, part)
+        for part in _NUMBER.split(name)
+    ]
 
 
 def _tier(one: Adapter) -> str:

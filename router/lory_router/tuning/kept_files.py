@@ -137,8 +137,10 @@ class KeptFiles:
         if record is not None and sees(caller, record.tenant):
             return record
         ids = [one.id for one in await self._store.files() if sees(caller, one.tenant)]
-        message = f"No such file: {shown(file_id)}{meant(file_id, ids)}"
-        raise Invalid(message, param=param) if param else NotFound(message)
+        told = f"{shown(file_id)}{meant(file_id, ids)}"
+        if param:
+            raise Invalid(f"`{param}`: no such file: {told}", param=param)
+        raise NotFound(f"No such file: {told}")
 
     async def forget(self, record: FileRecord) -> None:
         await self._store.forget(record)
