@@ -23,10 +23,7 @@ class Resolved:
     has_own_head: bool
     head_params: int
     """Of its own head, or rows of one."""
-    max_rank: int
     invocation_tokens: tuple[int, ...]
-    load_seconds: float
-    """From `resolve` to now."""
     manner: Manner = NO_MANNER
     vocab_size: int = 0
     """Of its own embedding and head; 0: the base's."""
