@@ -17,7 +17,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -193,7 +193,8 @@ class DiskCache:
         now = time.time()
         self._entries[entry.folder] = replace(entry, last_used=now)
         if now - entry.last_used > TOUCH_S:
-            os.utime(self._root / HELD / entry.folder / ORIGIN, (now, now))
+            with suppress(OSError):  # read-only by now: it serves what it has
+                os.utime(self._root / HELD / entry.folder / ORIGIN, (now, now))
 
     async def set_public(self, scope: str, name: str, is_public: bool) -> None:
         """Note what was learnt of the entry fetched last under that name."""
