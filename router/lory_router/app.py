@@ -47,6 +47,7 @@ from lory_router.observe import MetricsSink
 from lory_router.own_texts import OwnTexts
 from lory_router.pages import Pages
 from lory_router.registry import Registry
+from lory_router.revisions import Revisions
 from lory_router.rights import Rights
 from lory_router.settings import RouterSettings
 from lory_router.sourced_engine import SourcedEngine
@@ -89,10 +90,12 @@ def create_app(
     texts = OwnTexts(text, settings.adapters_dir, settings.retry_after_s, fetched_dir=fetched)
     manners = Manners(named, registry, rights, settings, base or ServedBase(), texts, sourced)
     listing = Listing(named)
-    catalogue = Catalogue(listing, registry, rights, sourced.sources if sourced else None)
+    revisions = Revisions(named, listing, registry, rights)
+    sources = sourced.sources if sourced else None
+    catalogue = Catalogue(listing, registry, rights, revisions, sources)
     hints = Hints(catalogue, settings)
     front = Front(named, settings, text, metrics, Gate(settings), registry, rights, manners, hints)
-    lifecycle = Lifecycle(named, registry, rights, listing, settings, sourced)
+    lifecycle = Lifecycle(named, registry, rights, listing, revisions, settings, sourced)
     merges = Merges(named, registry, rights, listing, settings)
     uploads = sourced if "upload" in settings.adapter_sources else None
 
