@@ -105,7 +105,7 @@ def test_a_template_that_took_too_long_is_not_tried_again_at_once(
     with pytest.raises(TemplateError, match="a moment ago"):
         template.render([], {"n": 2})
     assert process._running is None
-    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 31)
+    monkeypatch.setattr(process._refused, "_clock", lambda: time.monotonic() + 31)
     assert template.render([], {"n": 2}) == "4"
     process._end()
 

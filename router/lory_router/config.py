@@ -64,7 +64,9 @@ class ModelConfig:
     device: DeviceName = flag("auto", "Where the engine runs; auto takes a GPU if there is one.")
     dtype: DtypeName = flag("auto", "Number format of weights and activations.")
     quantize: Quantization = flag("none", "Quantize the base's linears as it loads.")
-    double_quant: bool = flag(False, "Quantize NF4's block scales too.")
+    double_quant: bool = flag(
+        False, "Round NF4's block scales as double quantization does; saves no memory."
+    )
     max_model_len: int = flag(
         0, "Longest prompt + answer in tokens; 0: what the base and the KV pool allow.", at_least=0
     )

@@ -21,12 +21,10 @@ class Resolved:
     """What it takes in the device's pool, and its full weights beside it."""
     full_bytes: int
     has_own_head: bool
+    token_params: int
+    """That each token takes a product with, and each row of logits."""
     head_params: int
-    """Of its own head, or rows of one."""
-    max_rank: int
     invocation_tokens: tuple[int, ...]
-    load_seconds: float
-    """From `resolve` to now."""
     manner: Manner = NO_MANNER
     vocab_size: int = 0
     """Of its own embedding and head; 0: the base's."""
