@@ -586,7 +586,7 @@ def test_tokenize_tells_what_the_chat_template_makes_of_messages():
         ({"messages": [{"role": "user"}], "add_special_tokens": True}, "names its special tokens"),
         (
             {"messages": [{"role": "user", "content": "a" * 99}]},
-            "`messages` must have at most 64 tokens",
+            "`messages` must have at most 128 tokens",
         ),
         ({"messages": [{"role": "x"}], "tools": [{"a": 1}]}, "chat template: no"),
     ],

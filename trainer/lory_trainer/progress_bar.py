@@ -5,6 +5,7 @@ about.
 """
 
 import math
+from functools import partial
 from types import TracebackType
 from typing import Self
 
@@ -17,7 +18,7 @@ from lory_trainer.events import Event
 GIB = 1 << 30
 NUM_LINES = 10
 """Of a run, where no bar can be drawn."""
-LONGEST_NAME = 20
+LONGEST_NAME = 14
 
 
 class ProgressBar:
@@ -25,17 +26,20 @@ class ProgressBar:
 
     def __init__(self, console: Console, name: str) -> None:
         self._console = console
-        of_name = Column(max_width=LONGEST_NAME, no_wrap=True, overflow="ellipsis")
+        whole = partial(Column, no_wrap=True)
+        # Only the bar gives way on a narrow terminal.
         self._progress = Progress(
-            TextColumn("{task.description}", markup=False, table_column=of_name),
+            TextColumn("{task.description}", markup=False, table_column=whole()),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
-            TimeRemainingColumn(),
+            MofNCompleteColumn(table_column=whole()),
+            TextColumn("{task.fields[note]}", markup=False, table_column=whole()),
+            TimeRemainingColumn(table_column=whole()),
             console=console,
             disable=not console.is_terminal,
         )
-        self._bar = self._progress.add_task(name, total=None, note="loading the base and the rows")
+        self._bar = self._progress.add_task(
+            _short(name), total=None, note="loading the base and the rows"
+        )
 
     def __call__(self, event: Event) -> None:
         match event["type"]:
@@ -69,6 +73,10 @@ class ProgressBar:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
 
 
 def _is_told(event: Event) -> bool:
