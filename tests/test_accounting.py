@@ -37,17 +37,15 @@ def test_a_row_pays_in_proportion_to_its_work() -> None:
 
 
 def test_context_and_rank_make_a_token_dearer() -> None:
-    model = CostModel.of(
-        base_params=1_000_000, num_layers=4, query_width=128, adapter_param_bytes=2
-    )
+    model = CostModel.of(base_params=1_000_000, num_layers=4, query_width=128)
     base = model.work(0, 1, 0)
     assert model.work(1000, 1, 0) > base
-    assert model.work(0, 1, 200_000) == pytest.approx(base + 0.1)
+    assert model.work(0, 1, 100_000) == pytest.approx(base + 0.1)
     assert model.work(int(model.balance_context) - 1, 1, 0) == pytest.approx(2, rel=1e-3)
 
 
 def test_a_prompt_costs_the_same_in_one_chunk_or_many() -> None:
-    model = CostModel.of(1_000_000, 4, 128, 2)
+    model = CostModel.of(1_000_000, 4, 128)
     whole = model.work(0, 100, 5000)
     parts = sum(model.work(start, 10, 5000) for start in range(0, 100, 10))
     assert parts == pytest.approx(whole)
@@ -55,7 +53,7 @@ def test_a_prompt_costs_the_same_in_one_chunk_or_many() -> None:
 
 def test_a_row_that_the_base_computes_costs_what_the_bases_does() -> None:
     """An adapter that waits for its invocation has done nothing for it yet."""
-    model = CostModel.of(1_000_000, 4, 128, 2)
+    model = CostModel.of(1_000_000, 4, 128)
     command = Submit(
         request_id=1,
         prompt_ids=(5,) * 20,
@@ -80,7 +78,7 @@ def test_a_row_that_the_base_computes_costs_what_the_bases_does() -> None:
 def test_a_head_of_its_own_is_paid_for_by_the_rows_that_have_logits() -> None:
     """It is read and multiplied beside the base's: for a token sampled and for one scored, and
     neither for the rest of a prompt nor for the base's rows."""
-    model = CostModel.of(1_000_000, 4, 128, 2)
+    model = CostModel.of(1_000_000, 4, 128)
     command = Submit(
         request_id=1, prompt_ids=(5,) * 20, sampling=Sampling(max_new_tokens=4, seed=0)
     )

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -332,7 +333,8 @@ def test_the_revision_is_the_digest_of_both_files(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "name",
     [None, "", "org/Tiny-Base", "other/tiny-base", "/data/tiny-base/", r"C:\models\Tiny-Base",
-     "/home/me/.cache/huggingface/hub/models--org--tiny-base/snapshots/0123abc"],
+     "/home/me/.cache/huggingface/hub/models--org--tiny-base/snapshots/0123abc",
+     "models--tiny-base/snapshots/0123abc/"],
 )  # fmt: skip
 def test_a_base_is_known_by_the_last_part_of_its_name(name: str | None, tmp_path: Path) -> None:
     manifest_of(write_adapter(tmp_path, base_model_name_or_path=name))
@@ -344,6 +346,18 @@ def test_another_base_is_refused_unless_allowed(tmp_path: Path) -> None:
     assert "org/other-base" in message
     assert "--allow-base-mismatch" in message
     assert manifest_of(tmp_path, Base(SITES, BASE.names, allow_mismatch=True)).slices
+
+
+@pytest.mark.parametrize(
+    "name", ["models--" + "--" * 400_000, "models--a/" * 90_000, "/" * 900_000]
+)
+def test_a_hostile_name_of_a_base_is_refused_at_once(name: str, tmp_path: Path) -> None:
+    """A regular expression went through it again for each of its dashes: 16 KB took four seconds,
+    a megabyte the reader's patience, twice."""
+    write_adapter(tmp_path, base_model_name_or_path=name)
+    started_s = time.process_time()
+    assert "but the base served is 'tiny-base'" in refusal_of(tmp_path)
+    assert time.process_time() - started_s < 1
 
 
 # -- configurations that are refused --------------------------------------------------------
@@ -366,7 +380,7 @@ REFUSED_FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"bias": True}, "bias"),
     ({"bias": ["all"]}, "bias"),
     *[({"trainable_token_indices": t}, "trainable_token_indices")
-      for t in ("1", 1, [-1], [1, 1], [True], [1.0], {"q_proj": [1]}, {"lm_head": []},
+      for t in ("1", 1, [-1], [1, 1], [True], [1.0], {"q_proj": [1]}, {"": [1]}, {"lm_head": []},
                 {"lm_head": [2, 2]}, list(range(70_000)))],
     ({"layer_replication": [[0, 1]]}, "layer_replication"),
     ({"target_parameters": ["experts.w"]}, "target_parameters"),

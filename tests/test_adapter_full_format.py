@@ -105,6 +105,22 @@ def test_a_column_of_the_embedding_s_a_is_a_token_s(tmp_path: Path) -> None:
     assert part.out_features == HIDDEN
 
 
+def test_factors_on_an_end_are_charged_as_what_they_add_to_a_step(tmp_path: Path) -> None:
+    """Those on the embedding were charged as a product over the vocabulary for each token, those
+    on the head to tokens of a prompt, too."""
+    linears = manifest_of(tmp_path, {}).token_params
+    assert linears == len(SITES) // 4 * 4 * (HIDDEN + HIDDEN)
+    on_embed = manifest_of(tmp_path, lora_embed(), **ON_EMBED)
+    assert on_embed.token_params == linears + 4 * (1 + HIDDEN)
+    assert on_embed.head_params == 0
+    on_head = manifest_of(tmp_path, lora_head(), **ON_HEAD)
+    assert on_head.token_params == linears
+    assert on_head.head_params == 4 * (HIDDEN + VOCAB)
+    recipe = Recipe(sources=(MergeSource("x", 1.0), MergeSource("y", 1.0)))
+    merged = plan_merge(recipe, [on_head] * 2)
+    assert merged.manifest.head_params == 2 * on_head.head_params
+
+
 def test_both_ends_whole_are_looked_at_for_being_one(tmp_path: Path) -> None:
     shapes: Shapes = {f"{HEAD}.weight": FULL, f"{EMBED}.weight": FULL}
     assert manifest_of(tmp_path, shapes, modules_to_save=["lm_head", "embed_tokens"]).needs_base

@@ -235,6 +235,7 @@ def test_a_replaced_revision_is_served_by_its_digest_while_it_is_in_memory(world
     assert new.finished.adapter_revision not in ("", revision)
     entry = operator.entry("a")
     assert [one.revision for one in entry.revisions] == [revision, entry.revision]
+    assert operator.refused("load", "a", "000000").endswith(f"; in memory are also {revision}")
     operator.done("unload", "a", revision)
     operator.submit(3, prompt, "a", revision=revision)
     assert operator.failure(3).startswith("revision_not_found: adapter 'a' is revision")

@@ -85,6 +85,87 @@ def test_what_is_not_there_is_404(name: str):
     error(front.ask("DELETE", f"{ADAPTERS}/{name}"), 404)
 
 
+@pytest.mark.parametrize("is_read", [True, False])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/v1/adapters/french@abcdef0"),
+        ("GET", "/v1/models/french@abcdef0"),
+        ("POST", "/v1/adapters/french@abcdef0/unload"),
+        ("POST", "/v1/adapters/french@abcdef0/unpin"),
+        ("DELETE", "/v1/adapters/french@abcdef0"),
+        ("DELETE", "/v1/models/french@abcdef0"),
+    ],
+)
+def test_a_revision_that_is_not_there_is_a_404_that_tells_those_there_are(
+    method: str, path: str, is_read: bool
+):
+    """They answered as of the adapter itself: 200, or that no adapter is called so."""
+    front = Front()
+    register(front, name="french@prod")
+    register(front, name="help", adapter_id="french")
+    if is_read:
+        front.post(f"{ADAPTERS}/french/load")
+    else:
+        front.engine.loaded.clear()
+    told = error(front.ask(method, path), 404, "revision_not_found")
+    there = f"; there is {REVISION}" if is_read else ""
+    assert told == (
+        f"Adapter 'french' has no revision 'abcdef0'{there}; aliases are french@prod, help"
+    )
+
+
+@pytest.mark.parametrize("deed", ["load", "pin"])
+def test_what_would_be_loaded_at_an_unknown_revision_is_a_404(deed: str):
+    front = Front()
+    error(front.post(f"{ADAPTERS}/french@abcdef0/{deed}"), 404, "revision_not_found")
+    error(front.ask("DELETE", f"{ADAPTERS}/nothing@abcdef0"), 404, "model_not_found")
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/tokenize", {"inputs": "a", "adapter_id": "french@abcdef0"}),
+        ("/generate", {"inputs": "a", "parameters": {"adapter_id": "french@abcdef0"}}),
+        ("/v1/completions", {"prompt": "a", "model": "french@abcdef0"}),
+        ("/v1/adapters", {"name": "french@new", "adapter_id": "french@abcdef0"}),
+        ("/v1/load_lora_adapter", {"lora_name": "x", "lora_path": "french@abcdef0"}),
+        ("/v1/unload_lora_adapter", {"lora_name": "french@abcdef0"}),
+    ],
+)
+def test_no_route_takes_an_unknown_revision(path: str, body: Any):
+    front = Front()
+    assert front.post(path, body).status_code == (400 if "lora_path" in body else 404)
+
+
+def test_a_model_is_found_by_its_revision_as_requests_find_it():
+    front = Front()
+    assert front.get(f"/v1/models/french@{REVISION[:8]}").json()["revision"] == REVISION
+
+
+def test_an_alias_whose_bytes_are_gone_is_still_told():
+    registry = Registry()
+    front = Front(registry=registry)
+    register(front, name="french@old")
+    asyncio.run(registry.register("french@old", Target("french", "f" * 32), None))
+    assert front.get(f"{ADAPTERS}/french@old").json()["names"] == {"french@old": "f" * 32}
+
+
+def test_a_pin_at_a_revision_that_is_gone_can_be_taken_away():
+    registry = Registry()
+    front = Front(registry=registry)
+    asyncio.run(registry.pin(Target("french", "f" * 32)))
+    assert front.post(f"{ADAPTERS}/french@ffffff/unpin").status_code == 200
+    assert not registry.state.pins
+
+
+def test_an_unknown_alias_is_told_with_those_there_are():
+    front = Front()
+    register(front, name="french@prod")
+    told = error(front.get(f"{ADAPTERS}/french@dev"), 404, "revision_not_found")
+    assert "has no alias 'dev'; it has french@prod, and 6 to 32" in told
+
+
 # -- memory ---------------------------------------------------------------------------------
 
 

@@ -323,13 +323,25 @@ def test_after_a_storm_every_byte_is_back(llama: ParityWorld, depth: int) -> Non
     assert not full.by_slot
 
 
-def test_a_head_of_its_own_is_charged_to_who_uses_it(llama: ParityWorld) -> None:
-    """Beside an adapter of the same factors that has the base's head, in steps that read no prompt:
-    one of the two may be loaded first, and is then a token ahead when the other reads its own."""
+def test_factors_on_the_embedding_are_charged_as_a_gather(llama: ParityWorld) -> None:
+    """A token takes one column of A [9, 200], and its product with B [64, 9]. Beside an adapter
+    that has the same but for them."""
     session = Session(llama.options())
-    for request_id, name in enumerate(("head", "embed")):
-        session.submit(request_id, PROMPT, name, max_new_tokens=8, ignore_eos=True)
-    session.run()
+    params = session.engine._cost_model.base_params
+    for shares in charges_of_two(session, "embed-lora", "embed"):
+        extra = shares["embed-lora"] / shares["embed"] - 1
+        assert 0.5 < extra / (9 * (1 + 64) / params) < 1.001
+
+
+def charges_of_two(session: Session, *names: str) -> list[dict[str, float]]:
+    """In the steps in which both made a token, and read no prompt; they are in step, for both have
+    been loaded before."""
+    for first_id, num_tokens in ((0, 1), (2, 8)):
+        session.reports.clear()
+        for request_id, name in enumerate(names, first_id):
+            fields = {"max_new_tokens": num_tokens, "ignore_eos": True}
+            session.submit(request_id, PROMPT, name, **fields)
+        session.run()
     session.close()
     together = [
         {charge.adapter_id: charge.seconds for charge in report.charges}
@@ -338,4 +350,10 @@ def test_a_head_of_its_own_is_charged_to_who_uses_it(llama: ParityWorld) -> None
         and not any(charge.prompt_tokens for charge in report.charges)
     ]
     assert together
+    return together
+
+
+def test_a_head_of_its_own_is_charged_to_who_uses_it(llama: ParityWorld) -> None:
+    """Beside an adapter of the same factors that has the base's head."""
+    together = charges_of_two(Session(llama.options()), "head", "embed")
     assert all(seconds["head"] > 1.05 * seconds["embed"] for seconds in together)

@@ -115,7 +115,7 @@ class Storm:
             scheduler,
             runner,
             self.cache,
-            CostModel(1000, 50.0, 4),
+            CostModel(1000, 50.0),
             EngineLimits(VOCAB, 64, max_queued=14, pipeline_depth=depth, serves_adapters=True),
             self.clock,
         )

@@ -206,6 +206,16 @@ def test_a_damaged_index_is_refused(index: str, named: str, tmp_path: Path) -> N
         Checkpoint(tmp_path)
 
 
+def test_an_index_left_behind_beside_a_single_file_counts_for_nothing(tmp_path: Path) -> None:
+    """What `save_pretrained` leaves of an earlier, sharded save: transformers goes by the file."""
+    folder = tiny_models.build("llama", tmp_path / "model", seed=1, max_shard_size="100KB")
+    tiny_models.build("llama", folder, seed=2)
+    assert (folder / "model.safetensors.index.json").exists()
+    with Checkpoint(folder) as checkpoint:
+        ours = checkpoint.take("model.norm.weight")
+    assert torch.equal(ours, tiny_models.load_reference(folder).model.norm.weight)
+
+
 def test_an_index_that_names_the_wrong_shard_is_refused(tmp_path: Path) -> None:
     folder = sharded(tmp_path)
     path = folder / "model.safetensors.index.json"

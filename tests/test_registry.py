@@ -166,6 +166,8 @@ def test_a_source_that_was_removed_is_so_for_every_branch_if_none_was_named(remo
         ("hub:org/x", "hub:Org/X", True),
         ("hub:org/x", "hub:ORG/x@v2", True),
         ("hub:org/x@V2", "hub:org/x@v2", False),
+        ("hub:org/x@main", "hub:org/x", True),
+        ("hub:org/x@main", "hub:org/x@v2", False),
         ("hub:org/x", "hub:org/xy", False),
         ("https://h/a", "https://h/a@b", False),
         ("s3:bucket/a", "s3:bucket/a@b", False),

@@ -14,6 +14,7 @@ from lory_router.errors import adapter_not_found
 from lory_router.keys import Caller
 from lory_router.listing import Entries, Listing
 from lory_router.registry import Registry, State
+from lory_router.revisions import Revisions
 from lory_router.rights import Rights
 from lory_router.schemas_adapters import (
     AdapterListReply,
@@ -29,11 +30,17 @@ from lory_server.messages import AdapterEntry
 
 class Catalogue:
     def __init__(
-        self, listing: Listing, registry: Registry, rights: Rights, sources: Sources | None
+        self,
+        listing: Listing,
+        registry: Registry,
+        rights: Rights,
+        revisions: Revisions,
+        sources: Sources | None,
     ) -> None:
         self._listing = listing
         self._registry = registry
         self._rights = rights
+        self._revisions = revisions
         self._sources = sources
 
     async def list(self, caller: Caller) -> AdapterListReply:
@@ -44,10 +51,12 @@ class Catalogue:
         )
 
     async def get(self, caller: Caller, name: str) -> AdapterReply:
-        adapter_id = self._rights.find_target(caller, name).adapter_id
+        target = self._rights.find_target(caller, name)
+        adapter_id = target.adapter_id
         entry = await self._listing.find(adapter_id)
         arriving = self._arriving(caller).get(adapter_id)
         if entry is not None and self._rights.lists(caller, adapter_id):
+            await self._revisions.check(caller, name, target)
             age_s = time.monotonic() - self._listing.listed_at
             further = self._registry.state.names_by_adapter()
             return self._reply(caller, entry, further.get(adapter_id, {}), arriving, age_s)
@@ -60,13 +69,12 @@ class Catalogue:
         return await self._listing.read(), self._registry.state
 
     async def find(self, caller: Caller, name: str) -> AdapterEntry | None:
-        """One of `named`."""
+        """One of `named`, or a revision of one."""
         target = self._rights.find_target(caller, name)
         entry = await self._listing.find(target.adapter_id)
-        is_listed = name == target.adapter_id or name in self._registry.state.names
-        if entry is None or not is_listed or not self._rights.lists(caller, target.adapter_id):
+        if entry is None or not self._rights.lists(caller, target.adapter_id):
             return None
-        return _as_named(name, entry, target.revision)
+        return _as_named(name, entry, await self._revisions.check(caller, name, target))
 
     def named(self, caller: Caller, entries: Entries, state: State) -> Sequence[AdapterEntry]:
         """The adapters that a caller is served, and each again under its further names."""

@@ -23,6 +23,7 @@ from lory_router.keys import Caller
 from lory_router.listing import Listing
 from lory_router.names import Target, check_new_name, check_revision, split
 from lory_router.registry import Registry
+from lory_router.revisions import Revisions
 from lory_router.rights import Rights
 from lory_router.schemas_adapters import AdapterReply, adapter_reply
 from lory_router.settings import RouterSettings
@@ -55,6 +56,7 @@ class Lifecycle:
         registry: Registry,
         rights: Rights,
         listing: Listing,
+        revisions: Revisions,
         settings: RouterSettings,
         sourced: SourcedEngine | None = None,
     ) -> None:
@@ -62,6 +64,7 @@ class Lifecycle:
         self._registry = registry
         self._rights = rights
         self._listing = listing
+        self._revisions = revisions
         self._settings = settings
         self._sourced = sourced
 
@@ -73,6 +76,7 @@ class Lifecycle:
 
     async def unload(self, caller: Caller, name: str, token: str = "") -> AdapterReply:
         target = await self._owned_target(caller, name)
+        await self._revisions.check(caller, name, target)
         done = await self._order("unload", target, token)
         await self._check_known(name, target, done)
         return self._after(caller, name, done)
@@ -102,6 +106,8 @@ class Lifecycle:
         pins = self._registry.state.pins_of(target.adapter_id, target.revision)
         if pins:
             await self._registry.unpin(pins)
+        else:
+            await self._revisions.check(caller, name, target)
         done = await self._order("unpin", target, token)
         if not pins:
             await self._check_known(name, target, done)
@@ -156,6 +162,9 @@ class Lifecycle:
             self._rights.check_owns(caller, name)
             await self._registry.forget(name)
         elif name != split(name)[0]:
+            is_there = await self._revisions.check(caller, name, target)
+            if not is_there and await self._listing.find(target.adapter_id) is None:
+                raise adapter_not_found(name)
             raise Invalid(
                 "A revision cannot be removed by itself; unload it, or remove the adapter",
                 param="adapter_id",
@@ -185,7 +194,15 @@ class Lifecycle:
         check_revision("revision", naming.revision)
 
     def _check_own(self, naming: Naming, owner: str | None) -> None:
-        """What an owner protects must not be everybody's after a restart."""
+        """What an owner protects must not be everybody's after a restart; and with one branch the
+        others, removed with it, do not come back."""
+        name = naming.name
+        whole = [one for one in self._registry.state.removals_of(name) if "@" not in one]
+        if whole and "@" in name:
+            raise Conflict(
+                f"{shown(name)} was removed as {shown(whole[0])}; serve that again",
+                param=naming.field,
+            )
         if not owner:
             return
         if is_from_source(naming.name):

@@ -56,7 +56,11 @@ class State:
         """A hub's adapter is, too, if it was removed without a branch or tag."""
         if adapter_id in self.removed or ":" not in adapter_id:
             return adapter_id in self.removed
-        return any(covers(removed, adapter_id) for removed in self.removed)
+        return bool(self.removals_of(adapter_id))
+
+    def removals_of(self, adapter_id: str) -> list[str]:
+        """Under which names it was removed."""
+        return sorted(removed for removed in self.removed if covers(removed, adapter_id))
 
     def removed_source(self, name: str) -> str:
         """Of a merge that cannot be served for that; empty for what can, and what is no merge."""
@@ -139,7 +143,8 @@ class Registry:
         put = "INSERT OR REPLACE INTO names VALUES (?, ?, ?)"
         statements: list[Statement] = [(put, (name, target.adapter_id, target.revision))]
         if name == target.adapter_id:
-            statements.append(("DELETE FROM removed WHERE adapter_id = ?", (name,)))
+            delete = "DELETE FROM removed WHERE adapter_id = ?"
+            statements += [(delete, (removed,)) for removed in self._state.removals_of(name)]
         if owner:
             statements.append(("INSERT OR REPLACE INTO owners VALUES (?, ?)", (name, owner)))
         elif owner is not None:

@@ -27,6 +27,8 @@ from lory_router.sources.service import Sources
 
 MAX_NAMES = 1000
 """That a tenant may give."""
+MAX_TOLD = 8
+"""Aliases that a message names."""
 
 
 class Rights:
@@ -69,6 +71,16 @@ class Rights:
         """Those of an adapter's further names that a caller sees."""
         return {name: told for name, told in names.items() if self.sees(caller, name)}
 
+    def aliases(self, caller: Caller, adapter_id: str) -> list[str]:
+        """Names that stand for it, or begin with it and an `@`, as far as a caller sees them."""
+        return sorted(
+            name
+            for name, target in self._registry.state.names.items()
+            if adapter_id in (target.adapter_id, split(name)[0])
+            and name != adapter_id
+            and self.sees(caller, name)
+        )
+
     # -- what does it stand for -------------------------------------------------------------
 
     def find_target(self, caller: Caller, name: str) -> Target:
@@ -82,9 +94,10 @@ class Rights:
         adapter_id, suffix = split(name)
         if not (adapter_id and suffix) or self._target(caller, adapter_id) is None:
             raise adapter_not_found(name)
+        aliases = self.aliases(caller, adapter_id)[:MAX_TOLD]
         raise RevisionNotFound(
-            f"Adapter {shown(adapter_id)} has no alias {shown(suffix)}; GET /v1/adapters/{{id}}"
-            f" lists those it has, and {REVISION_RULE} name a revision",
+            f"Adapter {shown(adapter_id)} has no alias {shown(suffix)}; it has"
+            f" {', '.join(aliases) or 'none'}, and {REVISION_RULE} name a revision",
             param="model",
         )
 

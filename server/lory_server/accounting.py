@@ -17,34 +17,30 @@ from lory_server.plan import BASE_SLOT, PlanRow
 class CostModel:
     """Relative work of one token at a given context, in units of the base's linears.
 
-        work = 1 + context / balance_context + adapter_params / base_params
-        and of each row of logits of an adapter with a head of its own: head_params / base_params
+        work = 1 + context / balance_context + token_params / base_params
+        and of each row of logits of an adapter that changes the head: head_params / base_params
 
     The linears cost 2 flops a parameter; attention costs 4 flops a layer, query width and context
-    position (q.k and p.v), so both are equal at `balance_context`. A head of an adapter's own is
-    read and multiplied beside the base's, for the rows that use it alone.
+    position (q.k and p.v), so both are equal at `balance_context`. A head of an adapter's own, or
+    factors on the base's, are read and multiplied beside it, for the rows that use them alone; of
+    factors on the embedding a token takes one column of A, not a product over the vocabulary.
     """
 
     base_params: int
     balance_context: float
-    adapter_param_bytes: int
 
     @classmethod
-    def of(
-        cls, base_params: int, num_layers: int, query_width: int, adapter_param_bytes: int
-    ) -> "CostModel":
-        balance_context = base_params / (2 * num_layers * query_width)
-        return cls(base_params, balance_context, adapter_param_bytes)
+    def of(cls, base_params: int, num_layers: int, query_width: int) -> "CostModel":
+        return cls(base_params, base_params / (2 * num_layers * query_width))
 
-    def work(self, start: int, num_tokens: int, adapter_bytes: int) -> float:
+    def work(self, start: int, num_tokens: int, token_params: int) -> float:
         """Work of positions [start, start + num_tokens) of one sequence."""
         mean_context = start + (num_tokens + 1) / 2
-        adapter_params = adapter_bytes / self.adapter_param_bytes
-        per_token = 1 + mean_context / self.balance_context + adapter_params / self.base_params
+        per_token = 1 + mean_context / self.balance_context + token_params / self.base_params
         return num_tokens * per_token
 
     def head_work(self, num_logits: int, head_params: int) -> float:
-        """Work of so many rows of logits through a head of an adapter's own."""
+        """Work of so many rows of logits through what an adapter changes of the head."""
         return num_logits * head_params / self.base_params
 
 
@@ -64,10 +60,10 @@ class Share:
 class AdapterWork:
     """What an adapter adds to a row that it acts on."""
 
-    num_bytes: int = 0
-    """Of its factors."""
+    token_params: int = 0
+    """That each token takes a product with."""
     head_params: int = 0
-    """Of its own head, or rows of one."""
+    """That each row of logits does."""
 
 
 NO_WORK = AdapterWork()
@@ -78,7 +74,7 @@ def row_share(command: Submit, row: PlanRow, adapter: AdapterWork, cost_model: C
     start, num_tokens = row.start, len(row.token_ids)
     acting = NO_WORK if row.slot == BASE_SLOT else adapter
     num_logits = int(row.sample is not None) + len(row.targets)
-    work = cost_model.work(start, num_tokens, acting.num_bytes)
+    work = cost_model.work(start, num_tokens, acting.token_params)
     return Share(
         request_id=command.request_id,
         tenant=command.tenant,

@@ -231,13 +231,14 @@ def assemble(
         scheduler,
         runner,
         adapters,
-        CostModel.of(linear_params, spec.num_layers, spec.q_size, decoder.dtype.itemsize),
+        CostModel.of(linear_params, spec.num_layers, spec.q_size),
         EngineLimits(
             vocab_size=spec.vocab_size,
             max_model_len=plan.max_model_len,
             max_queued=options.max_queued,
             pipeline_depth=1 if device.type == "cuda" else 0,
             serves_adapters=options.serves_adapters,
+            short_tokens=decoder.short_tokens,
         ),
         clock=time.monotonic,
     )

@@ -64,6 +64,7 @@ class EngineLimits:
     pipeline_depth: int
     """Steps submitted but not committed when `step` returns: 0 or 1."""
     serves_adapters: bool
+    short_tokens: int = 0  # as in Sequence
 
 
 @dataclass(slots=True, eq=False)
@@ -87,7 +88,7 @@ class _Request:
     @property
     def adapter_work(self) -> AdapterWork:
         adapter = self.adapter
-        return AdapterWork(adapter.num_bytes, adapter.head_params) if adapter else NO_WORK
+        return AdapterWork(adapter.token_params, adapter.head_params) if adapter else NO_WORK
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +149,7 @@ class Engine:
     def submit(self, command: Submit) -> None:
         """Accepts a request; whatever is wrong with it becomes its terminal event."""
         request = _Request(command, arrived=self._clock())
-        failure = self._refusal(command)
-        if failure is not None:
+        if failure := self._refusal(command):
             self._end(request, "error", failure)
             return
         self._requests[command.request_id] = request
@@ -336,8 +336,7 @@ class Engine:
             self._end(request, "error", _failure(outcome.code, outcome.message, outcome.source))
             return
         self._orders.follow(outcome)
-        failure = self._misfit(request.command, outcome)
-        if failure is not None:
+        if failure := self._misfit(request.command, outcome):
             self._adapters.release(outcome.revision)
             self._end(request, "error", failure)
             return
@@ -353,7 +352,8 @@ class Engine:
         return _outside(command, found.vocab_size or self._limits.vocab_size)
 
     def _enqueue(self, request: _Request) -> None:
-        sequence = request.sequence = _sequence(request.command, request.adapter)
+        short_tokens = self._limits.short_tokens
+        sequence = request.sequence = _sequence(request.command, request.adapter, short_tokens)
         try:
             self._scheduler.add(sequence)
         except ValueError as error:
@@ -437,7 +437,7 @@ class Engine:
         )
 
 
-def _sequence(command: Submit, adapter: Resolved | None) -> Sequence:
+def _sequence(command: Submit, adapter: Resolved | None, short_tokens: int) -> Sequence:
     """An adapter that does not act on this prompt is held, and told, but the base computes."""
     invocation = adapter.invocation_tokens if adapter else ()
     activation = activation_of(command.prompt_ids, invocation)
@@ -454,6 +454,7 @@ def _sequence(command: Submit, adapter: Resolved | None) -> Sequence:
         adapter_bytes=acting.num_bytes if acting else 0,
         full_bytes=acting.full_bytes if acting else 0,
         has_own_head=acting.has_own_head if acting else False,
+        short_tokens=short_tokens,
     )
 
 

@@ -139,6 +139,8 @@ class Scheduler:
         self.counts = StepCounts()
         rows: list[PlanRow] = []
         flights: list[_Flight] = []
+        for sequence in [s for s in self.running if s.outgrows]:
+            self._put_back(sequence)  # computed anew, as soon as it is admitted
         budget = self._plan_running(residency, rows, flights)
         draining = self._draining(residency)
         if self.counts.preemptions == 0:
@@ -217,6 +219,7 @@ class Scheduler:
             slot=adapter.slot if adapter else BASE_SLOT,
             rank=adapter.max_rank if adapter else 0,
             has_gain_or_bias=adapter.has_gain_or_bias if adapter else False,
+            rope_offset=sequence.rope_offset,
             sample=self._sample_row(sequence) if end == sequence.num_total else None,
             targets=targets,
             num_target_top=sequence.sampling.num_top_logprobs,
@@ -248,12 +251,16 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._put_back(sequence)
+        sequence.num_preempted += 1
+        counts = self.counts
+        self.counts = StepCounts(counts.prefix_queries, counts.prefix_hits, counts.preemptions + 1)
+
+    def _put_back(self, sequence: Sequence) -> None:
         """Takes a sequence's blocks; it is recomputed later, from tokens it already has."""
         self.running.remove(sequence)
         self._release(sequence)
         self.waiting.appendleft(sequence)
-        counts = self.counts
-        self.counts = StepCounts(counts.prefix_queries, counts.prefix_hits, counts.preemptions + 1)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
@@ -302,6 +309,8 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, budget: int) -> int:
         """Gives a waiting sequence its lane and first blocks; how many tokens it may compute."""
+        if sequence.outgrows:
+            sequence.lengthen()
         hits = self._prefix_hits(sequence)
         num_cached = len(hits) * self.pool.block_size
         num_tokens = min(sequence.num_total - num_cached, budget)

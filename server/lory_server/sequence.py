@@ -51,6 +51,10 @@ class Sequence:
     """Of the adapter's weights in place of the base's, beside `adapter_bytes`."""
     has_own_head: bool = False
     """Its logits take a product with a head of the adapter's own."""
+    short_tokens: int = 0
+    """Most tokens that it can have with the first of two sets of rotations; 0: there is one."""
+    is_long: bool = False
+    """All that it computes takes the second."""
     prompt_len: int = field(init=False)
     num_computed: int = 0
     num_committed: int = 0
@@ -88,6 +92,20 @@ class Sequence:
         last_computed = self.prompt_len + max(self.sampling.max_new_tokens - 1, 0)
         return min(self.num_total, last_computed) - self.num_computed
 
+    @property
+    def outgrows(self) -> bool:
+        """Whether what it computes next, and so all before it, needs the second rotations."""
+        return not self.is_long and 0 < self.short_tokens < self.num_computed + self.num_wanted
+
+    @property
+    def rope_offset(self) -> int:
+        return self.short_tokens if self.is_long else 0
+
+    def lengthen(self) -> None:
+        """From here on it takes the second rotations, and shares no KV with those that do not."""
+        self.is_long = True
+        self._hashes.clear()
+
     def runs(self, num_tokens: int) -> list[int]:
         """The next tokens to compute as runs that the base computes, or the adapter, not both."""
         before = min(max(self.activation - self.num_computed, 0), num_tokens)
@@ -119,7 +137,7 @@ class Sequence:
     def _parent_hash(self, index: int, block_size: int) -> BlockHash:
         """What block `index` follows. Those before the activation are shared with the base."""
         first = BASE_WEIGHTS if self.activation else self.weights
-        parent = self._hashes[-1] if index else root_hash(self.tenant, first)
+        parent = self._hashes[-1] if index else root_hash(self.tenant, first, self.is_long)
         if self.activation and index == self.activation // block_size:
             return branch_hash(parent, self.weights, self.activation)
         return parent

@@ -68,6 +68,9 @@ MAX_EXPECTED = 16
 NAMED_HERE = ("adapter_capacity", "revision_not_found")
 """Failures whose message begins with the adapter's name here, and not where it is passed on."""
 
+MAX_TOLD = 8
+"""Revisions that a message names."""
+
 JOIN_TIMEOUT_S = 5.0
 
 
@@ -412,7 +415,11 @@ class AdapterCache:
         earlier = self.host.find(asked.adapter_id, asked.revision)
         if earlier is not None:
             return self._resolved(ticket, earlier)
-        reason = f"is revision {revision} on disk, and {asked.revision} is not in memory any more"
+        others = [one for one in self.known.revisions(asked.adapter_id) if one != revision]
+        also = f"; in memory are also {', '.join(others[-MAX_TOLD:])}" if others else ""
+        reason = (
+            f"is revision {revision} on disk, and {asked.revision} is not in memory any more{also}"
+        )
         return self._failed(ticket, RevisionNotFoundError(reason))
 
     def _resolved(self, ticket: int, revision: str, is_latest: bool = False) -> Outcome:
@@ -433,6 +440,7 @@ class AdapterCache:
             num_bytes=footprint.num_bytes,
             full_bytes=footprint.full_bytes,
             has_own_head=entry.blob.manifest.has_own_head,
+            token_params=entry.blob.manifest.token_params,
             head_params=entry.blob.manifest.head_params,
             invocation_tokens=entry.facts.invocation_tokens,
             manner=entry.blob.manner,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from lory_server.adapters.errors import AdapterInvalidError
+from lory_server.adapters.first_match import FirstMatch
 from lory_server.adapters.pattern import Pattern, Work
 from lory_server.adapters.strict_json import parse_object
 from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE
@@ -19,7 +20,9 @@ from lory_server.model.sites import EMBEDDING_MODULE, HEAD_MODULE
 CONFIG_NAME = "adapter_config.json"
 MAX_CONFIG_BYTES = 1024 * 1024
 MAX_RANK = 256
-MAX_PATTERNS = 4096
+MAX_NAMES = 64
+MAX_NAME_CHARS = 256
+"""Of modules_to_save and layers_pattern, and of each name in them."""
 MAX_INVOCATION_TOKENS = 1024
 
 _HARMLESS = frozenset(
@@ -106,8 +109,8 @@ class AdapterConfig:
     bias: Bias
     invocation_tokens: tuple[int, ...]
     """Of an aLoRA: it acts from these on; empty: everywhere."""
-    rank_patterns: tuple[tuple[Pattern, int], ...]
-    alpha_patterns: tuple[tuple[Pattern, float], ...]
+    rank_pattern: FirstMatch[int]
+    alpha_pattern: FirstMatch[float]
     is_selected: Matcher
     """True for modules that target_modules and its companions choose."""
     saved_modules: tuple[str, ...] = ()
@@ -128,8 +131,9 @@ class AdapterConfig:
 
     def rank_and_scale(self, module: str) -> tuple[int, float]:
         """By the first pattern that matches, else the defaults."""
-        rank = next((r for p, r in self.rank_patterns if p.matches(module)), self.rank)
-        alpha = next((a for p, a in self.alpha_patterns if p.matches(module)), self.alpha)
+        rank = self.rank_pattern.get(module) or self.rank
+        own_alpha = self.alpha_pattern.get(module)
+        alpha = self.alpha if own_alpha is None else own_alpha
         return rank, alpha / (math.sqrt(rank) if self.use_rslora else rank)
 
 
@@ -149,8 +153,8 @@ def read_config(raw: bytes) -> AdapterConfig:
         lora_bias=_lora_bias(fields),
         bias=_bias(fields),
         invocation_tokens=_invocation_tokens(fields),
-        rank_patterns=_patterns(fields, "rank_pattern", _rank, work),
-        alpha_patterns=_patterns(fields, "alpha_pattern", _alpha, work),
+        rank_pattern=_patterns(fields, "rank_pattern", _rank, work),
+        alpha_pattern=_patterns(fields, "alpha_pattern", _alpha, work),
         is_selected=_selection(fields, work),
         saved_modules=_saved_modules(fields),
         token_ids=_token_ids(fields),
@@ -265,14 +269,12 @@ def _text(fields: dict[str, Any], field: str) -> str:
 
 def _patterns(
     fields: dict[str, Any], field: str, read: Callable[[str, object], Number], work: Work
-) -> tuple[tuple[Pattern, Number], ...]:
+) -> FirstMatch[Number]:
     value = fields.get(field) or {}
-    if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
-        raise _invalid(f"{field} must map at most {MAX_PATTERNS} module patterns to numbers")
-    return tuple(
-        (Pattern(field, key, suffix=True, work=work), read(f"{field}[{key[:100]!r}]", item))
-        for key, item in value.items()
-    )
+    if not isinstance(value, dict):
+        raise _invalid(f"{field} is {_shown(value)}; it maps module names to numbers")
+    numbers = {key: read(f"{field}[{key[:100]!r}]", item) for key, item in value.items()}
+    return FirstMatch.of(field, numbers, work)
 
 
 # -- which modules --------------------------------------------------------------------------
@@ -293,12 +295,17 @@ def _selection(fields: dict[str, Any], work: Work) -> Matcher:
 
 
 def _saved_modules(fields: dict[str, Any]) -> tuple[str, ...]:
-    names = fields.get("modules_to_save") or []
-    if not isinstance(names, list) or len(names) > 64:
-        raise _invalid("modules_to_save must be a list of at most 64 module names")
+    return _module_names("modules_to_save", fields.get("modules_to_save") or [])
+
+
+def _module_names(field: str, names: object) -> tuple[str, ...]:
+    if not isinstance(names, list) or len(names) > MAX_NAMES:
+        raise _invalid(f"{field} must be a list of at most {MAX_NAMES} module names")
     for name in names:
+        if isinstance(name, str) and len(name) > MAX_NAME_CHARS:
+            raise _invalid(f"{field}: {_shown(name)} is longer than {MAX_NAME_CHARS} characters")
         if not isinstance(name, str) or not _MODULE_NAME.fullmatch(name):
-            raise _invalid(f"modules_to_save: {_shown(name)} is not a module name")
+            raise _invalid(f"{field}: {_shown(name)} is not a module name")
     return tuple(names)
 
 
@@ -307,7 +314,8 @@ def _token_ids(fields: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     value = fields.get(field) or {}
     by_name = value if isinstance(value, dict) else {"embed_tokens": value}
     for name, ids in by_name.items():
-        if not EMBEDDING_MODULE.endswith(name) and not HEAD_MODULE.endswith(name):
+        is_end = EMBEDDING_MODULE.endswith(name) or HEAD_MODULE.endswith(name)
+        if not name or not is_end:
             raise _invalid(f"{field} names {_shown(name)}; it may name embed_tokens and lm_head")
         if not isinstance(ids, list) or not all(type(i) is int and i >= 0 for i in ids):
             raise _invalid(f"{field} must be a list of token ids, or map modules to such lists")
@@ -376,11 +384,7 @@ def _layers(value: object) -> frozenset[int]:
 
 def _layer_expressions(value: object) -> tuple[re.Pattern[str], ...]:
     names = [value] if isinstance(value, str) and value else value or []
-    if not isinstance(names, list) or len(names) > 64:
-        raise _invalid("layers_pattern must be a name or a list of at most 64")
-    for name in names:
-        if not isinstance(name, str) or not _MODULE_NAME.fullmatch(name):
-            raise _invalid(f"layers_pattern: {_shown(name)} is not a module name")
+    names = _module_names("layers_pattern", names)
     expressions = (rf"(?:^|.*?\.){name}\.(?P<index>\d+)\." for name in names)
     return tuple(re.compile(expression) for expression in expressions) or (_FIRST_INDEX,)
 

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import MappingProxyType
 
 from lory_server.adapters.config import (
@@ -45,7 +46,7 @@ __all__ = [
     "read_manifest",
 ]
 
-_HUB_CACHE = re.compile(r"(?:^|[/\\])models--(?:[^/\\]+?--)?([^/\\]+)[/\\]snapshots[/\\]")
+_HUB_CACHE = "models--"
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +228,7 @@ def _slice(config: AdapterConfig, module: str, place: _Place, found: Tensors) ->
         bias=found.get("base_layer.bias", found.get("bias")),
         has_base_bias=place.has_bias,
         is_lookup=place.is_lookup,
+        is_head=module == HEAD_MODULE,
     )
 
 
@@ -272,7 +274,10 @@ def _check_base_name(name: str, base: Base) -> None:
 
 
 def _last_part(name: str) -> str:
-    cached = _HUB_CACHE.search(name)
-    if cached:
-        return cached[1].lower()
-    return re.split(r"[/\\]", name.strip().rstrip("/\\"))[-1].lower()
+    """Of a path into a hub's cache, models--org--name/snapshots/..., the name."""
+    parts = re.split(r"[/\\]", name.strip().rstrip("/\\"))
+    for cached, inner in pairwise(parts):
+        if inner == "snapshots" and cached.startswith(_HUB_CACHE):
+            repo = cached.removeprefix(_HUB_CACHE)
+            return (repo.partition("--")[2] or repo).lower()
+    return parts[-1].lower()

@@ -68,6 +68,8 @@ class AdapterSlice(msgspec.Struct, frozen=True, gc=False):
     has_base_bias: bool = False
     is_lookup: bool = False
     """Of the embedding: a token takes one column of A, so A lies transposed."""
+    is_head: bool = False
+    """Of the head: it acts on rows of logits alone."""
 
     @property
     def out_features(self) -> int:
@@ -79,6 +81,12 @@ class AdapterSlice(msgspec.Struct, frozen=True, gc=False):
     def needs_base(self) -> bool:
         """Whether its gain or bias takes more than the adapter's own tensors."""
         return self.magnitude is not None or self.bias is not None
+
+    @property
+    def work_params(self) -> int:
+        """How many of its numbers a token that it acts on takes."""
+        passed_over = self.a.shape[0] * (self.a.shape[1] - 1) if self.is_lookup and self.a else 0
+        return sum(numel for _, numel in self.chunks()) - passed_over
 
     def chunks(self) -> Iterator[tuple[ChunkKind, int]]:
         """What it takes in the pool, in order: kinds, and how many numbers."""
@@ -155,11 +163,18 @@ class AdapterManifest:
         )
 
     @property
+    def token_params(self) -> int:
+        """What each token takes a product with beside the base's."""
+        return sum(part.work_params for part in self.slices if not part.is_head)
+
+    @property
     def head_params(self) -> int:
-        """Of the head, and the rows of one, that its logits take a product with beside the
-        base's. A head of its own goes before a tied embedding, which it follows."""
+        """Of the head, the rows of one, and the factors on one, that its logits take a product with
+        beside the base's. A head of its own goes before a tied embedding, which it follows."""
         of_head = (weight for weight in self.full if weight.module == HEAD_MODULE or weight.is_tied)
-        return sum({bool(weight.token_ids): weight.numel for weight in of_head}.values())
+        full = {bool(weight.token_ids): weight.numel for weight in of_head}
+        factors = (part.work_params for part in self.slices if part.is_head)
+        return sum(full.values()) + sum(factors)
 
     def chunk_bytes(self, dtype_size: int) -> tuple[int, ...]:
         """Bytes of each chunk in the pool, padded so that the next one is aligned."""

@@ -153,6 +153,7 @@ def _merged(
         _factor(part.a, (rank, in_features)),
         _factor(part.b, (out_features, rank)),
         has_base_bias=part.has_base_bias,
+        is_head=part.is_head,
     )
 
 

@@ -21,8 +21,9 @@ class Resolved:
     """What it takes in the device's pool, and its full weights beside it."""
     full_bytes: int
     has_own_head: bool
+    token_params: int
+    """That each token takes a product with, and each row of logits."""
     head_params: int
-    """Of its own head, or rows of one."""
     invocation_tokens: tuple[int, ...]
     manner: Manner = NO_MANNER
     vocab_size: int = 0

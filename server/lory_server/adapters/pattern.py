@@ -17,56 +17,99 @@ from lory_server.adapters.errors import AdapterInvalidError
 
 MAX_PATTERN_CHARS = 4096
 MAX_DEPTH = 32
-MAX_WORK = 4_000_000
-"""Some 0.3 us each, for all patterns of an adapter together; an honest one takes a hundred a
-name."""
+MAX_WORK = 1_500_000
+"""Some 0.2 us each, for all patterns of an adapter together; an honest one takes twenty a name."""
 NODE_WORK = 2
 """For each part of a pattern that is tried."""
-PARSE_WORK = 10
+PARSE_WORK = 20
 """For each character of a pattern."""
+CLASS_WORK = 500
+"""For each set of characters that was not seen before."""
+NAME_WORK = 50
+"""For each name that was not seen before."""
 
-_PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\\.)*\$?")
 _GROUP = re.compile(r"\((?:\?:|\?P<\w+>|(?!\?))")
+_OR, _CLOSE = re.compile(r"\|"), re.compile(r"\)")
 _CLASS = r"\[\^?\]?(?:\\.|[^\\\]\[&~|-]|-(?!-))*\]"
 _LEAF = re.compile(_CLASS + r"|\\[dDwWsSbBAZ]|\\[^A-Za-z0-9]|[^\\()\[\]{}|*+?]")
+_RUN = re.compile(r"[A-Za-z0-9_-]+(?![*+?{])")
+"""Characters that stand for themselves, once each."""
 _QUANTIFIER = re.compile(r"(?:[*+?]|\{(?=[\d,])(?P<low>\d{0,4})(?P<high>,\d{0,4})?\})\??")
+_ANCHORS = ("^", "$", r"\b", r"\B", r"\A", r"\Z")
+_CHARACTERS = re.compile(r"\.|\[.*|\\[dDwWsS]", re.DOTALL)
+"""Leaves that match any of several characters."""
 
 
 @dataclass(slots=True)
 class Work:
-    """What the patterns that share it may still cost."""
+    """What the patterns that share it may still cost, and what they have found out so far."""
 
     left: int = MAX_WORK
+    names: dict[str, "_Name"] = field(default_factory=dict)
+    classes: dict[str, "_Class"] = field(default_factory=dict)
 
     def spend(self, amount: int) -> None:
         self.left -= amount
         if self.left < 0:
             raise TimeoutError
 
+    def name(self, text: str) -> "_Name":
+        name = self.names.get(text)
+        if name is None:
+            self.spend(NAME_WORK + len(text))
+            name = self.names[text] = _Name(text, self, _places(text))
+        return name
 
-@dataclass(slots=True)
-class _Walk:
-    """One name being matched. Sets of positions are the bits of whole numbers."""
+    def class_of(self, text: str) -> "_Class":
+        """Raises re.error."""
+        known = self.classes.get(text)
+        if known is None:
+            self.spend(CLASS_WORK)
+            known = self.classes[text] = _Class(re.compile(text))
+        return known
 
-    name: str
+
+@dataclass(frozen=True, slots=True)
+class _Name:
+    """What is matched. Sets of positions are the bits of whole numbers."""
+
+    text: str
     work: Work
-    leaf_masks: dict[re.Pattern[str], int] = field(default_factory=dict)
+    places: dict[str, int]
+    """Where each character stands."""
+    masks: dict[re.Pattern[str], int] = field(default_factory=dict)
+    """Where anchors and sets of characters match."""
 
-    def count(self) -> None:
-        self.work.spend(NODE_WORK)
+    def of_anchor(self, anchor: re.Pattern[str]) -> int:
+        if anchor not in self.masks:
+            self.work.spend(len(self.text))
+            positions = range(len(self.text) + 1)
+            self.masks[anchor] = sum(1 << at for at in positions if anchor.match(self.text, at))
+        return self.masks[anchor]
 
-    def mask(self, leaf: re.Pattern[str]) -> int:
-        """Where a leaf matches."""
-        mask = self.leaf_masks.get(leaf)
-        if mask is None:
-            self.work.spend(1 + len(self.name) // 4)
-            positions = range(len(self.name) + 1)
-            mask = sum(1 << at for at in positions if leaf.match(self.name, at))
-            self.leaf_masks[leaf] = mask
-        return mask
+    def of_class(self, characters: "_Class") -> int:
+        expression = characters.expression
+        if expression not in self.masks:
+            self.work.spend(len(self.places))
+            found = (bits for one, bits in self.places.items() if characters.has(one))
+            self.masks[expression] = sum(found)
+        return self.masks[expression]
 
 
-_Node = Callable[[_Walk, int], int]
+@dataclass(frozen=True, slots=True)
+class _Class:
+    """A set of characters."""
+
+    expression: re.Pattern[str]
+    known: dict[str, bool] = field(default_factory=dict)
+
+    def has(self, character: str) -> bool:
+        if character not in self.known:
+            self.known[character] = self.expression.match(character) is not None
+        return self.known[character]
+
+
+_Node = Callable[[_Name, int], int]
 """From the positions where it may start to those where it may end."""
 
 
@@ -84,33 +127,24 @@ class Pattern:
         self._work = work or Work()
         if len(text) > MAX_PATTERN_CHARS:
             raise self._invalid(f"is longer than {MAX_PATTERN_CHARS} characters")
-        self._spend(PARSE_WORK * len(text))
-        whole = rf"(.*\.)?({text})" if suffix else text
-        self._plain = re.compile(whole) if _PLAIN.fullmatch(text) else None
-        self._root = _match_nothing if self._plain else self._parse(whole)
+        self._root = self._parse(rf"(.*\.)?({text})" if suffix else text)
 
     def matches(self, name: str) -> bool:
-        if self._plain is not None:
-            self._spend(1)
-            return self._plain.fullmatch(name) is not None
         try:
-            ends = self._root(_Walk(name, self._work), 1)
+            ends = self._root(self._work.name(name), 1)
         except TimeoutError:
             raise self._too_long() from None
         return bool(ends >> len(name) & 1)
 
-    def _spend(self, amount: int) -> None:
-        try:
-            self._work.spend(amount)
-        except TimeoutError:
-            raise self._too_long() from None
-
     def _parse(self, text: str) -> _Node:
-        parser = _Parser(text)
+        parser = _Parser(text, self._work)
         try:
+            self._work.spend(PARSE_WORK * len(text))
             root = parser.alternatives(0)
             if parser.at != len(text):
                 raise _SyntaxError
+        except TimeoutError:
+            raise self._too_long() from None
         except (_SyntaxError, re.error):
             raise self._invalid(f"is not supported from character {parser.at}") from None
         return root
@@ -133,36 +167,43 @@ class _SyntaxError(Exception):
 
 
 class _Parser:
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, work: Work) -> None:
         self.at = 0
         self._text = text
+        self._work = work
 
     def alternatives(self, depth: int) -> _Node:
         if depth > MAX_DEPTH:
             raise _SyntaxError
         branches = [self._sequence(depth)]
-        while self._take(re.compile(r"\|")):
+        while self._take(_OR):
             branches.append(self._sequence(depth))
         return branches[0] if len(branches) == 1 else _any_of(branches)
 
     def _sequence(self, depth: int) -> _Node:
         items: list[_Node] = []
         while self.at < len(self._text) and self._text[self.at] not in "|)":
-            items.append(self._repeated(self._atom(depth)))
+            run = self._take(_RUN)
+            items.append(_literal(run[0]) if run else self._repeated(self._atom(depth)))
         return items[0] if len(items) == 1 else _one_after_other(items)
 
     def _atom(self, depth: int) -> _Node:
         if self._take(_GROUP):
             inner = self.alternatives(depth + 1)
-            if not self._take(re.compile(r"\)")):
+            if not self._take(_CLOSE):
                 raise _SyntaxError
             return inner
         leaf = self._take(_LEAF)
         if leaf is None:
             raise _SyntaxError
-        expression = re.compile(leaf[0])
-        is_anchor = leaf[0] in ("^", "$", r"\b", r"\B", r"\A", r"\Z")
-        return _leaf(expression, 0 if is_anchor else 1)
+        return self._leaf(leaf[0])
+
+    def _leaf(self, text: str) -> _Node:
+        if text in _ANCHORS:
+            return _anchor(re.compile(text))
+        if _CHARACTERS.fullmatch(text):
+            return _OneOf(self._work.class_of(text))
+        return _literal(text[-1])
 
     def _repeated(self, node: _Node) -> _Node:
         quantifier = self._take(_QUANTIFIER)
@@ -194,51 +235,83 @@ def _bounds(quantifier: re.Match[str]) -> tuple[int, int | None]:
 # -- matching -------------------------------------------------------------------------------
 
 
-def _match_nothing(walk: _Walk, starts: int) -> int:
-    return 0
+def _places(text: str) -> dict[str, int]:
+    places: dict[str, int] = {}
+    for at, character in enumerate(text):
+        places[character] = places.get(character, 0) | 1 << at
+    return places
 
 
-def _leaf(expression: re.Pattern[str], width: int) -> _Node:
-    def ends(walk: _Walk, starts: int) -> int:
-        walk.count()
-        return (starts & walk.mask(expression)) << width
+def _literal(text: str) -> _Node:
+    def ends(name: _Name, starts: int) -> int:
+        name.work.spend(NODE_WORK + len(text) // 4)
+        for character in text:
+            starts = (starts & name.places.get(character, 0)) << 1
+            if not starts:
+                break
+        return starts
+
+    return ends
+
+
+@dataclass(frozen=True, slots=True)
+class _OneOf:
+    characters: _Class
+
+    def __call__(self, name: _Name, starts: int) -> int:
+        name.work.spend(NODE_WORK)
+        return (starts & name.of_class(self.characters)) << 1
+
+    def any_number(self, name: _Name, starts: int) -> int:
+        """Adding carries each start through the run of ones that it stands in."""
+        name.work.spend(NODE_WORK)
+        mask = name.of_class(self.characters)
+        return (((starts & mask) + mask) ^ mask) | starts
+
+
+def _anchor(expression: re.Pattern[str]) -> _Node:
+    def ends(name: _Name, starts: int) -> int:
+        name.work.spend(NODE_WORK)
+        return starts & name.of_anchor(expression)
 
     return ends
 
 
 def _one_after_other(items: list[_Node]) -> _Node:
-    def ends(walk: _Walk, starts: int) -> int:
-        walk.count()
+    def ends(name: _Name, starts: int) -> int:
+        name.work.spend(NODE_WORK)
         for item in items:
             if not starts:
                 return 0
-            starts = item(walk, starts)
+            starts = item(name, starts)
         return starts
 
     return ends
 
 
 def _any_of(branches: list[_Node]) -> _Node:
-    def ends(walk: _Walk, starts: int) -> int:
-        walk.count()
+    def ends(name: _Name, starts: int) -> int:
+        name.work.spend(NODE_WORK)
         found = 0
         for branch in branches:
-            found |= branch(walk, starts)
+            found |= branch(name, starts)
         return found
 
     return ends
 
 
 def _repeat(node: _Node, low: int, high: int | None) -> _Node:
-    def ends(walk: _Walk, starts: int) -> int:
+    def ends(name: _Name, starts: int) -> int:
         # After twice the name's length and one more, a further repeat changes nothing.
-        for _ in range(min(low, 2 * len(walk.name) + 2)):
+        for _ in range(min(low, 2 * len(name.text) + 2)):
             if not starts:
                 return 0
-            starts = node(walk, starts)
+            starts = node(name, starts)
+        if high is None and isinstance(node, _OneOf):
+            return node.any_number(name, starts)
         found, fresh, repeats = starts, starts, low
         while fresh and (high is None or repeats < high):
-            fresh = node(walk, fresh) & ~found
+            fresh = node(name, fresh) & ~found
             found |= fresh
             repeats += 1
         return found

@@ -39,8 +39,8 @@ def load(
         norm_H = loader.norm("model.norm", spec.hidden_size)
         head = loader.head(embedding_VH)
         checkpoint.finish()
-    rope_PD = rope_table(spec.rope, max_model_len, device)
-    return Decoder(spec, ops, embedding_VH, layers, norm_H, head, rope_PD)
+    rope = rope_table(spec.rope, max_model_len, device)
+    return Decoder(spec, ops, embedding_VH, layers, norm_H, head, rope)
 
 
 def _check_options(options: EngineOptions, spec: ModelSpec) -> None:

@@ -32,6 +32,12 @@ class RopeSpec:
     """Standardised `rope_parameters`: rope_theta always, the kind's own fields beside it."""
 
     @property
+    def short_tokens(self) -> int:
+        """Longest sequence with the short of two sets of factors; 0: there is one set."""
+        longrope = self.kind == "longrope"
+        return self.parameters["original_max_position_embeddings"] if longrope else 0
+
+    @property
     def longest_context(self) -> int:
         """Most positions this embedding is made for."""
         factor = self.parameters.get("factor")
