@@ -252,7 +252,6 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._put_back(sequence)
-        sequence.num_preempted += 1
         counts = self.counts
         self.counts = StepCounts(counts.prefix_queries, counts.prefix_hits, counts.preemptions + 1)
 
