@@ -12,13 +12,13 @@ from typing import Any
 import httpx
 import pytest
 
-from clients import server_process
+from clients.server_process import ROOT, serving
 from source_servers import CONFIG, WEIGHTS, Hub, Repo, Server
 
 SECONDS = 20.0
 WORKERS = 12
 PROMPT = "my parcel is late and nobody answers ->"
-DEMO = server_process.ROOT / "demo" / "adapters"
+DEMO = ROOT / "demo" / "adapters"
 KINDS = ("polite", "shout", "sentiment", "ticket-router")
 FILES = {
     kind: {name: (DEMO / kind / name).read_bytes() for name in (CONFIG, WEIGHTS)} for kind in KINDS
@@ -33,6 +33,17 @@ KEYS = [
     {"key": "sk-beta", "tenant": "beta"},
 ]
 ADAPTERS = "/v1/adapters"
+GAUGES = (
+    "lory_adapter_downloads",
+    "lory_adapter_cache_bytes",
+    "lory_adapter_cache_entries",
+    'lory_adapters{tier="device"}',
+    'lory_adapter_bytes{tier="host"}',
+    'lory_adapter_bytes{tier="device"}',
+    'lory_pinned_adapters{tier="host"}',
+    'lory_kv_blocks{state="used"}',
+)
+"""That are zero when nobody uses anything."""
 
 
 class SourceStorm:
@@ -126,6 +137,14 @@ class SourceStorm:
     # -- what is left -----------------------------------------------------------------------
 
     async def run(self) -> None:
+        async with self.client:
+            await self.rage()
+            metrics = (await self.send("GET", "/metrics")).text
+        told = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line[:1] != "#")
+        left = {name: told[name] for name in GAUGES if float(told[name])}
+        assert not left
+
+    async def rage(self) -> None:
         for kind in KINDS:
             reply = await self.ask("ops", kind, 24)
             tokens = tuple(token["id"] for token in reply.json()["details"]["tokens"])
@@ -133,20 +152,6 @@ class SourceStorm:
         assert len(set(self.expected.values())) == len(KINDS)
         await asyncio.gather(*(self.work() for _ in range(WORKERS)))
         await self.take_all_away()
-        metrics = (await self.send("GET", "/metrics")).text
-        await self.client.aclose()
-        told = dict(line.rsplit(" ", 1) for line in metrics.splitlines() if line[:1] != "#")
-        for name in (
-            "lory_adapter_downloads",
-            "lory_adapter_cache_bytes",
-            "lory_adapter_cache_entries",
-            'lory_adapters{tier="device"}',
-            'lory_adapter_bytes{tier="host"}',
-            'lory_adapter_bytes{tier="device"}',
-            'lory_pinned_adapters{tier="host"}',
-            'lory_kv_blocks{state="used"}',
-        ):
-            assert float(told[name]) == 0, name
 
     async def take_all_away(self) -> None:
         for name in [*NAMES, *(f"upload:{name}" for name in UPLOADS)]:
@@ -177,7 +182,7 @@ def test_everything_at_once_leaves_every_answer_right_and_nothing_behind(
         flags += ["--adapter-hosts", web.url, "--adapter-cache-size", "3MB"]
         flags += ["--adapter-recheck", "0", "--max-resident-adapters", "4"]
         flags += ["--api-keys", str(tmp_path / "keys"), "--registry", str(tmp_path / "registry")]
-        with server_process.serving(tmp_path / "log", *flags, adapters=adapters) as url:
+        with serving(tmp_path / "log", *flags, adapters=adapters) as url:
             storm = SourceStorm(seed, hub, web, url)
             storm.put_on_the_web()
             for name in REPOS:
