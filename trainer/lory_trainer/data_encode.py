@@ -13,10 +13,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from lory_trainer.data import Example, Pair, Row
-from lory_trainer.data_rows import Message, Plan, Sample
+from lory_trainer.data_rows import MARK, Message, Plan, Sample
 from lory_trainer.errors import DataError
-
-MARK = "an answer like no other"
 
 
 @dataclass(frozen=True, slots=True)
