@@ -71,6 +71,13 @@ def test_a_turn_of_weight_0_is_read_alone():
         encoded({"messages": [user("a"), said("c", weight=0)]})
 
 
+def test_a_greeting_is_read_and_an_answer_to_nothing_is_not_learned():
+    (example,) = encoded({"messages": [said("hello"), user("hi"), said("yo")]})
+    assert text_of(example) == ["<bos>hello<eos>hi>", "yo<eos>"]
+    with pytest.raises(DataError, match="or comes before a question; nothing to learn"):
+        encoded({"messages": [said("hello")]})
+
+
 def test_turns_that_later_prompts_do_not_repeat_are_rows_of_their_own():
     row = {"messages": [user("a"), said("c"), user("d"), said("e")]}
     first, second = encoded(row, FORGETFUL)
