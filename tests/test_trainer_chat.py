@@ -54,7 +54,7 @@ def text_of(example: Example) -> list[str]:
     for start, end in example.learned:
         parts += [example.ids[place:start], example.ids[start:end]]
         place = end
-    return [tokenizer.decode(list(ids)).replace(" ", "") for ids in parts]
+    return [str(tokenizer.decode(list(ids))).replace(" ", "") for ids in parts]
 
 
 def test_every_turn_of_the_assistants_is_learned_with_its_end():
