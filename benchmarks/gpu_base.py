@@ -86,9 +86,9 @@ class RandomBase:
         sites = spec.sites()
         ops = select("triton" if self.device.type == "cuda" else "torch")
         layers = tuple(self._layer(sites[4 * n : 4 * n + 4], ops) for n in range(spec.num_layers))
-        rope_PD = rope_table(spec.rope, self.max_positions, self.device)
+        rope = rope_table(spec.rope, self.max_positions, self.device)
         head = dense_linear(head_VH, None, self.max_rows, ops)
-        return Decoder(spec, ops, embedding_VH, layers, self._ones(), head, rope_PD)
+        return Decoder(spec, ops, embedding_VH, layers, self._ones(), head, rope)
 
     def normal(self, *shape: int) -> Tensor:
         weight = torch.empty(shape, dtype=DTYPE, device=self.device)

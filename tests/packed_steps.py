@@ -54,10 +54,12 @@ def run(
     chunks: Sequence[Sequence[int]],
     lora: Segments | None = None,
     seed: int = 0,
+    is_long: bool = False,
 ) -> list[torch.Tensor]:
     """Logits of every position of every sequence, computed chunk by chunk.
 
     chunks[r] are the sizes of the first steps of sequence r; what is left goes token by token.
+    `is_long`: with the second of two sets of rotations, if there are two.
     """
     total = sum(len(tokens) + BLOCK_SIZE for tokens in sequences)
     kv = make_kv(decoder, total)
@@ -74,7 +76,8 @@ def run(
             for row, size in zip(live, sizes, strict=True)
         ]
         batch = make_batch(parts, [done[row] for row in live], [tables[row] for row in live])
-        logits_LV = decoder.forward(replace(batch, lora=lora), kv)
+        positions_T = batch.positions_T + (decoder.short_tokens if is_long else 0)
+        logits_LV = decoder.forward(replace(batch, positions_T=positions_T, lora=lora), kv)
         for row, part_LV in zip(live, logits_LV.split([len(p) for p in parts]), strict=True):
             logits[row].append(part_LV)
             done[row] += part_LV.shape[0]

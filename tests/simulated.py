@@ -2,7 +2,8 @@
 
 The "model" is a hash of everything a position can see, so a token is right only if every block
 held exactly what the sequence's own tokens put there. Each row's view is checked as it is computed.
-Weights that act from a position on are another model from there, and the base before it.
+Weights that act from a position on are another model from there, and the base before it; so are
+all positions of a sequence that has outgrown the first of two sets of rotations.
 """
 
 import hashlib
@@ -25,11 +26,10 @@ VOCAB = 50
 EOS = 0
 
 
-def computer(position: int, weights: str, activation: int) -> str:
+def computer(position: int, weights: str, activation: int, is_long: bool) -> str:
     """What computes a position; KV of one may stand for another's only if this is the same."""
-    if position < activation:
-        return "base"
-    return f"{weights} from {activation}" if activation else weights
+    by = f"{weights} from {activation}" if activation else weights
+    return ("base" if position < activation else by) + (" long" if is_long else "")
 
 
 def next_token(tokens: list[int], weights: str) -> int:
@@ -38,11 +38,14 @@ def next_token(tokens: list[int], weights: str) -> int:
     return int.from_bytes(digest, "big") % VOCAB
 
 
-def alone(prompt: list[int], sampling: Sampling, weights: str, activation: int = 0) -> list[int]:
+def alone(
+    prompt: list[int], sampling: Sampling, weights: str, activation: int = 0, short_tokens: int = 0
+) -> list[int]:
     """The answer that a request gets when nothing else runs."""
     tokens = list(prompt)
     while len(tokens) - len(prompt) < sampling.max_new_tokens:
-        tokens.append(next_token(tokens, computer(len(tokens) - 1, weights, activation)))
+        is_long = 0 < short_tokens < len(tokens)
+        tokens.append(next_token(tokens, computer(len(tokens) - 1, weights, activation, is_long)))
         if tokens[-1] == EOS and not sampling.ignore_eos:
             break
     return tokens[len(prompt) :]
@@ -56,6 +59,8 @@ class SimulatedRunner:
     weights_of: dict[int, str] = field(default_factory=dict)
     """By request id."""
     activation_of: dict[int, int] = field(default_factory=dict)
+    short_of: dict[int, int] = field(default_factory=dict)
+    """Most tokens that each has with the first set of rotations; 0: there is one set."""
     slot_of: dict[str, int] = field(default_factory=dict)
     """By weights; checked against every row."""
     kv: dict[int, tuple[int, int, str]] = field(default_factory=dict)
@@ -87,14 +92,18 @@ class SimulatedRunner:
         weights, activation = self.weights_of[row.sequence_id], self._activation(row)
         token_ids = [self.lanes[row.lane] if t == PENDING else t for t in row.token_ids]
         end = row.start + len(token_ids)
+        is_long, short = row.rope_offset > 0, self.short_of.get(row.sequence_id, 0)
+        assert row.rope_offset in (0, short)
+        assert is_long or not 0 < short < end, "short beyond its time"
+        assert not is_long or row.sample is None or end > short, "long before its time"
         assert row.slot == self._slot(row), "row computed with another adapter"
         assert row.start >= activation or end <= activation, "a row of base and adapter"
         for i, token in enumerate(token_ids, row.start):
-            self.kv[self._place(row, i)] = (token, i, computer(i, weights, activation))
+            self.kv[self._place(row, i)] = (token, i, computer(i, weights, activation, is_long))
         seen = []
         for position in range(end):
             token, at, by = self.kv[self._place(row, position)]
-            expected = computer(position, weights, activation)
+            expected = computer(position, weights, activation, is_long)
             assert (at, by) == (position, expected), f"foreign KV at {position}: {(at, by)}"
             seen.append(token)
         if row.sample is None:
@@ -102,7 +111,7 @@ class SimulatedRunner:
         assert row.sample.position == len(seen)
         if row.sample.history is not None:
             assert list(row.sample.history) == seen, "a history that lags"
-        self.lanes[row.lane] = next_token(seen, computer(end - 1, weights, activation))
+        self.lanes[row.lane] = next_token(seen, computer(end - 1, weights, activation, is_long))
         return SampledToken(self.lanes[row.lane], -1.0)
 
     def _activation(self, row) -> int:
@@ -177,6 +186,7 @@ class World:
     def add(self, sequence: Sequence) -> None:
         self.runner.weights_of[sequence.request_id] = sequence.weights
         self.runner.activation_of[sequence.request_id] = sequence.activation
+        self.runner.short_of[sequence.request_id] = sequence.short_tokens
         self.answers[sequence.request_id] = []
         self.scheduler.add(sequence)
 

@@ -191,7 +191,8 @@ def test_the_command_does_and_tells(url: str) -> None:
     code, output = invoke(url, "register", "help@prod", "--adapter", "french", "--json")
     assert json.loads(output)["names"] == {"help@prod": REVISION}
     assert "help@prod" in invoke(url, "show", "french")[1]
-    assert "help@prod" in invoke(url, "list")[1]
+    assert "help@prod" in invoke(url, "list", "fren*")[1]
+    assert "no adapters" in invoke(url, "list", "french?")[1]
     for deed, state in (("unpin", "device"), ("unload", "disk"), ("load", "device")):
         assert f"state     {state}\n" in invoke(url, deed, "french")[1]
     assert "not served any more; no file was touched" in invoke(url, "delete", "french")[1]
@@ -204,7 +205,6 @@ def test_the_command_does_and_tells(url: str) -> None:
     ("arguments", "says"),
     [
         (["pin"], "needs the name"),
-        (["list", "french"], "takes no name"),
         (["pin", "french", "--revision", "abcdef"], "are for register"),
         (["polish", "french"], "polish"),
     ],

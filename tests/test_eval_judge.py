@@ -137,7 +137,7 @@ def test_one_row_is_enough_for_figures_and_too_few_to_tell(tmp_path):
 def test_half_a_character_is_told_by_its_line(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "\\ud800", "completion": "x"}\n')
-    with pytest.raises(EvaluationError, match="line 1: column `text` holds half a character"):
+    with pytest.raises(EvaluationError, match=r"line 1: column `text` .* half of a character"):
         run(make_front(), data=str(path))
 
 

@@ -133,8 +133,11 @@ def test_an_adapter_of_chats_is_compared_with_the_base_in_a_chat(tmp_path):
     )
     run(front, data=data, template="{text} ->")
     assert prompts(front, "loud") == prompts(front, "") != {"one ->"}
-    with pytest.raises(EvaluationError, match="perplexity: is not to be had"):
-        run(front, data=data, template="{text}", metrics=["exact_match", "perplexity"])
+    front.engine.prompts.clear()
+    result = run(front, data=data, template="{text} ->", metrics=["perplexity"])
+    assert result.variants[0].scores["perplexity"].value == pytest.approx(math.exp(0.25))
+    (asked,) = {prompt for prompt in prompts(front, "loud") if prompt.endswith("ONE")}
+    assert asked == "<user>one ->\n<assistant>ONE"
 
 
 def test_the_base_ends_where_the_adapter_does():
@@ -375,8 +378,11 @@ def test_a_refused_adapter_is_told_by_its_refusal(tmp_path):
     [
         ("", "holds no rows"),
         ("{\n", "line 1: not JSON"),
-        ("[1]", "row 1: expected an object"),
-        ('{"completion": 5}', "must hold the wanted answer as text; found: completion"),
+        ("[1]", "line 1: expected an object"),
+        ('{"completion": null}', "line 1: column `completion` must hold text; it is null"),
+        ('{"a": 5}', "no column of the wanted answer .*found: a; --completion"),
+        ('{"text": "a"}', "a text alone has no answer to compare with; cut it in two"),
+        ('{"text": "a", "text": "b"}', "`text` is there twice"),
     ],
 )
 def test_rows_that_are_none_are_named(tmp_path, content, says):

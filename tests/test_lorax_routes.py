@@ -552,6 +552,59 @@ def test_tokenize_of_a_long_text_is_the_same_off_the_event_loop():
     assert [t["id"] for t in found] == list(text.encode())
 
 
+def test_tokenize_tells_what_the_chat_template_makes_of_messages():
+    front = Front(
+        text=tiny_tokenizers.with_bos(
+            tiny_tokenizers.byte_level(
+                template=(
+                    "{{ tools | tojson if tools }}{% for m in messages %}"
+                    "{{ m.role }}{{ m.x }}{% endfor %}"
+                    "{{ add_generation_prompt }}"
+                )
+            )
+        )
+    )
+    messages = [{"role": "tool", "x": {"y": 1}}]
+    told = front.post("/tokenize", {"messages": messages}).json()
+    assert told == {
+        "prompt": (text := "tool{'y': 1}True"),
+        "tokens": list(text.encode()),
+        "count": 16,
+    }
+    sent = {"messages": messages, "tools": [{"a": 1}], "add_generation_prompt": False}
+    assert front.post("/tokenize", sent).json()["prompt"] == "[{\"a\": 1}]tool{'y': 1}False"
+
+
+@pytest.mark.parametrize(
+    ("sent", "says"),
+    [
+        ({}, "`inputs` is required"),
+        ({"inputs": "a", "messages": [{"role": "user"}]}, "give one of them"),
+        ({"inputs": "a", "tools": []}, "`tools` is for `messages`"),
+        ({"inputs": "a", "add_generation_prompt": True}, "`add_generation_prompt` is for"),
+        ({"messages": [{"content": "a"}]}, r"`messages[0].role` is required"),
+        ({"messages": [{"role": "user"}], "add_special_tokens": True}, "names its special tokens"),
+        (
+            {"messages": [{"role": "user", "content": "a" * 99}]},
+            "`messages` must have at most 128 tokens",
+        ),
+        ({"messages": [{"role": "x"}], "tools": [{"a": 1}]}, "chat template: no"),
+    ],
+)
+def test_tokenize_refuses_what_is_neither_a_text_nor_messages(sent, says):
+    template = "{% if tools %}{{ raise_exception('no') }}{% endif %}{{ messages }}"
+    front = Front(text=tiny_tokenizers.byte_level(template=template))
+    reply = front.post("/tokenize", sent)
+    assert reply.status_code == 422
+    assert says in reply.json()["error"]
+
+
+def test_tokenize_of_messages_needs_a_chat_template():
+    front = Front(text=tiny_tokenizers.byte_level(template=None))
+    reply = front.post("/tokenize", {"messages": [{"role": "user", "content": "a"}]})
+    assert "there is no chat template here" in reply.json()["error"]
+
+
 # -- info -----------------------------------------------------------------------------------
 
 

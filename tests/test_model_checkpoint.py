@@ -206,6 +206,16 @@ def test_a_damaged_index_is_refused(index: str, named: str, tmp_path: Path) -> N
         Checkpoint(tmp_path)
 
 
+def test_an_index_left_behind_beside_a_single_file_counts_for_nothing(tmp_path: Path) -> None:
+    """What `save_pretrained` leaves of an earlier, sharded save: transformers goes by the file."""
+    folder = tiny_models.build("llama", tmp_path / "model", seed=1, max_shard_size="100KB")
+    tiny_models.build("llama", folder, seed=2)
+    assert (folder / "model.safetensors.index.json").exists()
+    with Checkpoint(folder) as checkpoint:
+        ours = checkpoint.take("model.norm.weight")
+    assert torch.equal(ours, tiny_models.load_reference(folder).model.norm.weight)
+
+
 def test_an_index_that_names_the_wrong_shard_is_refused(tmp_path: Path) -> None:
     folder = sharded(tmp_path)
     path = folder / "model.safetensors.index.json"
@@ -257,7 +267,7 @@ def test_a_model_the_hub_does_not_give_is_refused_by_name(
 
 def test_a_context_beyond_the_base_is_refused(tmp_path: Path) -> None:
     folder = tiny_models.build("llama", tmp_path / "model")
-    with pytest.raises(ModelError, match="max_model_len 129"):
+    with pytest.raises(ModelError, match="--max-model-len 129"):
         decoder_of(folder, max_model_len=129)
     assert decoder_of(folder).max_model_len == 128
     assert decoder_of(folder, max_model_len=60).max_model_len == 60

@@ -25,7 +25,12 @@ PLAIN: dict[str, Any] = {
     "max_position_embeddings": 128,
 }
 
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [1.0] * 8}
 BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+GEMMA2 = {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2"}
 
 
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
@@ -72,6 +77,11 @@ def test_defaults_of_each_family_are_those_of_transformers(family: str) -> None:
         ({"rope_parameters": {"full_attention": {"rope_theta": 1.0}}}, "one for all layers"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ({"head_dim": 5}, "even"),
+        ({"model_type": "mistral"}, "model_type 'mistral' is not that of LlamaForCausalLM"),
+        ({"per_layer_config": {"0": {"rms_norm_eps": 1.0}}}, "per_layer_config"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights"),
+        ({"rope_scaling": LONGROPE | {"long_factor": [1.0] * 7}}, "long_factor.*8 factors.*7"),
+        ({"rope_scaling": LONGROPE | {"short_factor": 1.0}}, r"short_factor.*8 factors.*1\.0"),
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq.*NF4"),
         ({"quantization_config": BITSANDBYTES | {"load_in_4bit": False}}, "load_in_4bit False"),
         ({"quantization_config": BITSANDBYTES | {"bnb_4bit_quant_type": "fp4"}}, "fp4"),
@@ -92,13 +102,31 @@ def test_what_is_not_computed_is_refused_by_name(change: dict[str, Any], named: 
 )
 def test_layer_types_that_make_no_sense_are_refused(change: dict[str, Any], named: str) -> None:
     with pytest.raises(ModelError, match=named):
-        parse_spec(PLAIN | {"architectures": ["Qwen2ForCausalLM"]} | change, {})
+        parse_spec(PLAIN | QWEN2 | change, {})
 
 
-def test_a_bidirectional_gemma_is_refused() -> None:
-    config = PLAIN | {"architectures": ["Gemma2ForCausalLM"], "use_bidirectional_attention": True}
-    with pytest.raises(ModelError, match="use_bidirectional_attention"):
-        parse_spec(config, {})
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        ({"query_pre_attn_scalar": None}, "query_pre_attn_scalar must be positive, found None"),
+        ({"sliding_window": 0}, "sliding_window must be a positive integer or null, found 0"),
+        ({"sliding_window": "4096"}, "sliding_window"),
+    ],
+)
+def test_what_gemma_cannot_be_is_refused(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(ModelError, match=named):
+        parse_spec(PLAIN | GEMMA2 | change, {})
+
+
+@pytest.mark.parametrize(("family", "head_dim"), [("Gemma2", 256), ("Qwen3", 128), ("Llama", 16)])
+def test_scaling_factors_are_counted_for_the_head_size_of_the_family(
+    family: str, head_dim: int
+) -> None:
+    names = {"architectures": [f"{family}ForCausalLM"], "model_type": family.lower()}
+    factors = {name: [1.0] * (head_dim // 2) for name in ("short_factor", "long_factor")}
+    spec = parse_spec(PLAIN | names | {"rope_scaling": LONGROPE | factors}, {})
+    assert (spec.head_dim, spec.rope.rotary_dim) == (head_dim, head_dim)
 
 
 @pytest.mark.parametrize(
@@ -158,7 +186,7 @@ def test_the_context_may_be_chosen_up_to_what_the_embedding_reaches() -> None:
     assert spec.resolve_max_model_len(0) == 128
     assert spec.resolve_max_model_len(256) == 256
     for wrong in (257, -1):
-        with pytest.raises(ModelError, match="max_model_len"):
+        with pytest.raises(ModelError, match="--max-model-len"):
             spec.resolve_max_model_len(wrong)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 
 import lory_kernels
 import tiny_models
@@ -13,6 +14,7 @@ from lory_server.messages import EngineOptions
 from lory_server.model.families import read_spec
 from lory_server.model.load import load
 from lory_server.model.rope import rope_table
+from lory_server.model.spec import RopeSpec
 from packed_steps import random_ids, run
 
 ATOL = 2e-5
@@ -59,10 +61,14 @@ CASES = {
 }
 
 
+def rows(rope: RopeSpec, max_model_len: int) -> torch.Tensor:
+    return rope_table(rope, max_model_len, "cpu").rows_PD
+
+
 def logits(folder: Path, max_model_len: int, ids: list[int]) -> torch.Tensor:
     options = EngineOptions(model=str(folder), max_model_len=max_model_len)
     decoder = load(options, "cpu", torch.float32, lory_kernels.select("torch"))
-    return run(decoder, [ids], [(len(ids) - 3,)])[0]
+    return run(decoder, [ids], [(len(ids) - 3,)], is_long=len(ids) > decoder.short_tokens)[0]
 
 
 def reference(folder: Path, ids: list[int]) -> torch.Tensor:
@@ -93,7 +99,7 @@ def test_the_older_form_of_configuration_means_the_same(kind_key: str, tmp_path:
     older = {"rope_theta": 700.0, "rope_scaling": {kind_key: "linear", "factor": 2.0}}
     (folder / "config.json").write_text(json.dumps(config | older))
     old = read_spec(folder)
-    assert torch.equal(rope_table(old.rope, 64, "cpu"), rope_table(new.rope, 64, "cpu"))
+    assert torch.equal(rows(old.rope, 64), rows(new.rope, 64))
     ids = random_ids(40, tiny_models.VOCAB_SIZE, 5)
     assert (logits(folder, 0, ids) - reference(folder, ids)).abs().max() < ATOL
 
@@ -106,18 +112,34 @@ def test_phi3_calls_longrope_by_older_names(name: str, tmp_path: Path) -> None:
     del config["rope_parameters"]
     factors = {"short_factor": SHORT, "long_factor": LONG}
     config |= {"rope_theta": 10_000.0, "rope_scaling": {"type": name, **factors}}
-    expected = rope_table(read_spec(folder).rope, 128, "cpu")
+    expected = rows(read_spec(folder).rope, 128)
     (folder / "config.json").write_text(json.dumps(config))
     assert read_spec(folder).rope.kind == "longrope"
-    assert torch.equal(rope_table(read_spec(folder).rope, 128, "cpu"), expected)
+    assert torch.equal(rows(read_spec(folder).rope, 128), expected)
 
 
-def test_longrope_takes_the_long_factors_once_the_served_context_needs_them(
-    tmp_path: Path,
-) -> None:
+def test_longrope_has_rows_for_sequences_of_either_length(tmp_path: Path) -> None:
     rope = LONGROPE | TRAINED | {"rope_theta": 10_000.0}
     spec = read_spec(tiny_models.build("llama", tmp_path / "model", rope_parameters=rope)).rope
-    at_limit, beyond = rope_table(spec, 32, "cpu"), rope_table(spec, 33, "cpu")
-    assert at_limit.shape == (32, 16)
-    assert not torch.allclose(at_limit, beyond[:32])
-    assert torch.equal(beyond, rope_table(spec, 128, "cpu")[:33])
+    short, both = rope_table(spec, 32, "cpu"), rope_table(spec, 50, "cpu")
+    assert (short.short_tokens, short.max_model_len) == (0, 32)
+    assert (both.short_tokens, both.max_model_len) == (32, 50)
+    assert torch.equal(both.rows_PD[:32], short.rows_PD)
+    assert not torch.allclose(both.rows_PD[32:64], short.rows_PD)
+
+
+@pytest.mark.parametrize("limit", [0, 4096])
+def test_phi3_reads_where_its_short_factors_end_beside_the_scaling_alone(
+    limit: int, tmp_path: Path
+) -> None:
+    """As transformers does, which has 4096 where the configuration itself has nothing."""
+    rope = LONGROPE | {"rope_theta": 10_000.0, **TRAINED}
+    folder = tiny_models.build("phi3", tmp_path / "m", rope_parameters=rope, **TRAINED)
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] |= TRAINED
+    if limit:
+        del config["original_max_position_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    expected = AutoConfig.from_pretrained(folder).rope_parameters
+    assert expected["original_max_position_embeddings"] == (limit or 32)
+    assert read_spec(folder).rope.short_tokens == (limit or 32)

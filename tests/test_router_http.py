@@ -187,7 +187,7 @@ def test_a_long_prompt_does_not_stall_the_others():
 def test_unknown_paths_are_404_in_the_dialect_of_their_prefix(path: str):
     response = Front().get(path)
     assert response.status_code == 404
-    assert error_of(response) == "No such path"
+    assert error_of(response).startswith(f"No such path: '{path}'")
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/completions", "/tokenize"])

@@ -35,6 +35,7 @@ def sequence(
     max_new_tokens: int = 8,
     weights: str = "base",
     activation: int = 0,
+    short_tokens: int = 0,
     **sampling,
 ) -> Sequence:
     return Sequence(
@@ -46,6 +47,7 @@ def sequence(
         activation=activation,
         revision="" if weights == "base" else weights,
         adapter_bytes=0 if weights == "base" else 1,
+        short_tokens=short_tokens,
     )
 
 
@@ -55,7 +57,7 @@ def check_answers(w: World, sequences: list[Sequence]) -> None:
 
 
 def answer_of(s: Sequence) -> list[int]:
-    return alone(s.tokens[: s.prompt_len], s.sampling, s.weights, s.activation)
+    return alone(s.tokens[: s.prompt_len], s.sampling, s.weights, s.activation, s.short_tokens)
 
 
 request_strategy = st.tuples(
@@ -81,10 +83,11 @@ request_strategy = st.tuples(
     extra_tokens=st.integers(0, 24),
     slots=st.integers(1, 4),
     depth=st.integers(0, 2),
+    short_tokens=st.sampled_from([0, 0, 5, 16, 30]),
     seed=st.integers(0, 1000),
 )
 def test_any_trace_ends_with_every_answer_right(
-    requests, num_blocks, rows, extra_tokens, slots, depth, seed
+    requests, num_blocks, rows, extra_tokens, slots, depth, short_tokens, seed
 ) -> None:
     """Random arrivals, adapters, cancellations, tiny pools: invariants hold after every step."""
     w = world(num_blocks, 4, rows, rows + extra_tokens, slots, depth, max_overtakes=4)
@@ -103,6 +106,7 @@ def test_any_trace_ends_with_every_answer_right(
             0 if weights == "base" else min(activation, length - 1),
             presence_penalty=0.5 if history else 0.0,
             prompt_logprobs=scores,
+            short_tokens=short_tokens,
         )
         sequences.append(s)
         arrivals.setdefault(at, []).append(s)
@@ -283,6 +287,34 @@ def test_a_prompt_can_be_scored_without_generating() -> None:
     assert w.reasons[1] == "length"
 
 
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_sequence_that_outgrows_its_rotations_is_computed_anew_and_shares_no_short_kv(
+    depth: int,
+) -> None:
+    w = world(depth=depth)
+    first = sequence(1, list(range(1, 11)), 12, short_tokens=14, ignore_eos=True)
+    w.add(first)
+    w.run()
+    again = sequence(2, first.tokens[:13], 1, short_tokens=14)
+    longer = sequence(3, first.tokens, 2, short_tokens=14)
+    w.add(again)
+    w.add(longer)
+    w.run()
+    check_answers(w, [first, again, longer])
+    assert [s.is_long for s in (first, again, longer)] == [True, False, True]
+    assert (again.num_cached, longer.num_cached) == (12, 20)
+    assert w.preemptions == 0
+
+
+def test_a_sequence_that_ends_at_its_short_rotations_last_token_keeps_them() -> None:
+    w = world()
+    s = sequence(1, list(range(1, 11)), 5, short_tokens=14, ignore_eos=True)
+    w.add(s)
+    w.run()
+    check_answers(w, [s])
+    assert (len(s.tokens), s.is_long) == (15, False)
+
+
 def test_too_few_blocks_preempt_the_latest_and_recompute_it_exactly() -> None:
     w = world(num_blocks=12, rows=4, step_tokens=16)
     sequences = [sequence(i, [i + 1] * 8, 30, ignore_eos=True) for i in range(4)]
@@ -302,6 +334,26 @@ def test_admission_leaves_the_running_a_block_each() -> None:
     w.add(sequences[1])
     w.run()
     assert w.preemptions == 0
+    check_answers(w, sequences)
+
+
+def test_blocks_that_a_prefix_hit_takes_back_are_not_left_for_the_running() -> None:
+    """Counted as free beside the sequence that takes them, they would be missed at once."""
+    w = world(num_blocks=5, rows=2)
+    sequences = [
+        sequence(1, [7] * 8, 1, ignore_eos=True),
+        sequence(2, [8] * 4, 8, ignore_eos=True),
+        sequence(3, [7] * 12, 4, ignore_eos=True),
+    ]
+    w.add(sequences[0])
+    w.run()
+    w.add(sequences[1])
+    w.step()
+    w.step()
+    w.add(sequences[2])
+    w.run()
+    assert w.preemptions == 0
+    assert sequences[2].num_cached == 8
     check_answers(w, sequences)
 
 

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,14 @@ BUDGET = 1000
 
 
 async def put(
-    disk: DiskCache, name: str, num_bytes: int = 300, kind: str = "web", is_removed: bool = False
+    disk: DiskCache,
+    folder: str,
+    num_bytes: int = 300,
+    kind: str = "web",
+    is_removed: bool = False,
+    called: str = "",
 ) -> None:
-    """An adapter of so many bytes in its two files, fetched as `name`."""
+    """An adapter of so many bytes in its two files, fetched as `folder` or as it is `called`."""
     files = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x" * (num_bytes - 2)}
     async with disk.arriving() as arrival:
         await arrival.cover(num_bytes)
@@ -32,10 +38,10 @@ async def put(
             (arrival.path / file).write_bytes(body)
         sizes = {file: (len(body), "") for file, body in files.items()}
         origin = Origin(
-            kind=kind, scope="s", name=name, revision="1", is_public=True, is_removed=is_removed,
-            fetched_at=time.time(), files=sizes,
+            kind=kind, scope="s", name=called or folder, revision="1", is_public=True,
+            is_removed=is_removed, fetched_at=time.time(), files=sizes,
         )  # fmt: skip
-        await disk.publish(arrival, name, origin)
+        await disk.publish(arrival, folder, origin)
 
 
 def names(disk: DiskCache) -> set[str]:
@@ -299,3 +305,64 @@ def test_what_is_published_unserved_is_nobodys_until_it_is_adopted(tmp_path: Pat
         again.close()
 
     asyncio.run(work())
+
+
+def test_what_somebody_deleted_by_hand_is_no_error_when_room_is_made(tmp_path: Path):
+    async def work() -> None:
+        disk = DiskCache(tmp_path / "c", BUDGET)
+        for name in ("a", "b", "c"):
+            await put(disk, name)
+        shutil.rmtree(tmp_path / "c" / "held" / "a")
+        await put(disk, "d")
+        assert names(disk) == {"b", "c", "d"}
+        assert disk.num_bytes == 900
+        disk.close()
+
+    asyncio.run(work())
+
+
+def test_a_disk_that_takes_no_notes_serves_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The time of the last use could not be noted, so the request failed and its hold stayed."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    async def work() -> None:
+        disk = DiskCache(tmp_path / "c", BUDGET)
+        await put(disk, "a")
+        monkeypatch.setattr("lory_router.sources.disk.TOUCH_S", -1.0)
+        monkeypatch.setattr("lory_router.sources.disk.os.utime", refuse)
+        disk.hold("a")
+        disk.release("a")
+        assert not disk.is_held("a")
+        disk.close()
+
+    asyncio.run(work())
+
+
+def test_what_an_upload_replaced_is_gone_after_a_kill(tmp_path: Path):
+    """Between the new one and the end of the old one; nothing would ever have removed it."""
+
+    async def work() -> None:
+        disk = DiskCache(tmp_path / "c", BUDGET)
+        for folder, kind in (("old", "upload"), ("new", "upload"), ("o", "web"), ("n", "web")):
+            await put(disk, folder, 200, kind=kind, called=kind)
+        disk.close()
+        again = DiskCache(tmp_path / "c", BUDGET)
+        assert names(again) == {"new", "o", "n"} == set(kept(tmp_path / "c"))
+        assert again.num_bytes == 600
+        again.close()
+
+    asyncio.run(work())
+
+
+def test_files_of_others_do_not_end_the_start(tmp_path: Path):
+    DiskCache(tmp_path / "c", BUDGET).close()
+    for part in ("arriving", "held"):
+        (tmp_path / "c" / part / ".DS_Store").write_bytes(b"")
+        (tmp_path / "c" / part / "link").symlink_to(tmp_path)
+    DiskCache(tmp_path / "c", BUDGET).close()
+    assert [*(tmp_path / "c").rglob("*/*")] == []
+    assert tmp_path.is_dir()

@@ -321,6 +321,15 @@ def test_compressed_bytes_are_refused(tmp_path: Path):
         assert "compressed" in refused(server, tmp_path / "c", SourceUnavailable)
 
 
+@pytest.mark.parametrize("encoding", ["", "identity", "aws-chunked"])
+def test_an_encoding_that_is_none_is_passed_over(tmp_path: Path, encoding: str):
+    """Some stores keep what SDKs call the frames of an upload."""
+    with Server(at("/a", FILES)).running() as server:
+        told = {"content-encoding": encoding}
+        server.rules.append(lambda seen: file_reply(seen, server.files.get(seen.path), **told))
+        assert fetch(server, tmp_path / "c") == FILES
+
+
 # -- redirects ------------------------------------------------------------------------------------
 
 

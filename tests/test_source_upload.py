@@ -314,10 +314,42 @@ def test_a_tenants_uploads_leave_room_for_others(tmp_path: Path):
     with_sources(chosen, work)
 
 
+@pytest.mark.parametrize("at_once", [2, 4])
+def test_a_tenants_uploads_at_once_are_bounded_together(tmp_path: Path, at_once: int):
+    """Each was held against what the tenant had when it began, so four took four times as much."""
+    size = sum(map(len, ONE.values()))
+    chosen = settings(tmp_path / "c", allows_upload=True, tenant_bytes=size + 10)
+    both_send = asyncio.Barrier(at_once)
+
+    async def body() -> AsyncIterator[bytes]:
+        sent = multipart(ONE)
+        yield sent[:200]
+        await both_send.wait()
+        yield sent[200:]
+
+    async def put_one(sources: Sources, number: int) -> None:
+        reference = Reference("upload", f"acme/{number}")
+        await sources.uploads.take(Upload(reference, MultipartReader(b"b"), body(), "acme"))
+
+    async def work(sources: Sources) -> None:
+        done = await asyncio.gather(
+            *(put_one(sources, number) for number in range(at_once)), return_exceptions=True
+        )
+        assert {type(one) for one in done} <= {type(None), DiskFull}
+        assert DiskFull in map(type, done)
+        assert sources.disk.num_bytes <= size + 10
+        assert is_clean(tmp_path / "c")
+        for entry in sources.disk.entries():
+            await sources.disk.remove(entry.folder)
+        await put_for(sources, "acme/again", "acme")
+
+    with_sources(chosen, work)
+
+
 def test_a_tenants_uploads_are_bounded_in_number_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("lory_router.sources.upload.MAX_UPLOADS", 2)
+    monkeypatch.setattr("lory_router.sources.tenant_room.MAX_UPLOADS", 2)
 
     async def work(sources: Sources) -> None:
         for name in ("acme/a", "acme/b", "acme/b"):

@@ -19,6 +19,7 @@ from lory_router.sourced_orders import SourcedOrders
 from lory_router.sources.reference import Reference
 from lory_router.sources.service import Sources
 from lory_router.warmup import WarmUp
+from lory_server.messages import OrderDone, OrderKind
 from scripted_engine import BASE, REVISION
 from source_files import adapter_bytes, kept, settings, with_sources
 from source_servers import Reply, Repo
@@ -217,6 +218,28 @@ def test_a_removed_one_is_not_served_at_any_branch_until_registered_again(world:
     assert ask(world.front(), "hub:org/open@v2").status_code == 200
 
 
+def test_the_main_branch_is_removed_and_served_again_by_either_of_its_names(world: World):
+    """What was removed at `main` was served to who named no branch, which is the same."""
+    assert ask(world.front(), "hub:org/open@main").status_code == 200
+    assert world.front().ask("DELETE", f"{ADAPTERS}/hub:org/open@main").status_code == 200
+    assert ask(world.front(), "hub:org/open").status_code == 404
+    world.hub.repos["Org/Open"] = world.hub.repos["org/open"]
+    assert register(world.front(), name="hub:Org/Open").status_code == 201
+    for name in ("hub:org/open", "hub:org/open@main"):
+        assert ask(world.front(), name).status_code == 200
+
+
+def test_one_branch_of_a_removed_repo_is_not_said_to_be_served_again(world: World):
+    """It was a 201, and requests went on being a 404."""
+    assert ask(world.front(), "hub:org/open").status_code == 200
+    assert world.front().ask("DELETE", f"{ADAPTERS}/hub:org/open").status_code == 200
+    for branch in ("main", "v2"):
+        reply = register(world.front(), name=f"hub:org/open@{branch}")
+        assert reply.status_code == 409
+        assert "was removed as 'hub:org/open'" in reply.json()["error"]["message"]
+    assert register(world.front(), name="hub:org/open").status_code == 201
+
+
 def test_what_a_request_holds_is_gone_with_its_end(world: World):
     front = world.front()
 
@@ -274,6 +297,86 @@ def test_a_pin_of_a_name_moves_to_the_new_bytes(world: World):
 
     front.run(work)
     assert world.registry.state.pins == {Target("hub:org/open")}
+
+
+class Gate:
+    """Keeps the engine's next pins waiting."""
+
+    def __init__(self, world: World) -> None:
+        self.has_come, self.may_go = asyncio.Event(), asyncio.Event()
+        order = world.engine.order
+
+        async def wait_to_pin(kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
+            if kind == "pin":
+                self.has_come.set()
+                await self.may_go.wait()
+            return await order(kind, adapter_id, revision)
+
+        world.engine.order = wait_to_pin  # type: ignore[method-assign]
+
+
+async def send(client: httpx.AsyncClient, files: dict[str, bytes]) -> None:
+    sent = [(name, (name, body)) for name, body in files.items()]
+    assert (await client.put(f"{ADAPTERS}/u/files", files=sent)).status_code == 201
+
+
+@pytest.mark.parametrize("name", ["upload:u", "hub:org/open"])
+def test_what_is_removed_while_it_is_pinned_is_not_pinned(world: World, name: str):
+    """Its pin came after its end, and kept its bytes on the disk and in memory for ever."""
+    front = world.front(allows_upload=True)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        await send(client, ONE)
+        await client.post(f"{ADAPTERS}/{name}/load")
+        gate = Gate(world)
+        pin = asyncio.ensure_future(client.post(f"{ADAPTERS}/{name}/pin"))
+        await gate.has_come.wait()
+        assert (await client.delete(f"{ADAPTERS}/{name}")).status_code == 200
+        gate.may_go.set()
+        assert (await pin).status_code == 404
+        assert not world.engine.pinned
+        assert not [one for one in front.sources.listing() if one.name == name]
+
+    front.run(work)
+    assert not world.registry.state.pins
+
+
+def test_what_is_replaced_while_it_is_pinned_is_pinned_as_it_is_then(world: World):
+    front = world.front(allows_upload=True)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        await send(client, ONE)
+        gate = Gate(world)
+        pin = asyncio.ensure_future(client.post(f"{ADAPTERS}/upload:u/pin"))
+        await gate.has_come.wait()
+        await send(client, TWO)
+        gate.may_go.set()
+        assert (await pin).status_code == 200
+        (pinned,) = world.engine.pinned
+        assert kept(world.folder) == {pinned[1:]: TWO}
+
+    front.run(work)
+
+
+def test_a_pin_that_is_taken_away_while_it_moves_is_gone(world: World):
+    front = world.front(allows_upload=True)
+
+    async def work(client: httpx.AsyncClient) -> None:
+        await send(client, ONE)
+        assert (await client.post(f"{ADAPTERS}/upload:u/pin")).status_code == 200
+        await send(client, TWO)
+        gate = Gate(world)
+        await client.post("/generate", json=lorax(adapter_id="upload:u"))
+        await gate.has_come.wait()
+        assert (await client.post(f"{ADAPTERS}/upload:u/unpin")).status_code == 200
+        gate.may_go.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not world.engine.pinned
+        assert not front.sources.disk._holds
+
+    front.run(work)
+    assert not world.registry.state.pins
 
 
 def orders(world: World, sources: Sources) -> SourcedOrders:

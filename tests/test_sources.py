@@ -277,6 +277,36 @@ def test_while_the_hub_is_down_public_adapters_are_served_as_they_were(
     assert caplog.text.count("served as it was fetched before") == 1
 
 
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_without_a_hub_what_is_here_is_served_under_all_names_of_it(world: World, is_offline: bool):
+    """By its branch, which may be told or not, and by the commit that it was fetched at."""
+    world.hub.repos["org/open"].branches["v2"] = NEW
+    world.hub.repos["org/open"].older[NEW] = TWO
+
+    async def fetch(sources: Sources) -> None:
+        assert await files(sources, "hub:org/open") == ONE
+        assert await files(sources, "hub:org/open@v2") == TWO
+
+    async def work(sources: Sources) -> None:
+        for name in ("hub:org/open@main", f"hub:org/open@{'1' * 40}", "hub:Org/Open"):
+            assert await files(sources, name) == ONE
+        assert await files(sources, f"hub:org/open@{NEW}") == TWO
+        for name in ("hub:org/open@v3", f"hub:org/open@{'3' * 40}", "hub:org/opener"):
+            assert isinstance(await refusal(files(sources, name)), SourceUnavailable)
+
+    async def private(sources: Sources) -> None:
+        latest = sources.latest(ref("hub:org/open"))
+        assert latest is not None
+        await sources.disk.set_public(latest.origin.scope, latest.origin.name, False)
+        name = f"hub:org/open@{NEW}"
+        assert isinstance(await refusal(files(sources, name)), SourceUnavailable)
+
+    with_sources(world.settings(), fetch)
+    world.hub.front.rules.insert(0, lambda seen: Reply(503))
+    with_sources(world.settings(is_offline=is_offline), work)
+    with_sources(world.settings(is_offline=is_offline), private)
+
+
 def test_what_was_made_private_is_not_served_while_the_hub_is_down(
     world: World, monkeypatch: pytest.MonkeyPatch
 ):
@@ -574,6 +604,23 @@ def test_a_wrong_key_gets_nothing(tmp_path: Path):
 
     with SignedStore(KEYS, at("/models/team/a", ONE)).running() as store:
         with_sources(s3_settings(tmp_path, store, secret_access_key="other"), work)
+
+
+@pytest.mark.parametrize("status", [301, 307, 400, 403])
+def test_a_bucket_in_another_region_is_told_with_its_region(tmp_path: Path, status: int):
+    """AWS answers a HEAD without a body or a Location. It was said to redirect in circles."""
+    elsewhere = "http://models.s3.eu-west-3.amazonaws.com/x"
+    more = {"location": elsewhere} if status == 307 else {}
+
+    async def work(sources: Sources) -> None:
+        error = await refusal(files(sources, "s3:models/team/a"))
+        assert isinstance(error, SourceUnavailable)
+        assert "eu-west-3; set --s3-region" in error.message
+
+    with SignedStore(KEYS, {}).running() as store:
+        told = {"x-amz-bucket-region": "eu-west-3", **more}
+        store.rules.insert(0, lambda seen: Reply(status, told))
+        with_sources(s3_settings(tmp_path, store), work)
 
 
 @pytest.mark.parametrize("name", ["s3:models/other/a", "s3:models/teams/a", "s3:private/a"])

@@ -59,6 +59,13 @@ def test_json_may_be_lines_or_hold_its_list_in_an_object(tmp_path):
     assert values(read_data(path).train) == ROWS
 
 
+@pytest.mark.parametrize("row", [{"a": 1, "b": "x"}, {"messages": [{"role": "user"}]}])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_one_object_of_json_is_one_row(tmp_path, row, indent):
+    (tmp_path / "rows.json").write_text(json.dumps(row, indent=indent))
+    assert values(read_data(tmp_path / "rows.json").train) == [row]
+
+
 def test_a_folder_of_the_hub_keeps_its_parts_apart(tmp_path):
     (tmp_path / "data").mkdir()
     write_rows(tmp_path / "data" / "train-00000-of-00002.jsonl", ROWS[0])
@@ -90,7 +97,7 @@ def test_a_folder_as_the_datasets_package_saves_it_is_read(tmp_path):
         ("rows.jsonl", "{}\n[1]\n", "rows.jsonl line 2: expected an object"),
         ("rows.jsonl", '{"a": 1}\n{\n', "rows.jsonl line 2: not JSON"),
         ("rows.jsonl", "\n", "rows.jsonl holds no rows"),
-        ("rows.json", '{"a": 1,\n "b": 2}', "expected a list of rows"),
+        ("rows.json", '{"a": [],\n "b": [2]}', "expected a list of rows"),
         ("rows.json", "[1]", "rows.json row 1: expected an object"),
         ("rows.json", "", "rows.json: not JSON"),
         ("rows.json", "[]", "rows.json holds no rows"),

@@ -81,9 +81,9 @@ def test_what_is_no_training_file_is_refused_and_leaves_nothing(tmp_path: Path):
             await world.client.post(FILES, json={"file": "x"}),
         ]
         assert [reply.status_code for reply in wrong] == [400, 400, 400, 415, 415]
-        assert (await world.send(b"x" * 2000)).status_code == 413
-        assert (await world.send(b"x" * 900)).status_code == 200
-        assert (await world.send(b"x" * 900)).status_code == 507
+        assert (await world.send(b"{" * 2000)).status_code == 413
+        assert (await world.send(b"{" * 900)).status_code == 200
+        assert (await world.send(b"{" * 900)).status_code == 507
         assert len(list(world.settings.files.iterdir())) == 1
 
     run(tmp_path, story, max_file_bytes=1000, max_files_bytes=1500)
@@ -96,7 +96,7 @@ def test_a_slow_upload_holds_nobody_up_but_its_bytes_count(tmp_path: Path):
         parts = head % (b"purpose", b"", b"fine-tune") + head % (
             b"file",
             b'; filename="a"',
-            b"x" * 800,
+            b"{" * 800,
         )
 
         async def body() -> AsyncIterator[bytes]:
@@ -108,8 +108,8 @@ def test_a_slow_upload_holds_nobody_up_but_its_bytes_count(tmp_path: Path):
         form = {"content-type": "multipart/form-data; boundary=B"}
         slow = asyncio.create_task(world.client.post(FILES, content=body(), headers=form))
         await begun.wait()
-        assert (await world.send(b"x" * 900)).status_code == 507
-        assert (await world.send(b"x" * 500)).status_code == 200
+        assert (await world.send(b"{" * 900)).status_code == 507
+        assert (await world.send(b"{" * 500)).status_code == 200
         go.set()
         assert (await slow).status_code == 200
 
@@ -143,11 +143,15 @@ def test_a_job_ends_in_an_adapter_and_tells_every_step(tmp_path: Path):
         assert done["finished_at"] >= done["created_at"] > 0
         assert done["estimated_finish"] is None
         told = await world.events(job["id"])
-        assert told.pop(3).startswith("Trained for ")
+        assert told.pop(5).startswith("Trained for ")
+        loaded = told.pop(4)
+        assert loaded.startswith("Loaded and tokenized, after ")
+        assert loaded.endswith(" s: step 0 of 4 done")
         assert told == [
             f"Created fine-tuning job: {job['id']}",
             "Files validated, moving job to queued state",
             "Fine-tuning job started",
+            "The run begins by loading the base and tokenizing the rows, 1 in the training file",
             f"New fine-tuned model created: {name}",
             "The job has successfully completed",
         ]
@@ -219,20 +223,21 @@ def test_a_trainer_gets_the_job_in_its_own_words(tmp_path: Path):
 
 # -- a job that does not --------------------------------------------------------------------
 
+ROW = json.dumps(CHAT).encode()
+
 
 @pytest.mark.parametrize(
     ("rows", "why"),
     [
         (b'{"messages": []}', "line 1: messages must be a list"),
-        (b"\n\nnonsense", "line 3: is not JSON"),
-        (b"[1]", "line 1: is not a JSON object"),
+        (ROW + b"\n\nnonsense", "line 3: is not JSON"),
+        (ROW + b"\n[1]", "line 2: is not a JSON object"),
         (b'{"prompt": "a"}', "line 1: messages must be a list"),
         (b'{"messages": [{"role": "user", "content": "a"}]}', "the last message must be"),
         (b'{"messages": [{"role": "boss", "content": "a"}]}', "each needs a role"),
         (b'{"messages": [{"role": "user", "content": 3}]}', "each needs a content"),
-        (b"\n\n", "holds no rows"),
-        (b"\xff\xfe", "is not JSON"),
-        (b"[" * 100_000, "is not JSON"),
+        (b'{"messages": "\xff\xfe"}', "is not JSON"),
+        (b'{"messages": ' + b"[" * 100_000, "is not JSON"),
     ],
 )
 def test_a_wrong_row_is_named_before_anything_runs(tmp_path: Path, rows: bytes, why: str):
@@ -305,7 +310,7 @@ def test_events_are_listed_in_pages(tmp_path: Path):
         await world.until(other["id"], "succeeded", "failed")
         path = f"{JOBS}/{job['id']}/events"
         whole = (await world.client.get(f"{path}?limit=100")).json()
-        assert (len(whole["data"]), whole["has_more"]) == (6 + fake_trainer.NUM_STEPS, False)
+        assert (len(whole["data"]), whole["has_more"]) == (8 + fake_trainer.NUM_STEPS, False)
         found: list[Any] = []
         more, after = True, ""
         while more:
@@ -443,9 +448,9 @@ def test_a_tenant_takes_no_more_than_its_share(tmp_path: Path):
         job = await world.create(seed=fake_trainer.SLOW)
         body = {"model": BASE, "training_file": job["training_file"]}
         assert (await world.client.post(JOBS, json=body)).status_code == 429
-        assert (await world.send(b"x" * 950)).status_code == 507
+        assert (await world.send(b"{" * 950)).status_code == 507
         world.client.headers.update(key("of-other"))
-        assert (await world.send(b"x" * 900)).status_code == 200
+        assert (await world.send(b"{" * 900)).status_code == 200
         await world.create()
 
     run(tmp_path, story, max_jobs_per_tenant=1, max_files_bytes_per_tenant=1000)

@@ -38,6 +38,18 @@ def test_a_run_gets_what_nobody_else_wants():
     assert done.stdout == "19 True\n"
 
 
+def test_where_memory_runs_out_a_run_is_the_first_to_go_and_the_server_is_not():
+    """And so is all that it starts."""
+    tell = "print(open('/proc/self/oom_score_adj').read())"
+    code = f"import subprocess, sys; {tell}; subprocess.run([sys.executable, '-c', {tell!r}])"
+    before = Path("/proc/self/oom_score_adj").read_text()
+    done = subprocess.run(
+        launched(code), capture_output=True, text=True, check=True, start_new_session=True
+    )
+    assert done.stdout.split() == ["1000", "1000"]
+    assert Path("/proc/self/oom_score_adj").read_text() == before
+
+
 @pytest.mark.skipif(not Path("/proc/self/autogroup").exists(), reason="no autogroups here")
 def test_the_session_that_others_are_in_is_never_lowered():
     done = subprocess.run(launched(""), capture_output=True, text=True)

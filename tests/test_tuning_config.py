@@ -17,10 +17,12 @@ def config(folder: Path, **flags: Any) -> ServeConfig:
 
 def test_what_is_asked_for_reaches_the_jobs(tmp_path: Path):
     flags = {"tuning_device": "cuda:2", "tuning_share": 0.25, "tuning_memory": 4096}
+    flags |= {"tuning_keep_jobs": 7, "tuning_keep_days": 30}
     settings = config(tmp_path, **flags).tuning_settings
     assert settings is not None
     assert (settings.device, settings.gpu, settings.share) == ("cuda", "2", 0.25)
     assert settings.max_memory_bytes == 4096
+    assert (settings.keep_jobs, settings.keep_days) == (7, 30)
     usual = config(tmp_path).tuning_settings
     assert usual is not None
     assert (usual.device, usual.gpu, usual.share, usual.max_memory_bytes) == ("cpu", "", 0.1, 0)
@@ -30,6 +32,7 @@ def test_what_is_asked_for_reaches_the_jobs(tmp_path: Path):
     ("flags", "message"),
     [
         ({"tuning_share": 1.5}, "--tuning-share: 1.5 is too large; at most 1"),
+        ({"tuning_keep_jobs": 0}, "--tuning-keep-jobs: 0 is too small; at least 1"),
         ({"tuning_share": -0.1}, "--tuning-share: -0.1 is too small"),
         ({"tuning_share": 0.5, "fine_tuning": ""}, "--tuning-share: needs --fine-tuning"),
         ({"tuning_device": "cuda:"}, "--tuning-device: 'cuda:' is none"),

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import json
+from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,98 @@ def test_a_fine_tuned_model_is_deleted_as_openai_does():
     assert front.ask("DELETE", f"/v1/models/{BASE}").status_code == 403
     assert front.ask("DELETE", f"/v1/models/{BASE}:{BASE}").status_code == 200
     assert front.get(f"/v1/models/{BASE}").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value", "says"),
+    [
+        ("hyperparameters", "n_epochs", "three", "a whole number from 1 to 50"),
+        ("hyperparameters", "n_epochs", 2.5, "a whole number from 1 to 50"),
+        ("hyperparameters", "batch_size", True, "a whole number from 1 to 256"),
+        ("hyperparameters", "batch_size", None, "a whole number from 1 to 256"),
+        ("method.dpo.hyperparameters", "beta", "high", "a number from 0.001 to 2"),
+        ("method.dpo.hyperparameters", "learning_rate_multiplier", [1], "a number from 0.01 to"),
+    ],
+)
+def test_a_hyperparameter_of_a_wrong_type_is_told_what_it_may_be(
+    tmp_path: Path, place: str, name: str, value: Any, says: str
+):
+    async def story(world: World) -> None:
+        given = {"hyperparameters": {name: value}}
+        fields = given if place == "hyperparameters" else {"method": {"type": "dpo", "dpo": given}}
+        body = {"model": BASE, "training_file": "file-x", **fields}
+        error = (await world.client.post(JOBS, json=body)).json()["error"]
+        assert error["param"] == f"{place}.{name}"
+        assert f"`{place}.{name}`: give {says}" in error["message"]
+        assert error["message"].endswith(", or auto")
+
+    run(tmp_path, story)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "metadata=null&metadata[a]=b",
+        "metadata[a]=b&metadata[a]=c",
+        "metadata[a=b",
+        "limit=1&limit=2",
+    ],
+)
+def test_a_query_that_says_two_things_is_refused(tmp_path: Path, query: str):
+    async def story(world: World) -> None:
+        reply = await world.client.get(f"{JOBS}?{query}")
+        assert reply.status_code == 400
+        assert reply.json()["error"]["param"] in ("metadata", "metadata[a]", "limit")
+
+    run(tmp_path, story)
+
+
+def test_what_cannot_go_better_a_second_time_is_not_to_be_sent_again(tmp_path: Path):
+    """OpenAI's clients send again what ended in 409 or 5xx: files of any size, unless told."""
+
+    async def story(world: World) -> None:
+        job = await world.create(seed=fake_trainer.SLOW)
+        in_use = await world.client.delete(f"{FILES}/{job['training_file']}")
+        running = await world.client.post(f"{JOBS}/{job['id']}/resume")
+        full = await world.send(b"{" * 900)
+        replies = (in_use, running, full)
+        assert [reply.status_code for reply in replies] == [409, 409, 507]
+        assert {reply.headers["x-should-retry"] for reply in replies} == {"false"}
+
+    run(tmp_path, story, max_files_bytes=900)
+
+
+def test_only_a_job_that_runs_has_an_end_in_sight(tmp_path: Path):
+    async def story(world: World) -> None:
+        job = await world.create(seed=fake_trainer.SLOW)
+        await world.until_step(job["id"])
+        assert (await world.job(job["id"]))["estimated_finish"] is not None
+        paused = await world.client.post(f"{JOBS}/{job['id']}/pause")
+        assert (paused.json()["status"], paused.json()["estimated_finish"]) == ("paused", None)
+
+    run(tmp_path, story)
+
+
+@pytest.mark.parametrize("form", ["multipart/form-data; boundary=B", "multipart/form-data"])
+def test_who_sends_what_is_refused_may_send_it_to_the_end(tmp_path: Path, form: str):
+    """And so reads why, in place of a broken connection."""
+
+    async def story(world: World) -> None:
+        num_sent = 0
+
+        async def body() -> AsyncIterator[bytes]:
+            nonlocal num_sent
+            yield b'--B\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
+            for _ in range(50):
+                num_sent += 1
+                yield b"{" * 1000
+
+        reply = await world.client.post(FILES, content=body(), headers={"content-type": form})
+        assert reply.status_code == (413 if "B" in form else 415)
+        assert num_sent == 50
+        assert list(world.settings.files.iterdir()) == []
+
+    run(tmp_path, story, max_file_bytes=3000)
 
 
 # -- bounds ---------------------------------------------------------------------------------
@@ -380,7 +473,7 @@ def test_names_of_what_is_gone_are_given_back_to_their_tenant(tmp_path: Path, mo
         await until(lambda: oldest not in registry.state.owners)
         assert f"{done['fine_tuned_model']}-step-2" in registry.state.owners
 
-    monkeypatch.setattr(handover, "UNLIST_S", 0.3)
+    monkeypatch.setattr(handover, "UNLIST_S", 1.5)
     run(tmp_path, story)
 
 

@@ -14,15 +14,20 @@ from typing import Any
 import pytest
 
 import fake_trainer
+from lory_router.errors import JobsUnwritable
 from lory_router.keys import Caller
 from lory_router.registry import Registry
+from lory_router.tuning import runner as runner_module
 from lory_router.tuning.shapes import CreateJob
 from lory_router.tuning.store import TuningStore, TuningStoreError
 from scripted_engine import BASE
 from tuning_world import (
+    CHAT,
+    FILES,
     JOBS,
     WAIT_S,
     AbsentEngine,
+    ServingEngine,
     World,
     name_of,
     run,
@@ -32,6 +37,95 @@ from tuning_world import (
     until_made,
     world,
 )
+
+# -- an engine that is not there yet --------------------------------------------------------
+
+
+class LoadingEngine(ServingEngine):
+    """Until told that it is up."""
+
+    is_up = False
+
+    def __init__(self) -> None:
+        super().__init__(info=None)
+
+    def is_ready(self) -> bool:
+        return type(self).is_up
+
+
+def test_files_and_jobs_are_taken_while_the_engine_loads_and_wait_for_it(
+    tmp_path: Path, monkeypatch
+):
+    """The engine takes its memory first, and then it is seen what is left for a job."""
+
+    async def story(world: World) -> None:
+        job, unwanted = await world.create(), await world.create()
+        for path in (FILES, JOBS, f"{JOBS}/{job['id']}/checkpoints"):
+            assert (await world.client.get(path)).status_code == 200
+        await world.until(job["id"], "queued")
+        async with asyncio.timeout(WAIT_S):
+            while (await world.events(job["id"]))[-1] != runner_module.LOADING:
+                await asyncio.sleep(0.02)
+        reply = await world.client.post(f"{JOBS}/{unwanted['id']}/cancel")
+        assert reply.json()["status"] == "cancelled"
+        assert list(world.settings.runs.iterdir()) == []
+        LoadingEngine.is_up = True
+        await world.until(job["id"], "succeeded")
+        assert (await world.events(job["id"])).count(runner_module.LOADING) == 1
+
+    monkeypatch.setattr(LoadingEngine, "is_up", False)
+    monkeypatch.setattr(runner_module, "RETRY_S", 0.05)
+    run(tmp_path, story, engine=LoadingEngine)
+
+
+class DrainingEngine(ServingEngine):
+    def __init__(self) -> None:
+        super().__init__(draining=True)
+
+
+def test_a_server_that_stops_takes_no_job(tmp_path: Path):
+    async def story(world: World) -> None:
+        body = {"model": BASE, "training_file": await world.upload(CHAT)}
+        assert (await world.client.post(JOBS, json=body)).status_code == 503
+
+    run(tmp_path, story, engine=DrainingEngine)
+
+
+def test_a_made_adapter_that_waits_for_the_engine_says_so(tmp_path: Path, monkeypatch):
+    async def story(world: World) -> None:
+        job = await world.create()
+        async with asyncio.timeout(WAIT_S):
+            while (await world.events(job["id"]))[-1] != runner_module.HANDING_OVER:
+                await asyncio.sleep(0.02)
+
+    monkeypatch.setattr(runner_module, "SOON_S", 0.05)
+    run(tmp_path, story, engine=AbsentEngine)
+
+
+def test_a_database_that_cannot_be_written_is_not_the_adapters_fault(tmp_path: Path, monkeypatch):
+    """The note that the adapter waits is refused the first time."""
+
+    async def story(world: World) -> None:
+        put, refused = world.tuning._store.put, []
+
+        async def full(*records: Any) -> None:
+            if not refused and getattr(records[0], "message", "") == runner_module.HANDING_OVER:
+                refused.append(records)
+                raise JobsUnwritable("the disk is full")
+            await put(*records)
+
+        monkeypatch.setattr(world.tuning._store, "put", full)
+        job = await world.create()
+        async with asyncio.timeout(WAIT_S):
+            while (await world.events(job["id"]))[-1] != runner_module.HANDING_OVER:
+                await asyncio.sleep(0.02)
+        assert refused
+        assert (await world.job(job["id"]))["status"] == "running"
+
+    monkeypatch.setattr(runner_module, "SOON_S", 0.05)
+    monkeypatch.setattr(runner_module, "RETRY_S", 0.05)
+    run(tmp_path, story, engine=AbsentEngine)
+
 
 # -- cancel, pause, restart -----------------------------------------------------------------
 

@@ -13,9 +13,11 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 import fake_trainer
+from lory_router.tuning.beginning import Beginning
 from lory_router.tuning.child import Child
 from lory_router.tuning.job_usage import JobUsage
 from lory_router.tuning.meter import Meter, Tally, Usage
+from lory_router.tuning.news import News
 from lory_router.tuning.records import JobRecord
 from lory_router.tuning.share import LOOK_S, SLICE_S, Share, kept
 from tuning_world import JOBS, WAIT_S, World, name_of, run
@@ -240,24 +242,55 @@ class Clock:
         return self.now
 
 
-def test_a_job_that_waits_says_so_once_and_once_that_it_waits_no_more():
+def test_a_job_that_waits_says_so_ever_more_rarely_and_once_that_it_waits_no_more():
     clock = Clock()
     tally = Tally(clock)
     job = JobRecord("j", "t", 0, "running", "", "", "", 1, "{}", "", "{}", "a")
     usage = JobUsage(job, tally, Meter(3600.0), 10.0)
     told: list[str] = []
-    seconds = {"alone": 10, "held": 25, "beside": 5, "alone again": 40}
+    seconds = {"alone": 10, "held": 55, "beside": 5, "alone again": 40}
     for state, num in seconds.items():
         tally.enter("alone" if "alone" in state else state)  # type: ignore[arg-type]
         for _ in range(num):
             clock.now += 1
             told += usage.look() or ()
+    waits = (
+        "Requests come first: of the last 10 s the job ran 0.0 s, {} s were theirs so far; it goes"
+        " on at this pace until there are fewer"
+    )
     assert told == [
-        "Requests come first: of the last 10 s the job ran 0.0 s; it goes on at this pace until"
-        " there are fewer",
+        *(waits.format(held) for held in (10, 20, 40)),
         "Requests leave time again: the job runs at full speed",
     ]
     record = usage.entered(job)
-    assert (record.trained_seconds, record.held_seconds) == (55.0, 25.0)
+    assert (record.trained_seconds, record.held_seconds) == (55.0, 55.0)
     assert (record.charged_seconds, record.cost) == (52.5, 52.5)
-    assert usage.total == "Trained for 55.0 s, held back for requests 25.0 s; charged with 52.5 s"
+    assert usage.total == "Trained for 55.0 s, held back for requests 55.0 s; charged with 52.5 s"
+
+
+def test_a_run_that_has_made_no_step_says_what_it_is_at_and_for_how_long():
+    clock = Clock()
+    tally = Tally(clock)
+    beginning = Beginning(96)
+    told = [beginning.text]
+    for second in range(90):
+        tally.enter("held" if second < 30 else "alone")
+        clock.now += 1
+        if second == 50:
+            started = News(type="started", num_steps=12, num_rows=90)
+            told += beginning.hear([started], tally.usage)
+        told += beginning.look(tally.usage)
+    told += beginning.hear([News(type="step", step=1)], tally.usage)
+    clock.now += 500
+    told += beginning.look(tally.usage)
+    assert told == [
+        "The run begins by loading the base and tokenizing the rows, 96 in the training file",
+        *(
+            f"Still loading the base and tokenizing the rows: {total} s, of which {held} s held"
+            " back for requests so far"
+            for total, held in ((10, 10), (20, 20), (40, 30))
+        ),
+        "Loaded and tokenized, after 51 s, of which 30 s held back for requests: 90 rows, step 0"
+        " of 12 done",
+        "Still at the first step: 80 s, of which 30 s held back for requests so far",
+    ]

@@ -10,13 +10,11 @@ from urllib.parse import quote
 import httpx
 from rich.console import Console
 
+from lory_router.adapter_table import MIB, fetched, merged
 from lory_router.config import ConfigError
 from lory_router.remote import check, connect, one_line_errors
 
 Deed = Literal["list", "show", "load", "unload", "pin", "unpin", "register", "merge", "delete"]
-
-MIB = 1 << 20
-
 
 Wish = dict[str, Any]
 """Fields of a request's body, beside the name."""
@@ -24,9 +22,8 @@ Wish = dict[str, Any]
 
 def check_arguments(deed: Deed, name: str, registered: Wish, merged: Wish) -> Wish:
     """The wish, which is of one of the two."""
-    if bool(name) != (deed != "list"):
-        wants = "takes no name" if name else "needs the name of an adapter"
-        raise ConfigError(f"lory adapters {deed}: {wants}")
+    if not name and deed != "list":
+        raise ConfigError(f"lory adapters {deed}: needs the name of an adapter")
     if registered and deed != "register":
         text = "--adapter, --revision and --owner are for register"
         raise ConfigError(f"lory adapters {deed}: {text}")
@@ -122,7 +119,7 @@ def _lines(told: dict[str, Any]) -> list[str]:
         ("owner", lambda a: a.get("owner")),
         ("revision", lambda a: a["revision"]),
         ("refused", lambda a: a["refused"]),
-        ("merged", _merged),
+        ("merged", lambda a: merged(a["merged"]) if a.get("merged") else None),
         ("changes", _changes),
         ("acts from", _invocation),
         ("memory", _memory),
@@ -131,21 +128,6 @@ def _lines(told: dict[str, Any]) -> list[str]:
     ]
     found = [(label, fact(told)) for label, fact in facts]
     return [told["id"], *(f"  {label:9} {value}" for label, value in found if value)]
-
-
-def fetched(download: dict[str, Any]) -> str:
-    """How far it has come."""
-    total = download["total"]
-    of = "" if total is None else f" of {total / MIB:.1f}"
-    return f"{download['bytes'] / MIB:.1f}{of} MiB in {download['seconds']:.0f} s"
-
-
-def _merged(adapter: dict[str, Any]) -> str:
-    told = adapter.get("merged")
-    if not told:
-        return ""
-    weighted = ", ".join(f"{one['weight']:g} x {one['adapter_id']}" for one in told["adapters"])
-    return f"{weighted} by {told['method']}"
 
 
 def _changes(adapter: dict[str, Any]) -> str:

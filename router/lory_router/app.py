@@ -29,9 +29,11 @@ from lory_router.errors import (
     MethodNotAllowed,
     NotFound,
     Unauthorized,
+    shown,
 )
 from lory_router.exchange import REQUEST_ID, Exchange, error_headers
-from lory_router.gate import CALLER, Gate, authorise
+from lory_router.gate import CALLER, Gate, authorise, caller_of
+from lory_router.hints import Hints
 from lory_router.keys import Keyring
 from lory_router.lifecycle import Lifecycle
 from lory_router.listing import Listing
@@ -40,6 +42,7 @@ from lory_router.merge_routes import MergeRoutes
 from lory_router.merges import Merges
 from lory_router.merging_engine import MergingEngine
 from lory_router.named_engine import NamedEngine
+from lory_router.nearest import nearest_path
 from lory_router.observe import MetricsSink
 from lory_router.own_texts import OwnTexts
 from lory_router.pages import Pages
@@ -52,6 +55,7 @@ from lory_router.sse import shown_error
 from lory_router.text import TextModel
 from lory_router.tuning.routes import TuningRoutes
 from lory_router.tuning.service import Tuning
+from lory_router.tuning.unserved import NOT_SERVED, switched_off_routes
 from lory_router.upload_routes import UploadRoutes
 
 GENERATION: tuple[tuple[str, Dialect, Handler], ...] = (
@@ -85,19 +89,25 @@ def create_app(
     fetched = sourced.sources.settings.held if sourced else None
     texts = OwnTexts(text, settings.adapters_dir, settings.retry_after_s, fetched_dir=fetched)
     manners = Manners(named, registry, rights, settings, base or ServedBase(), texts, sourced)
-    front = Front(named, settings, text, metrics, Gate(settings), registry, rights, manners)
     listing = Listing(named)
     revisions = Revisions(named, listing, registry, rights)
     sources = sourced.sources if sourced else None
     catalogue = Catalogue(listing, registry, rights, revisions, sources)
+    hints = Hints(catalogue, settings)
+    front = Front(named, settings, text, metrics, Gate(settings), registry, rights, manners, hints)
     lifecycle = Lifecycle(named, registry, rights, listing, revisions, settings, sourced)
     merges = Merges(named, registry, rights, listing, settings)
     uploads = sourced if "upload" in settings.adapter_sources else None
+
+    async def on_api_error(request: Request, error: Exception) -> Response:
+        told = await hints.told(shown_error(error), caller_of(request.scope))
+        return _error_response(request, told)
+
     app = Starlette(
         routes=[
             *_generation_routes(front),
             *(UploadRoutes(uploads, rights, listing, settings).routes() if uploads else ()),
-            *(TuningRoutes(front, tuning).routes() if tuning else ()),
+            *(TuningRoutes(front, tuning).routes() if tuning else switched_off_routes()),
             *_page_routes(Pages(front, catalogue, int(time.time()))),
             *MergeRoutes(front, merges).routes(),
             *AdapterRoutes(front, lifecycle, catalogue).routes(),
@@ -105,7 +115,7 @@ def create_app(
         exception_handlers={
             HTTPException: _on_http_exception,
             Exception: _on_exception,
-            ApiError: _on_exception,
+            ApiError: on_api_error,
             Unavailable: _on_exception,
         },
     )
@@ -209,4 +219,8 @@ def _on_http_exception(request: Request, error: Exception) -> Response:
         response = _error_response(request, MethodNotAllowed("Method not allowed on this path"))
         response.headers.update(error.headers or {})
         return response
-    return _error_response(request, NotFound("No such path"))
+    path = request.scope["path"]
+    served = (r for r in request.app.routes if isinstance(r, Route) and r.name != NOT_SERVED)
+    near = nearest_path(path, [route.path for route in served])
+    hint = f"; did you mean {shown(near)}?" if near else ""
+    return _error_response(request, NotFound(f"No such path: {shown(path)}{hint}"))

@@ -12,17 +12,16 @@ from typing import Any
 
 import httpx
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from lory_router.adapter_commands import fetched
+from lory_router.adapter_table import matching, print_adapters
 from lory_router.config import CommandError
 from lory_router.remote import (
     TooLongError,
     check,
     connect,
     error_text,
-    list_arriving,
+    list_adapters,
     list_models,
     one_line_errors,
 )
@@ -91,20 +90,26 @@ def run_chat(url: str, api_key: str, options: ChatOptions) -> int:
 
 
 def show_adapters(
-    url: str, api_key: str, console: Console | None = None, as_json: bool = False
+    url: str,
+    api_key: str,
+    console: Console | None = None,
+    *,
+    pattern: str = "",
+    as_json: bool = False,
 ) -> None:
-    """Print what is served: a table, or the server's own entries."""
+    """Print what is served, or that of it whose name matches: a table, or the server's own
+    entries."""
+    console = console or Console(highlight=False)
     with connect(url, api_key) as client:
-        models = list_models(client)
-        arriving = [] if as_json else list_arriving(client)
-    console = console or Console()
-    if as_json:
-        console.print_json(data=models)
-        return
-    console.print(adapter_table(models))
-    for adapter in arriving:
-        told = f"{adapter['id']}: fetching, {fetched(adapter['fetching'])}"
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        if as_json:
+            console.print_json(data=matching(list_adapters(client), pattern))
+        else:
+            _print_served(client, console, pattern)
+
+
+def _print_served(client: httpx.Client, console: Console, pattern: str = "") -> None:
+    base = [] if pattern else [one["id"] for one in list_models(client) if not one.get("parent")]
+    print_adapters(console, base, matching(list_adapters(client), pattern))
 
 
 def check_adapter(models: list[dict[str, Any]], name: str) -> None:
@@ -115,13 +120,6 @@ def check_adapter(models: list[dict[str, Any]], name: str) -> None:
         near = difflib.get_close_matches(name, served, n=1)
         hint = f"did you mean {near[0]}?" if near else "lory adapters lists what is"
         raise CommandError(f"no adapter {name!r} is served; {hint}")
-
-
-def adapter_table(models: list[dict[str, Any]]) -> Table:
-    table = Table("name", "tier", "parent", box=None)
-    for model in models:
-        table.add_row(model["id"], model.get("tier") or "-", model.get("parent") or "-")
-    return table
 
 
 def stream_answer(
@@ -189,7 +187,7 @@ class _Session:
 
     def _show_adapters(self) -> None:
         try:
-            self._console.print(adapter_table(list_models(self._client)))
+            _print_served(self._client, self._console)
         except CommandError as error:
             self._say_error(error)
 

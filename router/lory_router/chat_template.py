@@ -50,15 +50,13 @@ class ChatTemplate:
     def render(
         self, messages: Iterable[Message], options: Mapping[str, object] | None = None
     ) -> str:
-        """The prompt for an answer to `messages`; `options` are further names for the template."""
-        names = {**self._special_tokens, **(options or {})}
+        """The prompt for an answer to `messages`; `options` are further names for the template,
+        or other values of its usual ones."""
+        usual = {"tools": None, "documents": None, "add_generation_prompt": True}
+        names = {**self._special_tokens, **usual, **(options or {})}
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages],
-                tools=None,
-                documents=None,
-                add_generation_prompt=True,
-                **names,
+                {**names, "messages": [dict(message) for message in messages]}
             )
         except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
             raise TemplateError(str(error) or type(error).__name__) from error

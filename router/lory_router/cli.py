@@ -194,7 +194,10 @@ def adapters(
         Literal["list", "show", "load", "unload", "pin", "unpin", "register", "merge", "delete"],
         typer.Argument(help="What to do; without it, list."),
     ] = "list",
-    name: Annotated[str, typer.Argument(help="Adapter, name@alias or name@revision.")] = "",
+    name: Annotated[
+        str,
+        typer.Argument(help="Adapter, name@alias or name@revision; of list, a pattern as 'ft-*'."),
+    ] = "",
     adapter: Annotated[str, typer.Option(help="For register: what the name stands for.")] = "",
     revision: Annotated[str, typer.Option(help="For register: which revision of it.")] = "",
     owner: Annotated[str, typer.Option(help="For register: tenant that it is for alone.")] = "",
@@ -216,7 +219,7 @@ def adapters(
     merged = merge_wish(of, method, density, sign, rank, seed)
     wish = check_arguments(deed, name, registered, merged)
     if deed == "list":
-        show_adapters(url, api_key, as_json=as_json)
+        show_adapters(url, api_key, pattern=name, as_json=as_json)
     else:
         do(url, api_key, deed, name, wish, as_json=as_json)
 

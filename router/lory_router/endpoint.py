@@ -21,6 +21,7 @@ from lory_router.errors import (
 )
 from lory_router.exchange import Exchange
 from lory_router.gate import Gate
+from lory_router.hints import Hints
 from lory_router.manners import Manners
 from lory_router.observe import MetricsSink, Outcome
 from lory_router.registry import Registry
@@ -48,13 +49,18 @@ class Front:
     registry: Registry
     rights: Rights
     manners: Manners
+    hints: Hints
 
     def require_ready(self) -> EngineInfo:
         """What the engine is, if a request may come in now."""
+        self.require_open()
+        return validate.engine_info(self.engine.info)
+
+    def require_open(self) -> None:
+        """Whether what needs no engine may come in now."""
         if self.engine.is_draining():
             wait = self.settings.retry_after_s
             raise Unavailable("draining", "The server is shutting down", wait)
-        return validate.engine_info(self.engine.info)
 
     def served_as(self, name: str) -> str:
         """The adapter behind a name: what is counted is counted under it. One with a colon is from
@@ -67,13 +73,23 @@ Handler = Callable[[Front, Exchange, bytes], Coroutine[None, None, None]]
 
 
 class Endpoint:
-    """One route. `handle` answers through the exchange or raises."""
+    """One route. `handle` answers through the exchange or raises; it is asked while the engine
+    loads, too, if it does without."""
 
-    def __init__(self, front: Front, route: str, dialect: Dialect, handle: Handler) -> None:
+    def __init__(
+        self,
+        front: Front,
+        route: str,
+        dialect: Dialect,
+        handle: Handler,
+        *,
+        needs_engine: bool = True,
+    ) -> None:
         self._front = front
         self._route = route
         self._dialect: Dialect = dialect
         self._handle = handle
+        self._check = front.require_ready if needs_engine else front.require_open
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, receive, send, self._dialect, self._front.settings)
@@ -94,10 +110,11 @@ class Endpoint:
             if not isinstance(error, ApiError | Unavailable):
                 logger.exception("request %s failed", exchange.request_id)
             if not exchange.status:
-                await _unless_gone(exchange.reply_error(shown_error(error)))
+                told = await self._front.hints.told(shown_error(error), exchange.caller)
+                await _unless_gone(exchange.reply_error(told))
 
     async def _serve(self, exchange: Exchange) -> None:
-        self._front.require_ready()
+        self._check()
         gate = self._front.gate
         with gate.holding() as hold:
             body = await exchange.read_body(hold)

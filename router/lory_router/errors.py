@@ -119,6 +119,8 @@ class AdapterNotFound(ApiError):
     error_type = "adapter_not_found"
     openai_type = "invalid_request_error"
     code = "model_not_found"
+    missing = ""
+    """What was named."""
     base_name = ""
     """What OpenAI's `model` calls the base."""
 
@@ -358,10 +360,14 @@ def from_unavailable(error: Unavailable) -> ApiError:
     return EngineUnavailable(error.message, retry_after_s=wait)
 
 
-def adapter_not_found(adapter_id: str) -> ApiError:
-    """The one reply to a name that is unknown, malformed, or not for this caller."""
-    message = f"No adapter named {shown(adapter_id)}; GET /v1/models lists what is served"
-    return AdapterNotFound(message, param="model")
+def adapter_not_found(adapter_id: str, near: str = "") -> ApiError:
+    """The one reply to a name that is unknown, malformed, or not for this caller. `near` is a name
+    that the caller sees."""
+    lists = "GET /v1/models lists what is served"
+    hint = f"did you mean {shown(near)}? {lists}" if near else lists
+    error = AdapterNotFound(f"No adapter named {shown(adapter_id)}; {hint}", param="model")
+    error.missing = adapter_id
+    return error
 
 
 def shown(text: str, longest: int = 80) -> str:

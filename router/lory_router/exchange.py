@@ -19,7 +19,9 @@ from lory_router.errors import (
     BodyTimeout,
     BodyTooLarge,
     ClientGone,
+    Conflict,
     Dialect,
+    DiskFull,
     Overloaded,
     WrongMediaType,
 )
@@ -228,6 +230,8 @@ def error_headers(error: ApiError) -> dict[str, str]:
         return {"www-authenticate": "Bearer"}
     if error.retry_after_s is not None:
         return {"retry-after": str(error.retry_after_s)}
+    if isinstance(error, Conflict | DiskFull):
+        return {"x-should-retry": "false"}  # OpenAI's clients would send it all twice again
     return {}
 
 

@@ -194,7 +194,15 @@ class Lifecycle:
         check_revision("revision", naming.revision)
 
     def _check_own(self, naming: Naming, owner: str | None) -> None:
-        """What an owner protects must not be everybody's after a restart."""
+        """What an owner protects must not be everybody's after a restart; and with one branch the
+        others, removed with it, do not come back."""
+        name = naming.name
+        whole = [one for one in self._registry.state.removals_of(name) if "@" not in one]
+        if whole and "@" in name:
+            raise Conflict(
+                f"{shown(name)} was removed as {shown(whole[0])}; serve that again",
+                param=naming.field,
+            )
         if not owner:
             return
         if is_from_source(naming.name):

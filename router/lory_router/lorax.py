@@ -13,6 +13,7 @@ import msgspec
 from lory_router import intake_lorax
 from lory_router.asking import Context
 from lory_router.bodies import read_object, read_struct, refuse_unknown
+from lory_router.chat_tokens import chat_tokens, check_form
 from lory_router.endpoint import Front
 from lory_router.errors import IncompleteGeneration, Invalid
 from lory_router.exchange import Exchange
@@ -41,6 +42,9 @@ from lory_server.messages import EngineInfo
 from lory_server.recipes import MERGED
 
 TOKENS_AT_ONCE = 4096
+NUM_CONTEXTS = 2
+"""So many times the context may messages be that are only tokenized: some are looked at with an
+answer that would not fit behind them."""
 
 FINISH_REASONS: dict[EndReason, FinishReason] = {
     "length": "length",
@@ -75,14 +79,20 @@ async def compat_generate(front: Front, exchange: Exchange, body: bytes) -> None
 
 
 async def tokenize(front: Front, exchange: Exchange, body: bytes) -> None:
-    """POST /tokenize: the tokens of a text and where each stands in it."""
+    """POST /tokenize: the tokens of a text and where each stands in it; or, of messages, what the
+    chat template makes of them, and its tokens."""
     value = read_object(body)
     refuse_unknown(value, TokenizeBody)
     wish = read_struct(value, TokenizeBody)
+    check_form(wish)
     special = wish.add_special_tokens is not False
     named = check_adapter(wish.adapter_id, wish.adapter_source, wish.api_token, front.settings)
     manner = await front.manners.of(named, exchange.caller)
     text = await front.manners.text(named, exchange.caller, manner)
+    if wish.inputs is None:
+        most = NUM_CONTEXTS * front.require_ready().max_model_len
+        await exchange.reply_json(await chat_tokens(wish, text, front.settings, most))
+        return
     tokens = await locate(text, wish.inputs, front.settings, special)
     body = await asyncio.to_thread(_encode_tokens, tokens, wish.inputs)
     await exchange.reply_json(msgspec.Raw(body))

@@ -20,7 +20,7 @@ import msgspec
 
 from lory_router.errors import RegistryUnwritable
 from lory_router.names import Target, is_revision, split
-from lory_router.registry_file import RegistryError, damaged, open_registry
+from lory_router.registry_file import RegistryError, damaged, identity_of, open_registry
 from lory_router.sources.reference import covers
 from lory_server.messages import FETCHED
 from lory_server.recipes import MERGED, Recipe, merged_id
@@ -56,7 +56,11 @@ class State:
         """A hub's adapter is, too, if it was removed without a branch or tag."""
         if adapter_id in self.removed or ":" not in adapter_id:
             return adapter_id in self.removed
-        return any(covers(removed, adapter_id) for removed in self.removed)
+        return bool(self.removals_of(adapter_id))
+
+    def removals_of(self, adapter_id: str) -> list[str]:
+        """Under which names it was removed."""
+        return sorted(removed for removed in self.removed if covers(removed, adapter_id))
 
     def removed_source(self, name: str) -> str:
         """Of a merge that cannot be served for that; empty for what can, and what is no merge."""
@@ -87,6 +91,7 @@ class Registry:
         self.is_kept = bool(path)
         """Whether it outlives the server."""
         self._connection = open_registry(path)
+        self._path, self._identity = path, identity_of(path)
         self._lock = asyncio.Lock()
         try:
             self._state = _read(self._connection)
@@ -139,7 +144,8 @@ class Registry:
         put = "INSERT OR REPLACE INTO names VALUES (?, ?, ?)"
         statements: list[Statement] = [(put, (name, target.adapter_id, target.revision))]
         if name == target.adapter_id:
-            statements.append(("DELETE FROM removed WHERE adapter_id = ?", (name,)))
+            delete = "DELETE FROM removed WHERE adapter_id = ?"
+            statements += [(delete, (removed,)) for removed in self._state.removals_of(name)]
         if owner:
             statements.append(("INSERT OR REPLACE INTO owners VALUES (?, ?)", (name, owner)))
         elif owner is not None:
@@ -187,10 +193,15 @@ class Registry:
     async def _change(self, statements: Sequence[Statement]) -> None:
         async with self._lock:
             try:
-                self._state = await asyncio.to_thread(_apply, self._connection, statements)
+                self._state = await asyncio.to_thread(self._apply, statements)
             except sqlite3.Error as error:
                 text = f"The registry cannot be written, so nothing was changed: {error}"
                 raise RegistryUnwritable(text) from error
+
+    def _apply(self, statements: Sequence[Statement]) -> State:
+        if identity_of(self._path) != self._identity:
+            raise sqlite3.OperationalError("its file was moved or replaced; start the server again")
+        return _apply(self._connection, statements)
 
 
 def _without(state: State, adapter_id: str) -> list[Statement]:

@@ -53,14 +53,16 @@ def list_models(client: httpx.Client) -> list[dict[str, Any]]:
     return models
 
 
-def list_arriving(client: httpx.Client) -> list[dict[str, Any]]:
-    """Those of GET /v1/adapters that are being fetched."""
+def list_adapters(client: httpx.Client) -> list[dict[str, Any]]:
+    """The entries of GET /v1/adapters."""
     with one_line_errors():
         reply = client.get("/v1/adapters")
     check(reply)
     try:
-        return [one for one in reply.json()["data"] if one.get("fetching")]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        adapters = reply.json()["data"]
+        _ = [one["id"] for one in adapters]
+        return adapters
+    except (ValueError, KeyError, TypeError) as error:
         text = f"{client.base_url}: GET /v1/adapters is not a list of adapters"
         raise CommandError(text) from error
 

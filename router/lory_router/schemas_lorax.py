@@ -62,7 +62,11 @@ class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TokenizeBody(msgspec.Struct, frozen=True, kw_only=True):
-    inputs: str
+    inputs: str | None = None
+    messages: list[Json] | None = None
+    """In its place: what the chat template makes of them."""
+    tools: list[Json] | None = None
+    add_generation_prompt: bool | None = None
     add_special_tokens: bool | None = None
     adapter_id: str | None = None
     """Whose tokenizer it is to be; the base's unless it brings one."""

@@ -21,6 +21,8 @@ from lory_server.messages import FETCHED, AdapterEntry, Failure, OrderDone, Orde
 log = logging.getLogger(__name__)
 
 NOT_HERE = Failure(code="adapter_not_found", message="nothing of it is here")
+MAX_CHANGES = 3
+"""Of what a name stands for, while it is pinned."""
 
 
 class SourcedOrders:
@@ -45,8 +47,7 @@ class SourcedOrders:
                 async with self._sources.using(reference, token) as engine_name:
                     return await self.tell(kind, reference, engine_name, revision)
             case "pin":
-                engine_name = await self._sources.acquire(reference, token)
-                return await self._pin(reference, engine_name, revision)
+                return await self._pin_newest(reference, revision, token)
             case "unpin":
                 return await self._unpin(reference, revision)
             case "unload" | "drop":
@@ -103,21 +104,38 @@ class SourcedOrders:
         if not engine_name:
             return
         try:
-            done = await self._pin(reference, engine_name)
+            done = await self._pin(reference, engine_name, is_move=True)
         except Unavailable:
             return  # the next engine is told of pins when it comes up
-        if done.failure is not None:
+        if done.failure not in (None, NOT_HERE):
             text = "adapter %r is not pinned at its new revision: %s"
             log.warning(text, reference.name, done.failure.message)
 
-    async def _pin(self, reference: Reference, engine_name: str, revision: str = "") -> OrderDone:
-        """`engine_name` is held: for the pin, or let go of again."""
+    async def _pin_newest(self, reference: Reference, revision: str, token: str) -> OrderDone:
+        """Again, if that was replaced meanwhile."""
+        done = _not_here()
+        for _ in range(MAX_CHANGES):
+            engine_name = await self._sources.acquire(reference, token)
+            done = await self._pin(reference, engine_name, revision)
+            if done.failure is not NOT_HERE or self._sources.latest(reference) is None:
+                break
+        return done
+
+    async def _pin(
+        self, reference: Reference, engine_name: str, revision: str = "", is_move: bool = False
+    ) -> OrderDone:
+        """`engine_name` is held: for the pin, or let go of again. NOT_HERE: while it was loaded it
+        was taken away, or the pin that was to move was."""
         is_kept = False
         try:
             done = await self.tell("pin", reference, engine_name, revision)
             if done.failure is not None:
                 return done
             key = Target(reference.name, done.revision if revision else "")
+            is_here = self._sources.is_here(engine_name)
+            if not is_here or (is_move and key not in self._pinned):
+                await self._engine.order("unpin" if is_here else "drop", engine_name, key.revision)
+                return _not_here()
             before, self._pinned[key] = self._pinned.get(key, ""), engine_name
             is_kept = True
         finally:

@@ -46,6 +46,13 @@ class TuningConfig:
         0, "Most bytes of each tenant's files together; 0: no further limit."
     )
 
+    tuning_keep_jobs: int = flag(
+        1000, "Jobs of each tenant whose records stay once they are over.", at_least=1
+    )
+    tuning_keep_days: int = flag(
+        0, "Days for which they stay at most; 0: no further limit.", at_least=0
+    )
+
     def settings(
         self,
         model: str,
@@ -76,6 +83,8 @@ class TuningConfig:
             max_jobs=self.max_tuning_jobs,
             max_jobs_per_tenant=self.tenant_tuning_jobs,
             max_files_bytes_per_tenant=self.tenant_tuning_files,
+            keep_jobs=self.tuning_keep_jobs,
+            keep_days=self.tuning_keep_days,
         )
 
     def check(self, adapters: str) -> None:

@@ -7,18 +7,16 @@
 It must not know how files are kept (`sources.upload`) or loaded (`sourced_orders`).
 """
 
-import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from lory_router.errors import (
     ApiError,
-    ClientGone,
     Invalid,
     WrongMediaType,
     adapter_not_found,
@@ -26,6 +24,7 @@ from lory_router.errors import (
     shown,
 )
 from lory_router.gate import caller_of
+from lory_router.incoming import body_of, discard
 from lory_router.listing import Listing
 from lory_router.rights import Rights
 from lory_router.schemas_adapters import UploadReply
@@ -35,8 +34,6 @@ from lory_router.sources.multipart import MultipartReader, boundary_of
 from lory_router.sources.reference import BadReferenceError, Reference, read_reference
 from lory_router.sources.upload import BodyReader, Upload, WeightsReader
 
-DISCARD_S = 2.0
-MAX_DISCARDED_BYTES = 64 * 2**20
 PATH = "/v1/adapters/{adapter_id:path}"
 RAW = ("application/octet-stream", "application/vnd.safetensors")
 
@@ -63,7 +60,7 @@ class UploadRoutes:
             try:
                 done = await self._sourced.sources.uploads.take(upload)
             except ApiError:
-                await _discard(upload.body)
+                await discard(upload.body)
                 raise
         return _reply(UploadReply(id=done.name, revision=None, bytes=done.num_bytes))
 
@@ -77,7 +74,7 @@ class UploadRoutes:
             try:
                 done = await self._sourced.orders.replace(upload)
             except ApiError:
-                await _discard(upload.body)
+                await discard(upload.body)
                 raise
         if done.failure is not None:
             raise from_failure(done.failure, self._settings.retry_after_s, name)
@@ -103,7 +100,7 @@ class UploadRoutes:
         self._rights.check_sends(caller, reference, is_here)
         owner = self._rights.check_owner(caller, request.query_params.get("owner"))
         before = self._rights.owner(reference.name)
-        return Upload(reference, reader, _body(request), before if owner is None else owner)
+        return Upload(reference, reader, body_of(request), before if owner is None else owner)
 
 
 def _multipart(request: Request) -> MultipartReader:
@@ -122,25 +119,6 @@ def _named(request: Request) -> Reference:
     if reference is None:
         raise adapter_not_found(name)
     return reference
-
-
-async def _body(request: Request) -> AsyncIterator[bytes]:
-    try:
-        async for data in request.stream():
-            yield data
-    except ClientDisconnect as error:
-        raise ClientGone("The client left while sending") from error
-
-
-async def _discard(body: AsyncIterator[bytes]) -> None:
-    """Who is still sending may not read the refusal before having sent for a while."""
-    size = 0
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(DISCARD_S):
-            async for data in body:
-                size += len(data)
-                if size > MAX_DISCARDED_BYTES:
-                    return
 
 
 def _reply(value: UploadReply) -> Response:

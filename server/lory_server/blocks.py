@@ -15,12 +15,12 @@ from collections.abc import Iterable, Sequence
 BlockHash = bytes
 
 
-def root_hash(tenant: str, weights: str) -> BlockHash:
-    """Start of a chain: two tenants, or two sets of weights, never share KV.
+def root_hash(tenant: str, weights: str, is_long: bool = False) -> BlockHash:
+    """Start of a chain: two tenants, two sets of weights or of rotations never share KV.
 
     Fields are length-prefixed, so that no choice of names can make two roots collide.
     """
-    digest = hashlib.blake2b(digest_size=16)
+    digest = hashlib.blake2b(digest_size=16, person=b"long" if is_long else b"")
     for part in (tenant.encode(), weights.encode()):
         digest.update(len(part).to_bytes(4, "big"))
         digest.update(part)

@@ -91,10 +91,11 @@ def check_options(options: EngineOptions) -> None:
     """What the router's flags cannot promise: numbers that are wrong beside each other."""
     for name in ("max_batch_rows", "max_step_tokens", "block_size", "max_queued"):
         if getattr(options, name) < 1:
-            raise EngineError(f"{name} must be at least 1, not {getattr(options, name)}")
+            flag = name.replace("_", "-")
+            raise EngineError(f"--{flag} must be at least 1, not {getattr(options, name)}")
     if options.max_step_tokens < options.max_batch_rows:
         raise EngineError(
-            f"max_step_tokens ({options.max_step_tokens}) must be at least max_batch_rows "
+            f"--max-step-tokens ({options.max_step_tokens}) must be at least --max-batch-rows "
             f"({options.max_batch_rows}): every running sequence needs one token a step"
         )
 
@@ -237,6 +238,7 @@ def assemble(
             max_queued=options.max_queued,
             pipeline_depth=1 if device.type == "cuda" else 0,
             serves_adapters=options.serves_adapters,
+            short_tokens=decoder.short_tokens,
         ),
         clock=time.monotonic,
     )

@@ -58,6 +58,8 @@ class PlanRow:
     """The adapter's largest rank."""
     has_gain_or_bias: bool = False
     """Whether the adapter does more to any output than to add x A B."""
+    rope_offset: int = 0
+    """What is added to a position for its row in the table of rotations."""
     targets: Sequence[int] = ()
     """Prompt tokens whose log-probabilities are wanted: targets[i] follows position start + i."""
     num_target_top: int = 0

@@ -139,6 +139,8 @@ class Scheduler:
         self.counts = StepCounts()
         rows: list[PlanRow] = []
         flights: list[_Flight] = []
+        for sequence in [s for s in self.running if s.outgrows]:
+            self._put_back(sequence)  # computed anew, as soon as it is admitted
         budget = self._plan_running(residency, rows, flights)
         draining = self._draining(residency)
         if self.counts.preemptions == 0:
@@ -217,6 +219,7 @@ class Scheduler:
             slot=adapter.slot if adapter else BASE_SLOT,
             rank=adapter.max_rank if adapter else 0,
             has_gain_or_bias=adapter.has_gain_or_bias if adapter else False,
+            rope_offset=sequence.rope_offset,
             sample=self._sample_row(sequence) if end == sequence.num_total else None,
             targets=targets,
             num_target_top=sequence.sampling.num_top_logprobs,
@@ -248,13 +251,15 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        self._put_back(sequence)
+        counts = self.counts
+        self.counts = StepCounts(counts.prefix_queries, counts.prefix_hits, counts.preemptions + 1)
+
+    def _put_back(self, sequence: Sequence) -> None:
         """Takes a sequence's blocks; it is recomputed later, from tokens it already has."""
         self.running.remove(sequence)
         self._release(sequence)
-        sequence.num_preempted += 1
         self.waiting.appendleft(sequence)
-        counts = self.counts
-        self.counts = StepCounts(counts.prefix_queries, counts.prefix_hits, counts.preemptions + 1)
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
@@ -303,6 +308,8 @@ class Scheduler:
 
     def _start(self, sequence: Sequence, budget: int) -> int:
         """Gives a waiting sequence its lane and first blocks; how many tokens it may compute."""
+        if sequence.outgrows:
+            sequence.lengthen()
         hits = self._prefix_hits(sequence)
         num_cached = len(hits) * self.pool.block_size
         num_tokens = min(sequence.num_total - num_cached, budget)
@@ -418,7 +425,7 @@ class Scheduler:
                 continue  # it ended while this row was in flight
             scored = _not_known(sequence, plan.rows[i].start, result.scored[i : i + 1])
             self._commit_computed(flight)
-            reason = self._commit_token(sequence, token, flight)
+            reason = self._commit_token(sequence, token)
             committed.append(Committed(sequence, token, reason, scored))
         return committed
 
@@ -435,9 +442,7 @@ class Scheduler:
         for index in range(before, len(hashes)):
             self.pool.publish(sequence.blocks[index], hashes[index])
 
-    def _commit_token(
-        self, sequence: Sequence, token: SampledToken | None, flight: _Flight
-    ) -> FinishReason | None:
+    def _commit_token(self, sequence: Sequence, token: SampledToken | None) -> FinishReason | None:
         if token is not None and token.token_id != INVALID_TOKEN:
             sequence.tokens.append(token.token_id)
         reason = self._finish_reason(sequence, token)

@@ -51,6 +51,10 @@ class Sequence:
     """Of the adapter's weights in place of the base's, beside `adapter_bytes`."""
     has_own_head: bool = False
     """Its logits take a product with a head of the adapter's own."""
+    short_tokens: int = 0
+    """Most tokens that it can have with the first of two sets of rotations; 0: there is one."""
+    is_long: bool = False
+    """All that it computes takes the second."""
     prompt_len: int = field(init=False)
     num_computed: int = 0
     num_committed: int = 0
@@ -66,7 +70,6 @@ class Sequence:
     """Counts admissions, so that rows of an earlier life are recognised and dropped."""
     overtaken: int = 0
     """How many later sequences were admitted while this one waited for its adapter."""
-    num_preempted: int = 0
     started: bool = False
     finish_reason: FinishReason | None = None
     _hashes: list[BlockHash] = field(default_factory=list)
@@ -88,6 +91,20 @@ class Sequence:
         """Tokens that the next step could compute for this sequence."""
         last_computed = self.prompt_len + max(self.sampling.max_new_tokens - 1, 0)
         return min(self.num_total, last_computed) - self.num_computed
+
+    @property
+    def outgrows(self) -> bool:
+        """Whether what it computes next, and so all before it, needs the second rotations."""
+        return not self.is_long and 0 < self.short_tokens < self.num_computed + self.num_wanted
+
+    @property
+    def rope_offset(self) -> int:
+        return self.short_tokens if self.is_long else 0
+
+    def lengthen(self) -> None:
+        """From here on it takes the second rotations, and shares no KV with those that do not."""
+        self.is_long = True
+        self._hashes.clear()
 
     def runs(self, num_tokens: int) -> list[int]:
         """The next tokens to compute as runs that the base computes, or the adapter, not both."""
@@ -120,7 +137,7 @@ class Sequence:
     def _parent_hash(self, index: int, block_size: int) -> BlockHash:
         """What block `index` follows. Those before the activation are shared with the base."""
         first = BASE_WEIGHTS if self.activation else self.weights
-        parent = self._hashes[-1] if index else root_hash(self.tenant, first)
+        parent = self._hashes[-1] if index else root_hash(self.tenant, first, self.is_long)
         if self.activation and index == self.activation // block_size:
             return branch_hash(parent, self.weights, self.activation)
         return parent

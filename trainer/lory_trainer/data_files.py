@@ -27,6 +27,9 @@ PARTS: dict[str, Part] = {
     "test": "test",
 }
 
+CONVERSATIONS = {"messages", "conversations"}
+"""Columns of which one row holds a list."""
+
 
 @dataclass(frozen=True, slots=True)
 class RawRow:
@@ -141,7 +144,7 @@ def _read_jsonl(path: Path) -> Iterator[RawRow]:
 
 
 def _read_json(path: Path) -> Iterator[RawRow]:
-    """A list of objects, or one object that holds such a list; else lines."""
+    """A list of objects, or one object that holds such a list; else lines, or one row."""
     text = _text(path)
     if text.lstrip()[:1] == "{" and _is_lines(text):
         yield from _read_jsonl(path)
@@ -149,6 +152,9 @@ def _read_json(path: Path) -> Iterator[RawRow]:
     value = _parse(text, path.name)
     if isinstance(value, dict):
         lists = [item for item in value.values() if isinstance(item, list)]
+        if not lists or value.keys() & CONVERSATIONS:
+            yield RawRow(value, f"{path.name} line 1")
+            return
         if len(lists) != 1:
             raise DataError(f"data: {path.name}: expected a list of rows")
         value = lists[0]

@@ -12,7 +12,7 @@ from decimal import Decimal
 from typing import Any, Literal
 
 from lory_trainer.config import TrainOptions
-from lory_trainer.data_files import RawRow
+from lory_trainer.data_files import CONVERSATIONS, RawRow
 from lory_trainer.errors import DataError
 from lory_trainer.template import render, template_fields
 
@@ -94,7 +94,7 @@ class Sample:
 
 
 def _messages_text(messages: Sequence[Message]) -> str:
-    return "\n".join(_text_of(m.get("content")) or json.dumps(m, default=str) for m in messages)
+    return "\n".join(text_of(m.get("content")) or json.dumps(m, default=str) for m in messages)
 
 
 def filled_columns(rows: Iterable[RawRow]) -> set[str]:
@@ -110,9 +110,7 @@ def plan_rows(options: TrainOptions, rows: Sequence[RawRow]) -> Plan:
     if options.method == "dpo":
         return _pair_plan(options, columns, first)
     is_asked_in_messages = isinstance(first.values.get("prompt"), list)
-    if options.template is None and (
-        is_asked_in_messages or columns & {"messages", "conversations"}
-    ):
+    if options.template is None and (is_asked_in_messages or columns & CONVERSATIONS):
         if options.completion_prefix:
             raise DataError("completion_prefix: is for columns; these rows are messages")
         return Plan("messages", completion=options.completion or "completion", chat=True)
@@ -183,29 +181,30 @@ def make_sample(row: RawRow, plan: Plan) -> Sample:
         case "pair":
             return _pair(row, plan)
         case _:
-            answer = plan.prefix + _column(row, plan.completion)
+            answer = plan.prefix + column(row, plan.completion)
             return Sample(row.place, _prompt(row, plan), answer)
 
 
 def _prompt(row: RawRow, plan: Plan) -> str:
-    values = {name: _column(row, name, may_be_null=True) for name in plan.fields}
+    values = {name: column(row, name, may_be_null=True) for name in plan.fields}
     return render(plan.template or "", values)
 
 
-def _column(row: RawRow, name: str, *, may_be_null: bool = False) -> str:
+def column(row: RawRow, name: str, *, may_be_null: bool = False) -> str:
+    """Its text, as it is learned."""
     if name not in row.values:
         found = ", ".join(row.values) or "nothing"
         raise DataError(f"data: {row.place}: no column `{name}`; found: {found}")
     value = row.values[name]
     if value is None and may_be_null:
         return ""
-    text = _text_of(value)
+    text = text_of(value)
     if text is None:
         raise DataError(f"data: {row.place}: column `{name}` must hold text; {_fault(value)}")
     return text
 
 
-def _text_of(value: Any) -> str | None:
+def text_of(value: Any) -> str | None:
     """Text as it is; numbers, truth, lists and objects as JSON writes them; None if there is no
     telling."""
     if isinstance(value, str):
@@ -261,8 +260,8 @@ def _asked_then_said(row: RawRow, plan: Plan) -> tuple[Message, ...]:
 def _pair(row: RawRow, plan: Plan) -> Sample:
     chosen, rejected = row.values.get(plan.chosen), row.values.get(plan.rejected)
     if plan.template is not None and not isinstance(row.values.get("prompt"), list):
-        better = plan.prefix + _column(row, plan.chosen)
-        worse = plan.prefix + _column(row, plan.rejected)
+        better = plan.prefix + column(row, plan.chosen)
+        worse = plan.prefix + column(row, plan.rejected)
         return Sample(row.place, _prompt(row, plan), better, worse)
     before, better = _asked_and_answered(chosen, row)
     other, worse = _asked_and_answered(rejected, row)

@@ -25,10 +25,19 @@ TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 REFUSALS = frozenset({401, 403, 404, 410})
 """Not there, or not for this caller: nobody is told which."""
 
+PLAIN = frozenset({"", "identity", "aws-chunked"})
+"""Encodings that are none: some stores keep what an upload's own frames were called."""
+
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 Sign = Callable[[str, str], Mapping[str, str]]
 """Headers for a method and a URL, secrets among them."""
+Explain = Callable[[httpx.Headers], str]
+"""What the headers of an answer that is no file say of the fix; empty: nothing."""
+
+
+def _unexplained(_: httpx.Headers) -> str:
+    return ""
 
 
 class Interrupted(Exception):  # noqa: N818 - what happened; not an error until tries run out
@@ -62,6 +71,7 @@ class Ask:
     headers: Mapping[str, str] = field(default_factory=dict)
     follows: bool = True
     """Whether a redirect to another origin is followed, or is the answer."""
+    explain: Explain = _unexplained
 
 
 @cache
@@ -120,17 +130,25 @@ class SourceClient:
             response = await self._http.send(request, stream=True)
             if response.status_code not in _REDIRECTS:
                 return response
+            await response.aclose()
+            _check_explained(response, ask)
             target = _target(url, response)
             if origin_of(target) != origin and not ask.follows:
                 return response
-            await response.aclose()
             _check_redirect(target, origin, ask)
             url = target
         raise SourceUnavailable(f"{_host(ask.url)} redirects more than {MAX_REDIRECTS} times")
 
 
+def _check_explained(response: httpx.Response, ask: Ask) -> None:
+    reason = ask.explain(response.headers)
+    if reason:
+        raise SourceUnavailable(f"{_host(ask.url)} answered {response.status_code}: {reason}")
+
+
 def _target(url: str, response: httpx.Response) -> str:
-    target = urljoin(url, response.headers.get("location", ""))
+    """Without a Location it would be asked again for ever."""
+    target = urljoin(url, response.headers.get("location", "about:blank"))
     try:
         origin_of(target)
     except ValueError as error:
@@ -149,9 +167,10 @@ def _check_redirect(target: str, origin: tuple[str, str, int], ask: Ask) -> None
 def _check_status(response: httpx.Response, ask: Ask) -> None:
     status = response.status_code
     if status in (200, 206, 416) or (status in _REDIRECTS and not ask.follows):
-        if response.headers.get("content-encoding", "identity") != "identity":
+        if response.headers.get("content-encoding", "") not in PLAIN:
             raise SourceUnavailable(f"{_host(ask.url)} sends compressed bytes, unasked")
         return
+    _check_explained(response, ask)
     if status in REFUSALS:
         raise Refused(response.headers.get("x-error-code", str(status)))
     if status == 412:

@@ -104,12 +104,24 @@ class DiskCache:
         self.arriving_bytes = 0
         self._lock_fd = _claim(folder)
         for stale in (folder / ARRIVING).iterdir():
-            shutil.rmtree(stale)
-        self._entries = {entry.folder: entry for entry in _whole_entries(folder / HELD)}
-        self._held_bytes = sum(entry.num_bytes for entry in self._entries.values())
+            _delete(stale)
+        self._entries: dict[str, Entry] = {}
+        self._held_bytes = 0
         self._latest: dict[tuple[str, str], str] = {}
-        for entry in sorted(self._entries.values(), key=lambda e: e.origin.fetched_at):
-            self._latest[entry.origin.scope, entry.origin.name] = entry.folder
+        for entry in sorted(_whole_entries(folder / HELD), key=lambda e: e.origin.fetched_at):
+            self._find(entry)
+
+    def _find(self, entry: Entry) -> None:
+        """Later ones take the place of earlier ones. What an upload replaced was to go when the
+        server ended, and can be asked for by no name."""
+        name = (entry.origin.scope, entry.origin.name)
+        before = self._entries.get(self._latest.get(name, ""))
+        if before is not None and before.origin.kind == "upload":
+            self._drop(before)
+            _delete(self._root / HELD / before.folder)
+        self._entries[entry.folder] = entry
+        self._held_bytes += entry.num_bytes
+        self._latest[name] = entry.folder
 
     def close(self) -> None:
         self.threads.close()
@@ -193,7 +205,7 @@ class DiskCache:
         now = time.time()
         self._entries[entry.folder] = replace(entry, last_used=now)
         if now - entry.last_used > TOUCH_S:
-            with suppress(OSError):  # read-only by now: it serves what it has
+            with suppress(OSError):  # a disk that takes no notes still has the bytes
                 os.utime(self._root / HELD / entry.folder / ORIGIN, (now, now))
 
     async def set_public(self, scope: str, name: str, is_public: bool) -> None:
@@ -279,10 +291,11 @@ class DiskCache:
         await self.threads.run(_delete, self._set_aside(folder))
 
     def _set_aside(self, folder: str) -> Path:
-        """Nobody finds it any more; where it is to be deleted."""
-        self._drop(self._entries[folder])
+        """Nobody finds it any more; where it is to be deleted, if nobody did so by hand."""
         gone = self._root / ARRIVING / f"gone-{next(self._numbers)}"
-        os.rename(self._root / HELD / folder, gone)
+        with suppress(FileNotFoundError):
+            os.rename(self._root / HELD / folder, gone)
+        self._drop(self._entries[folder])
         return gone
 
     def _drop(self, entry: Entry) -> None:
@@ -326,7 +339,7 @@ def _whole_entries(held: Path) -> Iterator[Entry]:
     for path in sorted(held.iterdir()):
         entry = _read_entry(path)
         if entry is None:
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path)
         else:
             yield entry
 
@@ -351,8 +364,12 @@ def _settle(arrived: Path, target: Path, origin: Origin) -> None:
     _sync_folder(target.parent)
 
 
-def _delete(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
+def _delete(path: Path) -> None:
+    """A folder, or what somebody else has put there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _rewrite(folder: Path, origin: Origin) -> None:

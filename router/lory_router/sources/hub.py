@@ -12,7 +12,7 @@ import httpx
 
 from lory_router.errors import AdapterInvalid, SourceUnavailable
 from lory_router.sources.client import Ask, Refused, SourceClient
-from lory_router.sources.reference import Reference
+from lory_router.sources.reference import MAIN, Reference
 from lory_router.sources.settings import HubSettings
 from lory_router.sources.source import (
     CONFIG_NAME,
@@ -51,7 +51,7 @@ class HubSource:
         return "hub"
 
     async def look_up(self, reference: Reference, token: str) -> str:
-        revision = reference.revision or "main"
+        revision = reference.revision or MAIN
         reply = await self._head(reference, revision, CONFIG_NAME, token)
         commit = reply.headers.get("x-repo-commit", "")
         if not _COMMIT.fullmatch(commit):

@@ -29,6 +29,8 @@ _PREFIX = re.compile(r"(?P<scheme>hub|s3|https?|upload):(?P<rest>.*)", re.DOTALL
 HUB = "hub:"
 UPLOAD = "upload:"
 """What names of a hub's adapters, and of uploads, begin with."""
+MAIN = "main"
+"""The branch of who names none."""
 _PART = r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _REPO = re.compile(rf"{_PART}(?:/{_PART})?")
 _REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._/-]{0,127}")
@@ -67,6 +69,12 @@ class Reference:
             return self.place
         return f"{self.kind}:{self.place}" + (f"@{self.revision}" if self.revision else "")
 
+    def is_also(self, other: "Reference", commit: str) -> bool:
+        """Whether it stands for a hub's adapter that `other` names, and that is at `commit`."""
+        if not (self.kind == other.kind == "hub" and self.place.lower() == other.place.lower()):
+            return False
+        return self.revision == commit or (self.revision or MAIN) == (other.revision or MAIN)
+
     def folder(self, scope: str, revision: str) -> str:
         """The folder for its bytes at `revision`; readable, and another for any other bytes."""
         told = f"{_ALL_FILES}\n{scope}\n{self.name}\n{revision}"
@@ -82,13 +90,14 @@ def is_from_source(name: str) -> bool:
 
 def covers(name: str, other: str) -> bool:
     """Whether what is done to the one is done to the other: without a branch a hub's adapter is
-    all of its branches. To a hub, upper and lower case of a repo's name are the same."""
+    all of its branches, and is itself at `main`. To a hub, upper and lower case of a repo's name
+    are the same."""
     if name == other:
         return True
     if not (name.startswith(HUB) and other.startswith(HUB)):
         return False
     (repo, _, branch), (others, _, at) = name.partition("@"), other.partition("@")
-    return repo.lower() == others.lower() and branch in ("", at)
+    return repo.lower() == others.lower() and branch in ("", at or MAIN)
 
 
 def reference_of(name: str) -> Reference:

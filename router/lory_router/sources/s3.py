@@ -55,6 +55,14 @@ class S3Place:
             sign=self._sign,
             hosts=HostList(),
             flag="--s3-endpoint",
+            explain=self._explain,
+        )
+
+    def _explain(self, headers: Mapping[str, str]) -> str:
+        """AWS tells where a bucket is to who asks in another region, and sends nobody there."""
+        region = headers.get("x-amz-bucket-region", self._settings.region)
+        return (
+            "" if region == self._settings.region else f"the bucket is in {region}; set --s3-region"
         )
 
     def _sign(self, method: str, url: str) -> Mapping[str, str]:

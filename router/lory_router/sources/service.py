@@ -139,6 +139,11 @@ class Sources:
         self.disk.hold(entry.folder)
         return FETCHED + entry.folder
 
+    def is_here(self, engine_name: str) -> bool:
+        """Whether it is on the disk, and was not taken away since it was held."""
+        entry = self.disk.entry(engine_name.removeprefix(FETCHED))
+        return entry is not None and not entry.origin.is_removed
+
     async def fixed(self, reference: Reference, token: str) -> Reference:
         """The same at the commit that it stands for now, where the source has such a thing."""
         if reference.kind != "hub":
@@ -222,14 +227,27 @@ class Sources:
         return kept
 
     def _kept(self, source: Source, reference: Reference) -> Entry | None:
-        """What was fetched last, if it is for all and here."""
+        """What was fetched last, if it is for all and here; or the same under another name."""
         kept = self.disk.latest(source.scope, reference.name)
-        is_good = kept is not None and kept.origin.is_public and self.disk.has(kept.folder)
-        return kept if is_good else None
+        if kept is None:
+            return self._same(reference)
+        return kept if kept.origin.is_public and self.disk.has(kept.folder) else None
+
+    def _same(self, reference: Reference) -> Entry | None:
+        """What was fetched under another name for the same, if all that is here of it may be read
+        by everybody."""
+        here = self.entries_of(replace(reference, revision=""))
+        if not all(entry.origin.is_public for entry in here):
+            return None
+        same = (
+            e for e in here if reference.is_also(reference_of(e.origin.name), e.origin.revision)
+        )
+        found = next(same, None)
+        return found if found is not None and self.disk.has(found.folder) else None
 
     def _uploaded(self, reference: Reference) -> str:
         entry = self.disk.latest(SCOPE, reference.name)
-        if entry is None:
+        if entry is None or not self.disk.has(entry.folder):
             raise adapter_not_found(reference.name)
         return entry.folder
 

@@ -9,17 +9,19 @@ It must not know HTTP beyond the body's bytes, nor what is done with the adapter
 import asyncio
 import hashlib
 import logging
+import sys
 import time
-from collections.abc import AsyncIterator, Collection, Iterator
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Collection, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from lory_router.errors import (
     AdapterFileTooLarge,
     AdapterInvalid,
     BodyTimeout,
-    DiskFull,
     Invalid,
     shown,
 )
@@ -30,6 +32,7 @@ from lory_router.sources.multipart import MultipartError, Part
 from lory_router.sources.reference import Reference
 from lory_router.sources.settings import SourceSettings
 from lory_router.sources.source import CONFIG_NAME, FILE_NAMES, FURTHER_NAMES, WEIGHTS_NAME
+from lory_router.sources.tenant_room import TenantRoom
 from lory_router.sources.writer import FileWriter
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.manner import MANIFEST_NAME
@@ -37,13 +40,13 @@ from lory_server.adapters.tokenizer_files import COMPANIONS, TOKENIZER_NAME
 
 log = logging.getLogger(__name__)
 
-MAX_UPLOADS = 1000
-"""That a tenant may have, however small."""
 SCOPE = ""
 """Uploads come from nowhere else."""
 
 Files = dict[str, tuple[int, str]]
 """Bytes and sha256 of each."""
+Take = Callable[[int], None]
+"""Of the room that is left to who sends. Raises DiskFull."""
 
 
 class BodyReader(Protocol):
@@ -99,8 +102,9 @@ class Uploads:
         self._disk = disk
         self._settings = settings
         self._open_writer = open_writer
-        self._rooms: dict[str, asyncio.Semaphore] = {}
+        self._turns: dict[str, asyncio.Semaphore] = {}
         """Of each owner, so that none keeps another waiting."""
+        self._rooms: dict[str, TenantRoom] = {}
 
     async def take(self, upload: Upload) -> Uploaded:
         """Keep what is sent in place of what had that name. Raises an ApiError."""
@@ -134,13 +138,21 @@ class Uploads:
     async def _receive_in_time(self, upload: Upload, is_served: bool) -> Uploaded:
         """What is not served yet is held."""
         at_once = asyncio.Semaphore(self._settings.max_downloads)
-        room = self._rooms.setdefault(upload.owner, at_once)
-        async with asyncio.timeout(self._settings.download_timeout_s), room:
+        turn = self._turns.setdefault(upload.owner, at_once)
+        async with asyncio.timeout(self._settings.download_timeout_s), turn:
             return await self._receive(upload, is_served)
 
     async def _receive(self, upload: Upload, is_served: bool) -> Uploaded:
+        name, owner = upload.reference.name, upload.owner
+        room = self._rooms.setdefault(owner, TenantRoom(self._most_bytes(owner)))
+        with room.begun(name, self._kept_bytes(owner)) as coming:
+            done = await self._receive_within(upload, partial(room.take, coming), is_served)
+            coming.is_kept = True
+            return done
+
+    async def _receive_within(self, upload: Upload, take: Take, is_served: bool) -> Uploaded:
         async with self._disk.arriving() as arrival:
-            files = await self._receive_files(arrival, upload)
+            files = await self._receive_files(arrival, upload, take)
             revision = hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest()[:40]
             now = time.time()
             origin = Origin(
@@ -166,8 +178,7 @@ class Uploads:
         num_bytes = sum(size for size, _ in files.values())
         return Uploaded(upload.reference.name, folder, revision, num_bytes)
 
-    async def _receive_files(self, arrival: Arrival, upload: Upload) -> Files:
-        most_in_all = self._room_of(upload)
+    async def _receive_files(self, arrival: Arrival, upload: Upload, take: Take) -> Files:
         with ExitStack() as opened:
             writers: dict[str, FileWriter] = {}
 
@@ -181,12 +192,12 @@ class Uploads:
                         _check_part(event.name, writers)
                         begin(event.name)
                     else:
-                        await self._write(arrival, writers, event, most_in_all)
+                        await self._write(arrival, writers, event, take)
             if isinstance(upload.reader, WeightsReader) and writers:
                 within = await self._disk.threads.run(_within, writers[WEIGHTS_NAME])
                 for name, data in within.items():
                     begin(name)
-                    await self._write(arrival, writers, data, most_in_all)
+                    await self._write(arrival, writers, data, take)
             if not upload.reader.is_whole or not set(FILE_NAMES) <= set(writers):
                 raise Invalid(f"the body must have the parts {_FILES}, whole", param="file")
             _check_companions(writers)
@@ -195,22 +206,19 @@ class Uploads:
                 for name, writer in writers.items()
             }
 
-    def _room_of(self, upload: Upload) -> int:
-        """What is left to the tenant, for whom what this replaces does not count."""
-        if not upload.owner:
-            return self._settings.budget_bytes
-        others = [
-            entry.num_bytes
-            for entry in self._disk.entries()
-            if entry.origin.owner == upload.owner and entry.origin.name != upload.reference.name
-        ]
-        if len(others) >= MAX_UPLOADS:
-            text = f"the tenant has {MAX_UPLOADS} uploads; take one away"
-            raise DiskFull(text, param="file")
-        return self._settings.tenant_bytes - sum(others)
+    def _most_bytes(self, owner: str) -> int:
+        return self._settings.tenant_bytes if owner else sys.maxsize
+
+    def _kept_bytes(self, owner: str) -> Counter[str]:
+        """What the tenant has, by name. What is nobody's has no bound but the disk's."""
+        kept: Counter[str] = Counter()
+        for entry in self._disk.entries() if owner else ():
+            if entry.origin.owner == owner:
+                kept[entry.origin.name] += entry.num_bytes
+        return kept
 
     async def _write(
-        self, arrival: Arrival, writers: dict[str, FileWriter], data: bytes, most_in_all: int
+        self, arrival: Arrival, writers: dict[str, FileWriter], data: bytes, take: Take
     ) -> None:
         name, writer = next(reversed(writers.items()))
         most = most_bytes(name, self._settings.max_adapter_bytes)
@@ -219,14 +227,8 @@ class Uploads:
                 f"{name} is larger than {most} bytes; --max-adapter-size is the most that is taken",
                 param="file",
             )
-        in_all = sum(w.num_bytes for w in writers.values()) + len(data)
-        if in_all > most_in_all:
-            raise DiskFull(
-                f"the tenant's uploads may take {self._settings.tenant_bytes} bytes together; take"
-                " one away, or ask for more by --tenant-uploads-size",
-                param="file",
-            )
-        await arrival.cover(in_all)
+        take(len(data))
+        await arrival.cover(arrival.num_bytes + len(data))
         await self._disk.threads.run(writer.append, data, None)
 
     async def _lively(self, body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

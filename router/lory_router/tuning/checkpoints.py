@@ -49,6 +49,14 @@ def publish(job: JobRecord, one: News, run: Path, adapters: Path) -> CheckpointR
     )
 
 
+def forget_states(run: Path) -> None:
+    """The checkpoints of a run as it made them, from which it could go on; what it told stays."""
+    if run.is_dir():
+        for path in run.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+
+
 def withdraw(adapters: Path, adapter_id: str) -> None:
     """Take an adapter away, at once under its name; those who hold it keep it."""
     folder = adapters / adapter_id

@@ -27,6 +27,11 @@ class Handover:
         self._registry = registry
         self._releasing: dict[str, asyncio.Task[None]] = {}
 
+    @property
+    def is_possible(self) -> bool:
+        """Whether there is an engine now to hand anything to."""
+        return self._engine.is_ready()
+
     def check_owner(self, owner: str) -> None:
         """What an owner protects must not be everybody's after a restart."""
         if owner and not self._registry.is_kept:

@@ -5,7 +5,7 @@ It must not know processes, nor how a job is held back.
 
 from dataclasses import replace
 
-from lory_router.tuning.meter import Meter, Tally
+from lory_router.tuning.meter import Meter, Tally, Usage
 from lory_router.tuning.records import JobRecord
 
 WINDOW_S = 10.0
@@ -24,6 +24,12 @@ class JobUsage:
         self._window_s = window_s
         self._mark = tally.usage
         self._waits = False
+        self._told_held_s = 0.0
+
+    @property
+    def usage(self) -> Usage:
+        """Of this run."""
+        return self._tally.usage
 
     @property
     def job_id(self) -> str:
@@ -44,7 +50,8 @@ class JobUsage:
         """At the end of each window what there is to tell, perhaps nothing; else None.
 
         A job waits once it was held for most of a window, and waits no more after one in which it
-        was not held at all.
+        was not held at all. While it waits it is told again, each time that it was held for twice
+        as long.
         """
         usage = self._tally.usage
         window = usage - self._mark
@@ -52,14 +59,16 @@ class JobUsage:
             return None
         self._mark = usage
         waited, self._waits = self._waits, window.held > (0.0 if self._waits else window.ran)
-        if waited == self._waits:
-            return ()
-        if waited:
+        if waited and not self._waits:
             return ("Requests leave time again: the job runs at full speed",)
+        if not self._waits or (waited and usage.held < 2 * self._told_held_s):
+            return ()
+        self._told_held_s = usage.held
         seconds = window.ran + window.held
         return (
-            f"Requests come first: of the last {seconds:.0f} s the job ran {window.ran:.1f} s;"
-            " it goes on at this pace until there are fewer",
+            f"Requests come first: of the last {seconds:.0f} s the job ran {window.ran:.1f} s,"
+            f" {usage.held:.0f} s were theirs so far; it goes on at this pace until there are"
+            " fewer",
         )
 
     @property

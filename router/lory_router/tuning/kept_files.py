@@ -7,12 +7,13 @@ import asyncio
 import errno
 import os
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from lory_router.errors import BodyTooLarge, DiskFull, Invalid, NotFound, shown
 from lory_router.keys import Caller
+from lory_router.nearest import nearest
 from lory_router.sources.multipart import MultipartError, MultipartReader, Part
 from lory_router.tuning.records import FileRecord, Purpose, new_id
 from lory_router.tuning.settings import TuningSettings
@@ -25,7 +26,10 @@ RESULTS_PURPOSE: Purpose = "fine-tune-results"
 MAX_FILES = 10_000
 """Of a tenant, however small."""
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
-NO_ROOM = "No room for more files; delete some that are not needed"
+MAX_HEAD = 200
+"""Bytes of a file's beginning by which it is seen whether it is JSON lines."""
+LONGEST_SHOWN = 40
+BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(slots=True)
@@ -37,8 +41,39 @@ class _Arriving:
     purpose: bytearray = field(default_factory=bytearray)
     filename: str = ""
     num_bytes: int = 0
+    head: bytes = b""
+    """What it begins with, white space left out."""
     part: str = ""
     seen: set[str] = field(default_factory=set)
+
+
+WAY_OUT = "delete some that are not needed: DELETE /v1/files/{id}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    """A budget of bytes, and what is taken of it."""
+
+    tenant: str
+    """Empty: everybody's."""
+    most: int
+    taken: int
+
+    def check(self, num_bytes: int) -> None:
+        """Whether so many more fit; raises DiskFull naming the budget. What all have taken is for
+        nobody to know."""
+        if self.taken + num_bytes <= self.most:
+            return
+        if self.tenant:
+            raise DiskFull(
+                f"The files of tenant {self.tenant} may take {self.most} bytes together"
+                f" (--tenant-tuning-files) and take {self.taken}; {WAY_OUT}",
+                param="file",
+            )
+        raise DiskFull(
+            f"The files of all may take {self.most} bytes together (--tuning-files); {WAY_OUT}",
+            param="file",
+        )
 
 
 def sees(caller: Caller, tenant: str) -> bool:
@@ -101,8 +136,11 @@ class KeptFiles:
         record = await self._store.file(file_id)
         if record is not None and sees(caller, record.tenant):
             return record
-        message = f"No such file: {shown(file_id)}"
-        raise Invalid(message, param=param) if param else NotFound(message)
+        ids = [one.id for one in await self._store.files() if sees(caller, one.tenant)]
+        told = f"{shown(file_id)}{await meant(file_id, ids)}"
+        if param:
+            raise Invalid(f"`{param}`: no such file: {told}", param=param)
+        raise NotFound(f"No such file: {told}")
 
     async def forget(self, record: FileRecord) -> None:
         await self._store.forget(record)
@@ -114,25 +152,26 @@ class KeptFiles:
             raise Invalid(
                 f"`purpose`: must be {SERVED_PURPOSE}, not {shown(purpose)}", param="purpose"
             )
-        if "file" not in arriving.seen or not arriving.num_bytes:
-            raise Invalid("`file`: is required, and must not be empty", param="file")
+        _check_looks(arriving)
         name = arriving.filename or "file.jsonl"
         record = _record(file_id, arriving.tenant, name, SERVED_PURPOSE, arriving.num_bytes)
         async with self._lock:
-            rooms = await self._rooms(arriving.tenant)
-            num_files = await self._store.num_files(arriving.tenant)
-            if arriving.num_bytes > min(rooms.values()) or num_files >= MAX_FILES:
-                raise DiskFull(NO_ROOM)
+            for room in await self._rooms(arriving.tenant):
+                room.check(arriving.num_bytes)
+            if await self._store.num_files(arriving.tenant) >= MAX_FILES:
+                raise DiskFull(
+                    f"Tenant {arriving.tenant} keeps {MAX_FILES} files, the most; {WAY_OUT}"
+                )
             await asyncio.to_thread(os.rename, arriving.path, self.path(record))
             await self._store.put(record)
         return record
 
-    async def _rooms(self, tenant: str) -> dict[str, int]:
-        """Bytes that may still be kept, by whose: everybody's under "", and the tenant's own."""
+    async def _rooms(self, tenant: str) -> list[_Room]:
+        """Everybody's, and the tenant's own."""
         settings = self._settings
-        rooms = {"": settings.max_files_bytes - await self._store.num_file_bytes()}
+        rooms = [_Room("", settings.max_files_bytes, await self._store.num_file_bytes())]
         if most := settings.max_files_bytes_per_tenant:
-            rooms[tenant] = most - await self._store.num_file_bytes(tenant)
+            rooms.append(_Room(tenant, most, await self._store.num_file_bytes(tenant)))
         return rooms
 
     def _num_coming(self, tenant: str) -> int:
@@ -152,12 +191,18 @@ class KeptFiles:
                         " --tuning-max-file is the most that is taken",
                         param="file",
                     )
-                if any(self._num_coming(whose) > room for whose, room in rooms.items()):
-                    raise DiskFull(NO_ROOM)
+                for room in rooms:
+                    room.check(self._num_coming(room.tenant))
                 if pieces:
                     await asyncio.to_thread(out.writelines, pieces)
         if not reader.is_whole:
             raise Invalid("the body ends in the middle", param="file")
+
+
+async def meant(missing: str, ids: Iterable[str]) -> str:
+    """The end of a message that names what is not there, with the one of `ids` that it may be."""
+    near = await asyncio.to_thread(nearest, missing, ids)
+    return f"; did you mean {shown(near)}?" if near else ""
 
 
 def _take_in(arriving: _Arriving, reader: MultipartReader, data: bytes) -> list[bytes]:
@@ -168,6 +213,9 @@ def _take_in(arriving: _Arriving, reader: MultipartReader, data: bytes) -> list[
             _begin(arriving, event)
         elif arriving.part == "file":
             arriving.num_bytes += len(event)
+            if len(arriving.head) < MAX_HEAD:
+                more = event if arriving.head else event.lstrip()
+                arriving.head += more[: MAX_HEAD - len(arriving.head)]
             pieces.append(event)
         else:
             arriving.purpose += event
@@ -192,6 +240,28 @@ def _begin(arriving: _Arriving, part: Part) -> None:
     arriving.part = part.name
     if part.name == "file":
         arriving.filename = part.filename[:MAX_FILENAME]
+
+
+def _check_looks(arriving: _Arriving) -> None:
+    """Whether it can be JSON lines at all; whether each line is a row is a job's to see."""
+    if "file" not in arriving.seen or not arriving.num_bytes:
+        raise Invalid("`file`: is required, and must not be empty", param="file")
+    head = arriving.head.removeprefix(BOM).lstrip()
+    if head.startswith(b"{"):
+        return
+    if not head:
+        raise Invalid("`file`: holds no rows", param="file")
+    text = shown(head.decode("utf-8", "replace"), LONGEST_SHOWN)
+    if not arriving.filename and b"\n" not in head and arriving.num_bytes < MAX_HEAD:
+        raise Invalid(
+            f"`file`: is the text {text} and no file; curl sends a file's content only with an @"
+            " before its name: -F file=@rows.jsonl",
+            param="file",
+        )
+    raise Invalid(
+        f'`file`: begins with {text}; give JSON lines, one object a line, as {{"messages": [...]}}',
+        param="file",
+    )
 
 
 def _record(

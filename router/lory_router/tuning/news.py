@@ -38,6 +38,7 @@ class News(msgspec.Struct, frozen=True, kw_only=True):
     time: float = 0.0
     step: int = 0
     num_steps: int = 0
+    num_rows: int = 0
     loss: float | None = None
     grad_norm: float | None = None
     learning_rate: float | None = None

@@ -8,15 +8,16 @@ from contextlib import aclosing
 from typing import Any
 
 import msgspec
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import FileResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from lory_router.bodies import read_object, read_struct, refuse_unknown
 from lory_router.endpoint import Endpoint, Front
-from lory_router.errors import ApiError, ClientGone, Invalid, WrongMediaType, shown
+from lory_router.errors import ApiError, Invalid, WrongMediaType, shown
 from lory_router.exchange import Exchange
 from lory_router.gate import caller_of
+from lory_router.incoming import body_of, discard
 from lory_router.keys import Caller
 from lory_router.sources.multipart import boundary_of
 from lory_router.sse import DONE, EVENT_HEADERS, KEEP_ALIVE, event
@@ -35,7 +36,7 @@ from lory_router.tuning.shapes import (
     job_reply,
 )
 from lory_router.tuning.unserved import unserved_routes
-from lory_router.tuning.wishes import not_reinforced
+from lory_router.tuning.wishes import not_reinforced, told_by_bounds
 
 FILES = "/v1/files"
 JOBS = "/v1/fine_tuning/jobs"
@@ -61,7 +62,7 @@ class TuningRoutes:
             Route(FILES + "/{file_id}", self.get_file),
             Route(FILES + "/{file_id}", self.delete_file, methods=["DELETE"]),
             Route(FILES + "/{file_id}/content", self.content),
-            Route(JOBS, Endpoint(self._front, JOBS, "openai", self._create), methods=["POST"]),
+            Route(JOBS, self._creating(), methods=["POST"]),
             Route(JOBS, self.list_jobs),
             Route(one, self.get_job),
             Route(one + "/events", self.events),
@@ -76,10 +77,14 @@ class TuningRoutes:
     # -- files ------------------------------------------------------------------------------
 
     async def upload(self, request: Request) -> Response:
-        boundary = boundary_of(request.headers.get("content-type", ""))
-        if boundary is None:
-            raise WrongMediaType("Send multipart/form-data with `file` and `purpose`")
-        record = await self._tuning.take_file(caller_of(request.scope), boundary, _body(request))
+        boundary, body = boundary_of(request.headers.get("content-type", "")), body_of(request)
+        try:
+            if boundary is None:
+                raise WrongMediaType("Send multipart/form-data with `file` and `purpose`")
+            record = await self._tuning.take_file(caller_of(request.scope), boundary, body)
+        except ApiError:
+            await discard(body)
+            raise
         return _json(file_reply(record))
 
     async def list_files(self, request: Request) -> Response:
@@ -115,6 +120,9 @@ class TuningRoutes:
         return FileResponse(path, media_type=BYTES, filename=record.filename)
 
     # -- jobs -------------------------------------------------------------------------------
+
+    def _creating(self) -> Endpoint:
+        return Endpoint(self._front, JOBS, "openai", self._create, needs_engine=False)
 
     async def _create(self, front: Front, exchange: Exchange, body: bytes) -> None:
         job = await self._tuning.create(exchange.caller, _read_wish(body))
@@ -203,7 +211,10 @@ def _read_wish(body: bytes) -> CreateJob:
             if isinstance(part, dict):
                 place = f"method.{kind}.hyperparameters."
                 _refuse_within(part, "hyperparameters", Hyperparameters, place)
-    return read_struct(value, CreateJob)
+    try:
+        return read_struct(value, CreateJob)
+    except Invalid as error:
+        raise told_by_bounds(error) from error
 
 
 def _refuse_within(
@@ -225,20 +236,20 @@ def _query(request: Request, *known: str, inside: str = "") -> dict[str, str]:
             raise Invalid(
                 f"unknown parameter {shown(name)}; known are {', '.join(known)}", param=name[:80]
             )
+        if len(request.query_params.getlist(name)) > 1:
+            raise Invalid(f"`{name[:80]}`: comes twice", param=name[:80])
     return dict(request.query_params)
 
 
 def _labels(query: dict[str, str]) -> dict[str, str] | None:
     """Of `metadata[name]=value`; None: `metadata=null`, which is of jobs that have none."""
+    named = {name: value for name, value in query.items() if name.startswith(METADATA)}
+    is_wrong = query.get("metadata", "null") != "null" or ("metadata" in query and named)
+    if is_wrong or not all(name.endswith("]") for name in named):
+        raise Invalid("`metadata`: give metadata[name]=value, or null alone", param="metadata")
     if "metadata" in query:
-        if query["metadata"] != "null":
-            raise Invalid("`metadata`: give metadata[name]=value, or null", param="metadata")
         return None
-    return {
-        name.removeprefix(METADATA).removesuffix("]"): value
-        for name, value in query.items()
-        if name.startswith(METADATA)
-    }
+    return {name.removeprefix(METADATA)[:-1]: value for name, value in named.items()}
 
 
 def _limit(query: dict[str, str], default: int, most: int) -> int:
@@ -247,14 +258,6 @@ def _limit(query: dict[str, str], default: int, most: int) -> int:
     if not 1 <= limit <= most:
         raise Invalid(f"`limit`: give a number from 1 to {most}", param="limit")
     return limit
-
-
-async def _body(request: Request) -> AsyncIterator[bytes]:
-    try:
-        async for data in request.stream():
-            yield data
-    except ClientDisconnect as error:
-        raise ClientGone("The client left while sending") from error
 
 
 def _json(value: object) -> Response:

@@ -9,7 +9,6 @@ It must not know HTTP, nor how training is done.
 
 import asyncio
 import logging
-import shutil
 import signal
 import time
 from collections.abc import Mapping
@@ -19,7 +18,14 @@ from pathlib import Path
 from typing import Literal
 
 from lory_router.errors import ApiError, JobsUnwritable
-from lory_router.tuning.checkpoints import MAX_KEPT, checkpoint_name, clear, publish
+from lory_router.tuning.beginning import Beginning
+from lory_router.tuning.checkpoints import (
+    MAX_KEPT,
+    checkpoint_name,
+    clear,
+    forget_states,
+    publish,
+)
 from lory_router.tuning.child import LOOK_S, Child
 from lory_router.tuning.dataset import count_rows
 from lory_router.tuning.handover import Handover
@@ -48,6 +54,10 @@ log = logging.getLogger(__name__)
 Wish = Literal["", "cancel", "pause", "shutdown"]
 
 ENDS: Mapping[str, JobStatus] = {"cancel": "cancelled", "pause": "paused", "shutdown": "queued"}
+LOADING = "The job waits for the server to load the base"
+HANDING_OVER = "The adapter is made; it waits for the engine to load it"
+SOON_S = 5.0
+"""That the engine may take for it unnoticed."""
 MESSAGES: Mapping[str, str] = {
     "running": "Fine-tuning job started",
     "queued": "The server stops; the job goes on from its checkpoint once it is back",
@@ -138,8 +148,7 @@ class JobRunner:
             except JobsUnwritable as error:
                 log.error("%s; fine-tuning goes on in %s s", error.message, RETRY_S)
                 self._awake.clear()
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._awake.wait(), RETRY_S)
+                await self._wait_until_awake(RETRY_S)
 
     async def _pick_up(self) -> None:
         """After a server that was killed, or could not write: what still runs by the database's
@@ -154,7 +163,7 @@ class JobRunner:
         """What a job that is over needs no more."""
         try:
             if job.status in ("succeeded", "cancelled"):
-                await asyncio.to_thread(_forget_checkpoints, self._settings.runs / job.id)
+                await asyncio.to_thread(forget_states, self._settings.runs / job.id)
             if job.status in ("failed", "cancelled"):
                 await self._take_back(job.adapter_id)
         except OSError as error:
@@ -165,6 +174,7 @@ class JobRunner:
         self._handover.release(adapter_id)
 
     async def _work(self) -> None:
+        told = ""
         while not self._stopping:
             self._awake.clear()
             job = await self._store.next_job()
@@ -172,8 +182,18 @@ class JobRunner:
                 return
             if job is None:
                 await self._awake.wait()
-            else:
+            elif self._handover.is_possible:
                 await self._do(job)
+            else:
+                # The engine takes its memory first: what is left of it is the job's.
+                if told != job.id:
+                    told = job.id
+                    await self._store.put(message_event(job.id, LOADING))
+                await self._wait_until_awake(RETRY_S)
+
+    async def _wait_until_awake(self, timeout_s: float) -> None:
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._awake.wait(), timeout_s)
 
     async def _do(self, job: JobRecord) -> None:
         self._current = current = _Current(job.id)
@@ -202,10 +222,12 @@ class JobRunner:
             return await self._conclude(job, 0, run, current)
         await asyncio.to_thread(run.mkdir, parents=True, exist_ok=True)
         config = await asyncio.to_thread(self._config, job, run)
+        beginning = Beginning(config.num_rows)
+        await self._store.put(message_event(job.id, beginning.text))
         child = await Child.start(
             train_command(config, self._settings), self._environment, run / "log"
         )
-        code = await self._watch(job, child, run, current)
+        code = await self._watch(job, child, run, current, beginning)
         return await self._conclude(job, code, run, current)
 
     def _config(self, job: JobRecord, run: Path) -> RunConfig:
@@ -230,7 +252,9 @@ class JobRunner:
         event = message_event(job_id, MESSAGES["running"])
         return await self._store.change(job_id, begin, event)
 
-    async def _watch(self, job: JobRecord, child: Child, run: Path, current: _Current) -> int:
+    async def _watch(
+        self, job: JobRecord, child: Child, run: Path, current: _Current, beginning: Beginning
+    ) -> int:
         """Pass on what the run tells until it ends; its exit status."""
         limit = MemoryLimit(self._settings.max_memory_bytes)
         with self._meter.running(job.tenant) as tally:
@@ -240,14 +264,16 @@ class JobRunner:
                     code: int | None = None
                     while code is None:
                         code = await child.wait(LOOK_S, current.asked)
-                        await self._pass_on(usage, run)
+                        await self._pass_on(usage, run, beginning)
                         if excess := await asyncio.to_thread(limit.excess, child.session):
                             raise JobFailedError("memory_exceeded", excess)
+                        if texts := beginning.look(tally.usage):
+                            await self._note(usage, *texts)
                         if (texts := usage.look()) is not None:
                             await self._note(usage, *texts, level="warn")
                         if current.wish and code is None:
                             code = await self._end(child, current)
-                await self._pass_on(usage, run)
+                await self._pass_on(usage, run, beginning)
                 return code
             finally:
                 await child.kill()
@@ -266,14 +292,16 @@ class JobRunner:
         events = [message_event(usage.job_id, text, level) for text in texts]
         await self._store.change(usage.job_id, usage.entered, *events)
 
-    async def _pass_on(self, usage: JobUsage, run: Path) -> None:
+    async def _pass_on(self, usage: JobUsage, run: Path, beginning: Beginning) -> None:
         """What the run has told since, as events of the job."""
         job = await self._store.job(usage.job_id)
         assert job is not None
         news, num_bytes = await asyncio.to_thread(read_news, run, job.bytes_read)
         if not news:
             return
-        records = [record for one in news if (record := told(job, one, self._hidden)) is not None]
+        begun = beginning.hear(news, usage.usage)
+        records = [message_event(job.id, text) for text in begun]
+        records += [record for one in news if (record := told(job, one, self._hidden)) is not None]
 
         def change(job: JobRecord) -> JobRecord:
             return usage.entered(_after(replace(job, bytes_read=num_bytes), news))
@@ -333,11 +361,13 @@ class JobRunner:
         checking = asyncio.ensure_future(self._handover.check(job.adapter_id))
         asked = asyncio.ensure_future(current.asked.wait())
         try:
-            await asyncio.wait({checking, asked}, return_when=asyncio.FIRST_COMPLETED)
+            either = {checking, asked}
+            await asyncio.wait(either, timeout=SOON_S, return_when=asyncio.FIRST_COMPLETED)
+            if not (checking.done() or asked.done()):
+                await self._store.put(message_event(job.id, HANDING_OVER))
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if checking.done():
-                await checking
-        except ApiError as error:
-            raise JobFailedError("adapter_refused", error.message) from error
+                _check_accepted(checking)
         finally:
             checking.cancel()
             asked.cancel()
@@ -352,7 +382,7 @@ class JobRunner:
         except OSError as error:
             text = f"{RESULTS} cannot be kept: {error.strerror}"
             more = message_event(job.id, text, "warn")
-        await asyncio.to_thread(_forget_checkpoints, run)
+        await asyncio.to_thread(forget_states, run)
         await self._store.change(
             job.id,
             lambda job: replace(
@@ -385,12 +415,11 @@ class JobRunner:
         )
 
 
-def _forget_checkpoints(run: Path) -> None:
-    """Of a run that is over; what it told stays."""
-    if run.is_dir():
-        for path in run.iterdir():
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
+def _check_accepted(checking: "asyncio.Future[None]") -> None:
+    try:
+        checking.result()
+    except ApiError as error:
+        raise JobFailedError("adapter_refused", error.message) from error
 
 
 def _after(job: JobRecord, news: list[News]) -> JobRecord:

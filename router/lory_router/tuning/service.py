@@ -14,7 +14,7 @@ from typing import TypeVar
 from lory_router.errors import Conflict, Invalid, NotFound, Overloaded, shown
 from lory_router.keys import Caller
 from lory_router.tuning.handover import Handover
-from lory_router.tuning.kept_files import KeptFiles, sees
+from lory_router.tuning.kept_files import KeptFiles, meant, sees
 from lory_router.tuning.meter import Meter
 from lory_router.tuning.news import message_event
 from lory_router.tuning.records import (
@@ -24,6 +24,7 @@ from lory_router.tuning.records import (
     JobRecord,
     JobStatus,
 )
+from lory_router.tuning.retention import Retention
 from lory_router.tuning.runner import MESSAGES, JobRunner, Wish
 from lory_router.tuning.settings import TuningSettings
 from lory_router.tuning.shapes import CreateJob
@@ -66,6 +67,7 @@ class Tuning:
         self._runner = JobRunner(
             self._store, self._files, settings, environment, handover, meter, serving
         )
+        self._retention = Retention(self._store, settings)
         self._validator = Validator(self._store, settings, self._runner.wake)
         self._lock = asyncio.Lock()
         """Held while it is seen whether a job may be made, or a file deleted, and that is done."""
@@ -76,11 +78,13 @@ class Tuning:
         async with asyncio.TaskGroup() as group:
             group.create_task(self._validator.run())
             group.create_task(self._runner.run())
+            group.create_task(self._retention.run())
         await self._handover.close()
 
     def stop(self) -> None:
         self._stopping.set()
         self._validator.stop()
+        self._retention.stop()
         self._runner.stop()
 
     def close(self) -> None:
@@ -147,7 +151,9 @@ class Tuning:
     async def job(self, caller: Caller, job_id: str) -> JobRecord:
         job = await self._store.job(job_id)
         if job is None or not sees(caller, job.tenant):
-            raise NotFound(f"No such fine-tuning job: {shown(job_id)}")
+            ids = [one.id for one in await self._store.jobs() if sees(caller, one.tenant)]
+            message = f"No such fine-tuning job: {shown(job_id)}{await meant(job_id, ids)}"
+            raise NotFound(message)
         return job
 
     async def list_jobs(

@@ -42,6 +42,10 @@ class TuningSettings:
     max_jobs_per_tenant: int = 0
     """0: no fewer than of all together; so is the next."""
     max_files_bytes_per_tenant: int = 0
+    keep_jobs: int = 1000
+    """That are over, of each tenant; older ones are forgotten."""
+    keep_days: int = 0
+    """And none that ended longer ago; 0: however long."""
     stop_grace_s: float = 60.0
     """How long a job may take to write its checkpoint before it is killed."""
     command: tuple[str, ...] = TRAIN_COMMAND

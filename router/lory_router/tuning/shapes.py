@@ -151,7 +151,7 @@ def job_reply(job: JobRecord) -> JobReply:
         model=job.model,
         created_at=job.created_at,
         finished_at=job.finished_at or None,
-        estimated_finish=(job.estimated_finish or None) if job.is_open else None,
+        estimated_finish=(job.estimated_finish or None) if job.status == "running" else None,
         fine_tuned_model=job.adapter_id if job.status == "succeeded" else None,
         organization_id=job.tenant,
         status=job.status,

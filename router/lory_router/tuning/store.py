@@ -35,6 +35,7 @@ _TABLES: dict[type[Any], str] = {
     EventRecord: "events",
     CheckpointRecord: "checkpoints",
 }
+_OPEN_MARKS = ", ".join("?" * len(OPEN))
 _SQL_TYPES = {str: "TEXT", int: "INTEGER", float: "REAL"}
 _SINCE_1 = ("held_seconds", "charged_seconds", "cost")
 """Columns of jobs that schema 1 did not have."""
@@ -116,8 +117,7 @@ class TuningStore:
 
     async def num_open(self, tenant: str = "") -> int:
         """Jobs that are not over, of a tenant or of all."""
-        marks = ", ".join("?" * len(OPEN))
-        query = f"SELECT count(*) FROM jobs WHERE status IN ({marks}) AND ? IN ('', tenant)"
+        query = f"SELECT count(*) FROM jobs WHERE status IN ({_OPEN_MARKS}) AND ? IN ('', tenant)"
         return await self._run(lambda db: db.execute(query, (*OPEN, tenant)).fetchone()[0])
 
     async def num_files(self, tenant: str) -> int:
@@ -128,6 +128,37 @@ class TuningStore:
         """Of a tenant's files, or of all."""
         query = "SELECT coalesce(sum(num_bytes), 0) FROM files WHERE ? IN ('', tenant)"
         return await self._run(lambda db: db.execute(query, (tenant,)).fetchone()[0])
+
+    async def surplus(self, keep: int, oldest: int, before: int) -> list[JobRecord]:
+        """Of jobs that ended before `before`: those beyond the `keep` newest of each tenant, and
+        those that ended before `oldest`."""
+        which = "finished_at < ? AND (place > ? OR finished_at < ?)"
+        return await self._over("1", which, before, keep, oldest)
+
+    async def older_failures(self) -> list[JobRecord]:
+        """All failed jobs but the newest of each tenant."""
+        return await self._over("status = 'failed'", "place > 1")
+
+    async def _over(self, among: str, which: str, *values: int) -> list[JobRecord]:
+        """Jobs that are over, each of which has its `place` among its tenant's, newest first."""
+        query = (
+            f"SELECT {_names(JobRecord)} FROM (SELECT *, row_number() OVER"
+            " (PARTITION BY tenant ORDER BY finished_at DESC, number DESC) AS place FROM jobs"
+            f" WHERE status NOT IN ({_OPEN_MARKS}) AND {among}) WHERE {which} ORDER BY number"
+        )
+        rows = await self._run(lambda db: db.execute(query, (*OPEN, *values)).fetchall())
+        return [JobRecord(*row) for row in rows]
+
+    async def forget_job(self, job: JobRecord) -> None:
+        """With its events, its checkpoints and its table."""
+
+        def work(db: sqlite3.Connection) -> None:
+            for table in ("events", "checkpoints"):
+                db.execute(f"DELETE FROM {table} WHERE job_id = ?", (job.id,))
+            db.execute("DELETE FROM files WHERE id = ?", (job.result_file,))
+            db.execute("DELETE FROM jobs WHERE id = ?", (job.id,))
+
+        await self._run(work)
 
     async def change(
         self, job_id: str, change: Callable[[JobRecord], JobRecord], *more: Record

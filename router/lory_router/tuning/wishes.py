@@ -7,6 +7,7 @@ import json
 import re
 import secrets
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -21,6 +22,13 @@ MAX_SLUG = 40
 MAX_METADATA = 16
 MAX_EPOCHS = 50
 MAX_BATCH = 256
+BOUNDS: Mapping[str, tuple[float, float]] = {
+    "n_epochs": (1, MAX_EPOCHS),
+    "batch_size": (1, MAX_BATCH),
+    "learning_rate_multiplier": (0.01, 100),
+    "beta": (0.001, 2),
+}
+WHOLE = ("n_epochs", "batch_size")
 DEFAULT_BETA = 0.1
 DEFAULT_EPOCHS = 3
 MAX_SEED = 2**31 - 1
@@ -104,6 +112,20 @@ def not_reinforced() -> Invalid:
     )
 
 
+def told_by_bounds(error: Invalid) -> Invalid:
+    """A wrong type as what may be given, where it is a hyperparameter's."""
+    param = error.param or ""
+    is_one = ".hyperparameters." in f".{param}" and param.rpartition(".")[2] in BOUNDS
+    return _out_of_bounds(param) if is_one else error
+
+
+def _out_of_bounds(param: str) -> Invalid:
+    name = param.rpartition(".")[2]
+    low, high = BOUNDS[name]
+    kind = "a whole number" if name in WHOLE else "a number"
+    return Invalid(f"`{param}`: give {kind} from {low} to {high}, or auto", param=param)
+
+
 def _part(method: Method) -> tuple[str, MethodPart | None]:
     parts = {"supervised": method.supervised, "dpo": method.dpo}
     if method.type not in parts:
@@ -125,16 +147,8 @@ def _filled(kind: str, given: Hyperparameters | None, place: str) -> dict[str, A
         values.setdefault("beta", "auto")
     elif "beta" in values:
         raise Invalid(f"`{place}.beta`: is of dpo alone", param=f"{place}.beta")
-    bounds = {
-        "n_epochs": (1, MAX_EPOCHS),
-        "batch_size": (1, MAX_BATCH),
-        "learning_rate_multiplier": (0.01, 100),
-        "beta": (0.001, 2),
-    }
     for name, value in values.items():
-        low, high = bounds[name]
+        low, high = BOUNDS[name]
         if value != "auto" and not low <= value <= high:
-            raise Invalid(
-                f"`{place}.{name}`: give {low} to {high}, or auto", param=f"{place}.{name}"
-            )
+            raise _out_of_bounds(f"{place}.{name}")
     return {"type": kind, kind: {"hyperparameters": values}}

@@ -21,7 +21,7 @@ class ForwardBatch:
     token_ids_T: Tensor
     """int64."""
     positions_T: Tensor
-    """int64; position of each token in its sequence."""
+    """int64; rows of the table of rotations: each token's position, or beyond all of those."""
     kv_slots_T: Tensor
     """int64; block * block_size + offset of each token's keys and values; negative: not written."""
     query_starts_R1: Tensor

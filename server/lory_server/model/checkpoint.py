@@ -131,11 +131,12 @@ def _open(path: Path) -> Any:
 
 
 def _shards_by_tensor(folder: Path) -> dict[str, str]:
-    if (folder / _INDEX_FILE).exists():
-        return _read_index(folder / _INDEX_FILE)
+    """As in transformers, an index beside a single file is one that was left behind."""
     if (folder / _SINGLE_FILE).exists():
         with _open(folder / _SINGLE_FILE) as single:
             return dict.fromkeys(single.keys(), _SINGLE_FILE)
+    if (folder / _INDEX_FILE).exists():
+        return _read_index(folder / _INDEX_FILE)
     pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))
     if pickled:
         raise ModelError(

@@ -3,8 +3,9 @@
     embed -> layers x (norm, qkv, rope + KV write, paged attention, o, norm, gate_up, act, down)
           -> norm -> head
 
-It must not know adapters, quantization, schedules or checkpoints: its linears are opaque
-callables that others make and wrap, and the batch's `lora` is handed to them unread.
+It must not know files, quantization, schedules or checkpoints. Nor how an adapter changes it: its
+linears are opaque callables that others make and wrap, the batch's `lora` is handed to them unread,
+and what rows have of their own at its ends and norms, `ends` and `norms` apply.
 
 Legend: T tokens of the step, L rows with logits, H hidden, N packed width, V vocabulary, P
 positions, D head or rotary dimension.
@@ -25,6 +26,7 @@ from lory_server.model.kv import KVCache
 from lory_server.model.linear import DenseLinear, EmbeddingColumns, Linear
 from lory_server.model.norms import Norm, Norms, head_norms
 from lory_server.model.program import LayersProgram, Workspace
+from lory_server.model.rope import RopeTable
 from lory_server.model.sites import Site
 from lory_server.model.spec import ModelSpec
 
@@ -64,21 +66,23 @@ class Decoder:
         layers: tuple[Layer, ...],
         norm_H: Tensor,
         head: Linear,
-        rope_PD: Tensor,
+        rope: RopeTable,
     ) -> None:
         self.spec = spec
         self.ops = ops
         self.sites: tuple[Site, ...] = spec.sites()
         self.adapter_sites: tuple[Site, ...] = (*self.sites, *spec.end_sites())
         """With head and embedding."""
-        self.max_model_len = rope_PD.shape[0]
+        self.max_model_len = rope.max_model_len
+        self.short_tokens = rope.short_tokens
+        """Most tokens of a sequence that is rotated by the first rows of the table; 0: all are."""
         self._embedding_VH = embedding_VH
         self._layers = layers
         self._last_norm = Norm("model.norm", norm_H)
         self._norms = Norms(ops, spec.norm_eps, spec.unit_offset_norms)
         self.head = head
         self._adapt_head: AdaptHead | None = None
-        self._rope_PD = rope_PD
+        self._rope_PD = rope.rows_PD
         self._windows = tuple(window or 0 for window in spec.windows)
         self._softcap = spec.attention_softcap or 0.0
         # Rounded as transformers does: sqrt(3072) is 55.5 in bfloat16.

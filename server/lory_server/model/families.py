@@ -31,6 +31,14 @@ _ROPE_FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 _TRAINED_LENGTH = "original_max_position_embeddings"
 _DEFAULT_THETA = 10_000.0
+_DEFAULT_HEAD_DIM: Mapping[str, int] = MappingProxyType({"qwen3": 128, "gemma2": 256})
+_NOT_SERVED: Mapping[str, str] = MappingProxyType(
+    {
+        "per_layer_config": "all layers are alike",
+        "transformers_weights": "weights are read from model*.safetensors",
+        "use_bidirectional_attention": "only causal decoders are served",
+    }
+)
 
 
 def read_spec(folder: Path) -> ModelSpec:
@@ -44,6 +52,7 @@ def read_spec(folder: Path) -> ModelSpec:
 def parse_spec(config: Config, generation: Config) -> ModelSpec:
     """The spec of a Hugging Face configuration; refuses what the decoder does not compute."""
     architecture = _architecture(config)
+    _refuse_what_is_not_served(config)
     spec: dict[str, Any] = _plain(config) | FAMILIES[architecture](config)
     _check_shapes(spec)
     return ModelSpec(
@@ -68,7 +77,7 @@ def _llama(config: Config) -> dict[str, Any]:
 
 
 def _mistral(config: Config) -> dict[str, Any]:
-    return {"windows": _every_layer(config, config.get("sliding_window", 4096))}
+    return {"windows": _every_layer(config, _window(config, 4096))}
 
 
 def _qwen2(config: Config) -> dict[str, Any]:
@@ -76,12 +85,8 @@ def _qwen2(config: Config) -> dict[str, Any]:
 
 
 def _qwen3(config: Config) -> dict[str, Any]:
-    head_dim = config.get("head_dim") or 128
     attention_bias = bool(config.get("attention_bias"))
     return {
-        "head_dim": head_dim,
-        "rope": _rope(config, head_dim),
-        "attention_scale": head_dim**-0.5,
         "qk_norm": True,
         "qkv_bias": attention_bias,
         "o_bias": attention_bias,
@@ -90,16 +95,14 @@ def _qwen3(config: Config) -> dict[str, Any]:
 
 
 def _gemma2(config: Config) -> dict[str, Any]:
-    if config.get("use_bidirectional_attention"):
-        raise ModelError("use_bidirectional_attention is not supported: only causal decoders are")
-    head_dim = config.get("head_dim") or 256
+    scalar = config.get("query_pre_attn_scalar", 256)
+    if not isinstance(scalar, int | float) or scalar <= 0:
+        raise ModelError(f"config.json: query_pre_attn_scalar must be positive, found {scalar!r}")
     attention_bias = bool(config.get("attention_bias"))
     activation = config.get("hidden_activation") or "gelu_pytorch_tanh"
     return {
-        "head_dim": head_dim,
-        "rope": _rope(config, head_dim),
         "activation": _activation(activation),
-        "attention_scale": config.get("query_pre_attn_scalar", 256) ** -0.5,
+        "attention_scale": scalar**-0.5,
         "attention_softcap": config.get("attn_logit_softcapping", 50.0),
         "logit_softcap": config.get("final_logit_softcapping", 30.0),
         "embedding_scale": config["hidden_size"] ** 0.5,
@@ -116,7 +119,7 @@ def _phi3(config: Config) -> dict[str, Any]:
     return {
         "fused_modules": True,
         "norm_eps": config.get("rms_norm_eps", 1e-5),
-        "windows": _every_layer(config, config.get("sliding_window")),
+        "windows": _every_layer(config, _window(config, None)),
     }
 
 
@@ -138,7 +141,8 @@ FAMILIES: Mapping[str, Callable[[Config], dict[str, Any]]] = MappingProxyType(
 def _plain(config: Config) -> dict[str, Any]:
     num_heads = _required(config, "num_attention_heads")
     hidden_size = _required(config, "hidden_size")
-    head_dim = config.get("head_dim") or hidden_size // num_heads
+    default_dim = _DEFAULT_HEAD_DIM.get(config["model_type"], hidden_size // num_heads)
+    head_dim = config.get("head_dim") or default_dim
     return {
         "vocab_size": _required(config, "vocab_size"),
         "hidden_size": hidden_size,
@@ -159,10 +163,26 @@ def _plain(config: Config) -> dict[str, Any]:
 def _architecture(config: Config) -> str:
     names = config.get("architectures") or ["(none)"]
     if len(names) == 1 and names[0] in FAMILIES:
-        return names[0]
+        return _of_its_type(names[0], config)
     raise ModelError(
         f"architecture {', '.join(names)} is not supported; supported: {', '.join(FAMILIES)}"
     )
+
+
+def _of_its_type(architecture: str, config: Config) -> str:
+    """transformers goes by model_type, so both must mean the same."""
+    expected, found = architecture.removesuffix("ForCausalLM").lower(), config.get("model_type")
+    if found != expected:
+        raise ModelError(
+            f"config.json: model_type {found!r} is not that of {architecture} ({expected!r})"
+        )
+    return architecture
+
+
+def _refuse_what_is_not_served(config: Config) -> None:
+    for name, reason in _NOT_SERVED.items():
+        if config.get(name):
+            raise ModelError(f"config.json: {name} is not supported: {reason}")
 
 
 def _required(config: Config, name: str) -> int:
@@ -235,9 +255,18 @@ def _every_layer(config: Config, window: int | None) -> tuple[int | None, ...]:
     return (window,) * _required(config, "num_hidden_layers")
 
 
+def _window(config: Config, default: int | None) -> int | None:
+    window = config.get("sliding_window", default)
+    if window is not None and (not isinstance(window, int) or window < 1):
+        raise ModelError(
+            f"config.json: sliding_window must be a positive integer or null, found {window!r}"
+        )
+    return window
+
+
 def _late_windows(config: Config) -> tuple[int | None, ...]:
     """Qwen: a window on the layers from max_window_layers on, if use_sliding_window."""
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
+    window = _window(config, 4096) if config.get("use_sliding_window") else None
     first = config.get("max_window_layers", 28)
     num_layers = _required(config, "num_hidden_layers")
     by_default = [
@@ -254,7 +283,7 @@ def _alternating_windows(config: Config) -> tuple[int | None, ...]:
         "full_attention" if layer % 2 else "sliding_attention" for layer in range(num_layers)
     ]
     layer_types = config.get("layer_types") or by_default
-    return _windows_by_type(layer_types, config.get("sliding_window", 4096), num_layers)
+    return _windows_by_type(layer_types, _window(config, 4096), num_layers)
 
 
 def _windows_by_type(
@@ -290,9 +319,19 @@ def _rope(config: Config, head_dim: int) -> RopeSpec:
     theta = raw.get("rope_theta") or config.get("rope_theta") or _DEFAULT_THETA
     parameters = raw | {"rope_type": kind, "rope_theta": float(theta)}
     parameters["partial_rotary_factor"] = partial
+    rotary_dim = int(head_dim * partial)
     if kind in ("llama3", "yarn", "longrope"):
         parameters[_TRAINED_LENGTH] = _trained_length(config, raw, max_positions)
-    return RopeSpec(kind, int(head_dim * partial), max_positions, MappingProxyType(parameters))
+    if kind == "longrope":
+        _check_factors(raw, rotary_dim // 2)
+    return RopeSpec(kind, rotary_dim, max_positions, MappingProxyType(parameters))
+
+
+def _check_factors(raw: Config, wanted: int) -> None:
+    for name in _ROPE_FIELDS["longrope"]:
+        found = len(raw[name]) if isinstance(raw[name], list) else raw[name]
+        if found != wanted:
+            raise ModelError(f"config.json: {name} must list {wanted} factors, found {found!r}")
 
 
 def _rope_kind(config: Config, raw: Config) -> RopeKind:
@@ -311,5 +350,6 @@ def _rope_kind(config: Config, raw: Config) -> RopeKind:
 
 
 def _trained_length(config: Config, raw: Config, max_positions: int) -> int:
-    default = 4096 if config.get("model_type") == "phi3" else max_positions
-    return config.get(_TRAINED_LENGTH) or raw.get(_TRAINED_LENGTH) or default
+    if config.get("model_type") == "phi3":
+        return config.get(_TRAINED_LENGTH) or 4096
+    return config.get(_TRAINED_LENGTH) or raw.get(_TRAINED_LENGTH) or max_positions

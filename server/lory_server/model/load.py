@@ -39,17 +39,17 @@ def load(
         norm_H = loader.norm("model.norm", spec.hidden_size)
         head = loader.head(embedding_VH)
         checkpoint.finish()
-    rope_PD = rope_table(spec.rope, max_model_len, device)
-    return Decoder(spec, ops, embedding_VH, layers, norm_H, head, rope_PD)
+    rope = rope_table(spec.rope, max_model_len, device)
+    return Decoder(spec, ops, embedding_VH, layers, norm_H, head, rope)
 
 
 def _check_options(options: EngineOptions, spec: ModelSpec) -> None:
     if options.double_quant and options.quantize != "nf4":
-        raise ModelError("double_quant needs quantize='nf4'")
+        raise ModelError("--double-quant needs --quantize nf4")
     if options.double_quant and spec.prequantized:
         raise ModelError(
-            "double_quant: this checkpoint is quantized already, as its own configuration says; "
-            "leave double_quant off"
+            "--double-quant: this checkpoint is quantized already, as its own configuration says; "
+            "leave it out"
         )
 
 

@@ -39,6 +39,7 @@ class PackedStep:
     """order[i] is the place in the plan of packed row i."""
     token_ids_T: IntArray
     positions_T: IntArray
+    """In the table of rotations, where long sequences have rows of their own."""
     kv_slots_T: IntArray
     """block * block_size + offset of each token's place in the KV cache."""
     query_starts_R1: Int32Array
@@ -142,7 +143,7 @@ class Packer:
         return PackedStep(
             order=order,
             token_ids_T=token_ids_T,
-            positions_T=positions_T,
+            positions_T=_rope_rows(positions_T, rows, lengths),
             kv_slots_T=self._kv_slots(positions_T, row_of_token_T, tables_RM),
             query_starts_R1=np.concatenate(([0], ends)).astype(np.int32),
             context_lens_R=np.array(
@@ -180,6 +181,11 @@ def _positions(rows: Sequence[PlanRow], lengths: Sequence[int]) -> IntArray:
             for row, n in zip(rows, lengths, strict=True)
         ]
     )
+
+
+def _rope_rows(positions_T: IntArray, rows: Sequence[PlanRow], lengths: Sequence[int]) -> IntArray:
+    offsets_R = [row.rope_offset for row in rows]
+    return positions_T + np.repeat(offsets_R, lengths) if any(offsets_R) else positions_T
 
 
 def _segments(rows: Sequence[PlanRow], ends: IntArray) -> PackedSegments | None:

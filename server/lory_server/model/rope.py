@@ -1,17 +1,19 @@
 """Rotary position embedding as one table of cosines and sines.
 
 The inverse frequencies come from transformers, so that every kind of scaling means what it means
-there; kinds that depend on the sequence length are fixed once, by the context the engine serves:
+there. Two kinds depend on the length that a sequence has so far:
 
-    dynamic   frequencies of a sequence of max(max_model_len, max_position_embeddings) tokens: the
-              plain ones unless the engine is asked for more than the base's own limit
-    longrope  the long factors if max_model_len > original_max_position_embeddings, else the short
+    longrope  short factors up to original_max_position_embeddings tokens, long ones beyond: the
+              table has the rows of both, and a sequence that grows from one into the other is
+              computed anew, as transformers does for Phi-3
+    dynamic   other frequencies at every length beyond max_position_embeddings: fixed to those of
+              max_model_len, so the plain ones unless the engine is asked for more than that
 
-transformers chooses by the length each sequence has so far, and so rotates keys of one sequence
-in two ways; KV that is shared between sequences cannot. Legend: P positions, D rotary dimension.
-This module must not know any model family.
+Legend: P rows, one a position and kind; D rotary dimension. This module must not know any model
+family.
 """
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,16 +25,36 @@ if TYPE_CHECKING:
     from transformers import LlamaConfig
 
 
-def rope_table(rope: RopeSpec, max_model_len: int, device: torch.device | str) -> Tensor:
-    """[P, D] float32: cosines in the first half of each row, sines in the second."""
-    inverse_frequencies, attention_factor = _inverse_frequencies(rope, max_model_len)
-    positions_P = torch.arange(max_model_len, dtype=torch.float32)
+@dataclass(frozen=True, slots=True)
+class RopeTable:
+    rows_PD: Tensor
+    """float32: cosines in the first half of each row, sines in the second."""
+    short_tokens: int = 0
+    """Rows of sequences of so many tokens at most; those of longer ones follow. 0: of all."""
+
+    @property
+    def max_model_len(self) -> int:
+        return self.rows_PD.shape[0] - self.short_tokens
+
+
+def rope_table(rope: RopeSpec, max_model_len: int, device: torch.device | str) -> RopeTable:
+    short = rope.short_tokens
+    if not 0 < short < max_model_len:
+        return RopeTable(_rows(rope, max_model_len, device))
+    rows_PD = torch.cat((_rows(rope, short, device), _rows(rope, max_model_len, device)))
+    return RopeTable(rows_PD, short)
+
+
+def _rows(rope: RopeSpec, num_tokens: int, device: torch.device | str) -> Tensor:
+    """Of a sequence of so many tokens."""
+    inverse_frequencies, attention_factor = _inverse_frequencies(rope, num_tokens)
+    positions_P = torch.arange(num_tokens, dtype=torch.float32)
     angles_PD = torch.outer(positions_P, inverse_frequencies)
-    table_PD = torch.cat((angles_PD.cos(), angles_PD.sin()), dim=-1) * attention_factor
-    return table_PD.contiguous().to(device)
+    rows_PD = torch.cat((angles_PD.cos(), angles_PD.sin()), dim=-1) * attention_factor
+    return rows_PD.contiguous().to(device)
 
 
-def _inverse_frequencies(rope: RopeSpec, max_model_len: int) -> tuple[Tensor, float]:
+def _inverse_frequencies(rope: RopeSpec, num_tokens: int) -> tuple[Tensor, float]:
     if rope.kind == "default":
         exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.float32) / rope.rotary_dim
         return 1.0 / (rope.parameters["rope_theta"] ** exponents), 1.0
@@ -41,7 +63,7 @@ def _inverse_frequencies(rope: RopeSpec, max_model_len: int) -> tuple[Tensor, fl
 
     compute = ROPE_INIT_FUNCTIONS[rope.kind]
     frequencies, attention_factor = compute(
-        _as_config(rope), torch.device("cpu"), seq_len=max_model_len
+        _as_config(rope), torch.device("cpu"), seq_len=num_tokens
     )
     return frequencies, float(attention_factor)
 

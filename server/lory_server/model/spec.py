@@ -32,6 +32,12 @@ class RopeSpec:
     """Standardised `rope_parameters`: rope_theta always, the kind's own fields beside it."""
 
     @property
+    def short_tokens(self) -> int:
+        """Longest sequence with the short of two sets of factors; 0: there is one set."""
+        longrope = self.kind == "longrope"
+        return self.parameters["original_max_position_embeddings"] if longrope else 0
+
+    @property
     def longest_context(self) -> int:
         """Most positions this embedding is made for."""
         factor = self.parameters.get("factor")
@@ -100,8 +106,8 @@ class ModelSpec:
         longest = self.rope.longest_context
         if requested < 0 or requested > longest:
             raise ModelError(
-                f"max_model_len {requested} is out of range: this base's rotary embedding reaches "
-                f"{longest} positions; give 1 to {longest}, or 0 for its own limit "
+                f"--max-model-len {requested} is out of range: this base's rotary embedding "
+                f"reaches {longest} positions; give 1 to {longest}, or 0 for its own limit "
                 f"({self.max_positions})"
             )
         return requested or self.max_positions

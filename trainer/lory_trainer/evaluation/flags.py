@@ -14,7 +14,7 @@ import typer
 class EvalFlags:
     """None: not given."""
 
-    data: Annotated[str | None, typer.Argument(help="JSONL file of held-out rows.")] = None
+    data: Annotated[str | None, typer.Argument(help="File of held-out rows.")] = None
     config: Annotated[
         Path | None, typer.Option(help="YAML with an `evaluation:` section; flags go before it.")
     ] = None

@@ -3,21 +3,25 @@
 It must not know what is made of them.
 """
 
+from collections.abc import Sequence
+
 from lory_trainer.evaluation.errors import EvaluationError
+from lory_trainer.evaluation.rendered import rendered, text_ids
 from lory_trainer.evaluation.rows import Row
 from lory_trainer.evaluation.server import Server, understood
-from lory_trainer.evaluation.variants import Variant
+from lory_trainer.evaluation.variants import Variant, asked_of, is_through_template
 
 
 def can_be_scored(variant: Variant) -> bool:
-    """Not where the prompt is made by a chat template, which only the server has."""
-    return variant.kind != "prompt_only" and not variant.is_chat
+    """Not where the answer may begin as it likes."""
+    return variant.kind != "prompt_only"
 
 
 async def wanted_logprobs(server: Server, variant: Variant, row: Row) -> list[float]:
     """Of each token of the wanted answer, after the prompt that training would have put before."""
-    prompt_ids = await _ids(server, variant.prompt(row), special=True)
-    wanted_ids = await _ids(server, variant.prefix + row.wanted, special=False)
+    prompt_ids = await _prompt_ids(server, variant, row)
+    learned = variant.prefix + row.wanted if row.learned is None else row.learned
+    wanted_ids = await text_ids(server, variant, learned, special=False)
     if not wanted_ids:
         return []
     body = {
@@ -35,8 +39,7 @@ async def wanted_logprobs(server: Server, variant: Variant, row: Row) -> list[fl
     return found
 
 
-async def _ids(server: Server, text: str, special: bool) -> list[int]:
-    body = {"inputs": text, "add_special_tokens": special}
-    reply = await server.post("/tokenize", body)
-    with understood("/tokenize"):
-        return [token["id"] for token in reply.body]
+async def _prompt_ids(server: Server, variant: Variant, row: Row) -> Sequence[int]:
+    if is_through_template(variant, row):
+        return (await rendered(server, variant, row, asked_of(variant, row))).ids
+    return await text_ids(server, variant, variant.prompt(row), special=True)

@@ -12,9 +12,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from lory_trainer.evaluation.errors import EvaluationError
-from lory_trainer.evaluation.variants import BASE, PROMPT_ONLY
 
 SECTION = "evaluation"
+BASE, PROMPT_ONLY = "base", "prompt_only"
+"""Who else can be asked; no adapter is called so."""
 
 
 class _Keys(BaseModel):
@@ -51,11 +52,11 @@ class EvaluationOptions(_Keys):
     """A whole evaluation; every key is a flag, too."""
 
     data: str
-    """JSONL file of held-out rows."""
+    """File of held-out rows, or a folder with a test part."""
     adapters: tuple[str, ...] = ()
     """Which are evaluated; the first is the candidate."""
-    completion: str = "completion"
-    """Column of the wanted answer."""
+    completion: str | None = None
+    """Column of the wanted answer; unset: completion, response, output, answer or chosen."""
     template: str = ""
     """The prompt, for adapters whose server has no template of theirs."""
     metrics: tuple[str, ...] = Field(default=("exact_match",), min_length=1)

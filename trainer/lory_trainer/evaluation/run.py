@@ -20,7 +20,8 @@ from lory_trainer.evaluation.gate import Gate
 from lory_trainer.evaluation.labels import confusion
 from lory_trainer.evaluation.logprobs import can_be_scored, wanted_logprobs
 from lory_trainer.evaluation.metrics import Measured, Metric
-from lory_trainer.evaluation.options import EvaluationOptions
+from lory_trainer.evaluation.options import BASE, PROMPT_ONLY, EvaluationOptions
+from lory_trainer.evaluation.rendered import as_learned, rendered
 from lory_trainer.evaluation.results import (
     Confusion,
     Evaluation,
@@ -33,18 +34,20 @@ from lory_trainer.evaluation.rows import DataSet, Row, pick_shots, read_data
 from lory_trainer.evaluation.server import Server, understood
 from lory_trainer.evaluation.statistics import Estimate, Pairing, estimate, pair, percentile
 from lory_trainer.evaluation.variants import (
-    BASE,
-    PROMPT_ONLY,
     Answer,
     Prompting,
     Sampling,
     Variant,
     adapter_variant,
+    asked_messages,
     base_variant,
+    is_said_in_ids,
+    is_through_template,
     prompt_only_variant,
     read_answer,
     request,
 )
+from lory_trainer.template import template_fields
 
 SPARE_TOKENS = 8
 """Beyond one for each byte of the longest wanted answer."""
@@ -74,11 +77,15 @@ async def evaluate(
     """Raises EvaluationError, which says how far it came. Gates are only looked at for names."""
     if not options.adapters:
         raise EvaluationError("name an adapter to evaluate, by --adapter or in the configuration")
-    data = read_data(Path(options.data), options.completion, options.rows)
-    metrics = make_metrics(options.metrics, [row.wanted for row in data.rows])
+    _check_file(options)
     facts = await server_facts(server)
     adapters = [await adapter_facts(server, name) for name in dict.fromkeys(options.adapters)]
+    data = read_data(
+        Path(options.data), options.completion, options.rows, _fields(options, adapters[0])
+    )
     variants = _variants(options, data, facts, adapters)
+    data = await _as_learned(server, variants, data)
+    metrics = make_metrics(options.metrics, [row.wanted for row in data.rows])
     _check(variants, data.rows, metrics)
     for gate in gates:
         gate.check_names(variants[0].name, _figures(variants, metrics, options))
@@ -89,6 +96,30 @@ async def evaluate(
     judged, judge_error = await _judge(options, data.rows, asked, judge_server, watch)
     result = _evaluation(options, data, facts, adapters, sampling, metrics, asked, judged, server)
     return replace(result, judge_error=judge_error)
+
+
+def _check_file(options: EvaluationOptions) -> None:
+    """Before a server is asked anything."""
+    if not Path(options.data).exists():
+        raise EvaluationError(f"there is no file {options.data}")
+
+
+def _fields(options: EvaluationOptions, candidate: AdapterFacts) -> tuple[str, ...]:
+    """The columns that its template names."""
+    if candidate.template:
+        return candidate.fields
+    return template_fields(options.template) if options.template else ()
+
+
+async def _as_learned(server: Server, variants: Sequence[Variant], data: DataSet) -> DataSet:
+    """Answers as the chat template writes them, where it is what the candidate was trained by."""
+    candidate = variants[0]
+    if not is_through_template(candidate, data.rows[0]):
+        return data
+    found = await server.ask_all(
+        "the answers as learned", data.rows, partial(as_learned, server, candidate), lambda _: None
+    )
+    return replace(data, rows=tuple(found))
 
 
 def _variants(
@@ -110,7 +141,7 @@ def _variants(
     if BASE in options.compare:
         found.append(base_variant(facts.base_name, found[0]))
     if PROMPT_ONLY in options.compare:
-        prompting = _prompting(options, data)
+        prompting = _prompting(options, data, found[0])
         wanted = [row.wanted for row in data.rows]
         found.append(prompt_only_variant(facts.base_name, found[0], prompting, wanted))
     names = [variant.name for variant in found]
@@ -124,16 +155,20 @@ def _check(variants: Sequence[Variant], rows: Sequence[Row], metrics: Sequence[M
     for variant in variants:
         for row in rows:
             variant.prompt(row)
+            if variant.sends_fields and is_said_in_ids(variant, row):
+                raise EvaluationError(
+                    f"{row.place}: tools and calls go through a chat template, and"
+                    f" {variant.name!r} was trained by one of its own; leave the row out"
+                )
     for metric in metrics:
         if metric.may_refuse:
             for row in rows:
                 metric.measure(row.wanted, row.wanted)
-    scored = [metric.name for metric in metrics if metric.source == "logprobs"]
-    if scored and not can_be_scored(variants[0]):
-        raise EvaluationError(
-            f"{scored[0]}: is not to be had of {variants[0].name!r}, for it was trained through a"
-            " chat template; leave it out"
-        )
+        if metric.source == "logprobs" and rows[0].messages and variants[0].sends_fields:
+            raise EvaluationError(
+                f"{metric.name}: is not to be had of conversations with {variants[0].name!r}, which"
+                " has a template of its own; give rows of its fields, or leave it out"
+            )
 
 
 def _figures(
@@ -151,11 +186,12 @@ def _figures(
     return found
 
 
-def _prompting(options: EvaluationOptions, data: DataSet) -> Prompting:
+def _prompting(options: EvaluationOptions, data: DataSet, like: Variant) -> Prompting:
     wish, shots = options.prompt_only, []
     if wish.shots:
         source = Path(wish.shots_from or options.data)
-        rows = read_data(source, options.completion).rows
+        fields = template_fields(template) if (template := like.template) else ()
+        rows = read_data(source, options.completion, fields=fields).rows
         shots = pick_shots(rows, wish.shots, data.rows, options.seed)
     is_chat = wish.style == "chat" or bool(data.rows[0].messages)
     return Prompting(wish.instruction, tuple(shots), is_chat)
@@ -172,7 +208,8 @@ def _longest(
     if own is not None:
         return own
     prefix = adapters[0].completion_prefix
-    bytes_of_longest = max(len((prefix + row.wanted).encode()) for row in data.rows)
+    learned = (prefix + row.wanted if row.learned is None else row.learned for row in data.rows)
+    bytes_of_longest = max(len(text.encode()) for text in learned)
     half_a_context = (facts.max_model_len or 2**20) // 2
     return max(1, min(bytes_of_longest + SPARE_TOKENS, half_a_context))
 
@@ -209,13 +246,16 @@ def _tell(watch: Watch, name: str, total: int, num_done: int) -> None:
 
 
 async def _answer(server: Server, variant: Variant, sampling: Sampling, row: Row) -> Answer:
-    path, body = request(variant, row, sampling)
+    ids: Sequence[int] = ()
+    if is_said_in_ids(variant, row):
+        ids = (await rendered(server, variant, row, asked_messages(variant, row))).ids
+    path, body = request(variant, row, sampling, ids)
     try:
         reply = await server.post(path, body)
     except ServerError as error:
         raise ServerError(f"{row.place}: {error}", error.status) from error
     with understood(path):
-        return read_answer(variant, reply)
+        return read_answer(variant, row, reply)
 
 
 def _check_revision(variant: Variant, answers: Sequence[Answer]) -> None:

@@ -7,18 +7,18 @@
 In: rows. Out: request bodies, and what an answer's text is. It must not know metrics.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
+from lory_trainer.data_rows import Message
 from lory_trainer.evaluation.errors import EvaluationError
 from lory_trainer.evaluation.facts import AdapterFacts
-from lory_trainer.evaluation.rows import Row
+from lory_trainer.evaluation.options import BASE, PROMPT_ONLY
+from lory_trainer.evaluation.rows import Row, is_plain
 from lory_trainer.evaluation.server import Json, Reply
 from lory_trainer.template import render, template_fields
 
-BASE = "base"
-PROMPT_ONLY = "prompt_only"
 BETWEEN_EXAMPLES = "\n\n"
 
 Kind = Literal["base", "prompt_only", "adapter"]
@@ -126,10 +126,25 @@ def adapter_variant(facts: AdapterFacts, template: str, *, is_conversation: bool
     )
 
 
-def request(variant: Variant, row: Row, sampling: Sampling) -> tuple[str, Json]:
-    """Path and body."""
+def is_through_template(variant: Variant, row: Row) -> bool:
+    """Whether the base's chat template, or one that the adapter brings, makes the prompt."""
+    return not variant.sends_fields if row.messages else variant.is_chat
+
+
+def is_said_in_ids(variant: Variant, row: Row) -> bool:
+    """Rows that chats take no part of: with tools, calls, results of calls."""
+    return bool(row.messages) and not (is_plain(asked_messages(variant, row)) and not row.tools)
+
+
+def request(
+    variant: Variant, row: Row, sampling: Sampling, prompt_ids: Sequence[int] = ()
+) -> tuple[str, Json]:
+    """Path and body. `prompt_ids`: of a row that is said in ids."""
+    if prompt_ids:
+        return "/v1/completions", {"prompt": [prompt_ids], **_openai_body(variant, sampling)}
     if variant.prompting.is_chat or row.messages:
-        return "/v1/chat/completions", _chat_body(variant, row, sampling)
+        messages = asked_messages(variant, row)
+        return "/v1/chat/completions", {"messages": messages, **_openai_body(variant, sampling)}
     parameters: Json = {
         "max_new_tokens": sampling.max_new_tokens,
         "seed": sampling.seed,
@@ -146,8 +161,10 @@ def request(variant: Variant, row: Row, sampling: Sampling) -> tuple[str, Json]:
     return "/generate", {"inputs": _inputs(variant, row), "parameters": parameters}
 
 
-def read_answer(variant: Variant, reply: Reply) -> Answer:
-    return _chat_answer(reply) if "choices" in reply.body else _plain_answer(variant, reply)
+def read_answer(variant: Variant, row: Row, reply: Reply) -> Answer:
+    found = _openai_answer(reply) if "choices" in reply.body else _plain_answer(variant, reply)
+    text = found.text.removeprefix(row.opening).removeprefix(variant.prefix)
+    return replace(found, text=text)
 
 
 def _inputs(variant: Variant, row: Row) -> str | dict[str, str]:
@@ -162,14 +179,9 @@ def _inputs(variant: Variant, row: Row) -> str | dict[str, str]:
     return BETWEEN_EXAMPLES.join(part for part in parts if part)
 
 
-def _chat_body(variant: Variant, row: Row, sampling: Sampling) -> Json:
-    messages: list[Mapping[str, str]] = []
-    for shot in variant.prompting.shots:
-        messages += [one for one in _asked(variant, shot) if one["role"] != "system"]
-        messages.append({"role": "assistant", "content": shot.wanted})
+def _openai_body(variant: Variant, sampling: Sampling) -> Json:
     body: Json = {
         "model": variant.model,
-        "messages": _instructed(variant, messages, _asked(variant, row)),
         "max_tokens": sampling.max_new_tokens,
         "seed": sampling.seed,
     }
@@ -180,14 +192,34 @@ def _chat_body(variant: Variant, row: Row, sampling: Sampling) -> Json:
     return body
 
 
-def _asked(variant: Variant, row: Row) -> Sequence[Mapping[str, str]]:
+def asked_messages(variant: Variant, row: Row) -> list[Message]:
+    """Examples and instruction before it."""
+    messages: list[Message] = []
+    for shot in variant.prompting.shots:
+        messages += [one for one in asked_of(variant, shot) if one["role"] != "system"]
+        messages.append(shot.said or _answer(shot.wanted))
+    return _instructed(variant, messages, asked_of(variant, row))
+
+
+def asked_of(variant: Variant, row: Row) -> Sequence[Message]:
     return row.messages or [{"role": "user", "content": variant.prompt(row)}]
 
 
+def said_of(variant: Variant, row: Row) -> Message:
+    return row.said or _answer(variant.prefix + row.wanted)
+
+
+def _answer(text: str) -> Message:
+    return {"role": "assistant", "content": text}
+
+
 def _instructed(
-    variant: Variant, shown: Sequence[Mapping[str, str]], asked: Sequence[Mapping[str, str]]
-) -> list[Mapping[str, str]]:
-    """There is one system message, before all: the instruction, then the conversation's own."""
+    variant: Variant, shown: Sequence[Message], asked: Sequence[Message]
+) -> list[Message]:
+    """As they are; where more is said there is one system message, before all: the instruction,
+    then the conversation's own."""
+    if not (shown or variant.prompting.instruction):
+        return list(asked)
     own = [one["content"] for one in asked if one["role"] == "system"]
     said = [text for text in (variant.prompting.instruction, *own) if text]
     system = [{"role": "system", "content": BETWEEN_EXAMPLES.join(said)}] if said else []
@@ -199,7 +231,7 @@ def _plain_answer(variant: Variant, reply: Reply) -> Answer:
     if details["finish_reason"] == "stop_sequence":
         text = _before_stop(text, variant.stop)
     return Answer(
-        text.removeprefix(variant.prefix),
+        text,
         is_cut=details["finish_reason"] == "length",
         num_prompt_tokens=details["prompt_tokens"],
         num_tokens=details["generated_tokens"],
@@ -214,10 +246,11 @@ def _before_stop(text: str, stops: Sequence[str]) -> str:
     return text[: min(places)] if places else text
 
 
-def _chat_answer(reply: Reply) -> Answer:
+def _openai_answer(reply: Reply) -> Answer:
     choice, usage = reply.body["choices"][0], reply.body["usage"]
+    text = choice["text"] if "text" in choice else choice["message"]["content"]
     return Answer(
-        choice["message"]["content"] or "",
+        text or "",
         is_cut=choice["finish_reason"] == "length",
         num_prompt_tokens=usage["prompt_tokens"],
         num_tokens=usage["completion_tokens"],
