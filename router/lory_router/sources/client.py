@@ -32,11 +32,11 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 Sign = Callable[[str, str], Mapping[str, str]]
 """Headers for a method and a URL, secrets among them."""
-Explain = Callable[[httpx.Headers], str]
+Explain = Callable[[Mapping[str, str]], str]
 """What the headers of an answer that is no file say of the fix; empty: nothing."""
 
 
-def _unexplained(_: httpx.Headers) -> str:
+def unexplained(_: Mapping[str, str]) -> str:
     return ""
 
 
@@ -71,7 +71,7 @@ class Ask:
     headers: Mapping[str, str] = field(default_factory=dict)
     follows: bool = True
     """Whether a redirect to another origin is followed, or is the answer."""
-    explain: Explain = _unexplained
+    explain: Explain = unexplained
 
 
 @cache
