@@ -336,8 +336,7 @@ class Engine:
             self._end(request, "error", _failure(outcome.code, outcome.message, outcome.source))
             return
         self._orders.follow(outcome)
-        failure = self._misfit(request.command, outcome)
-        if failure is not None:
+        if failure := self._misfit(request.command, outcome):
             self._adapters.release(outcome.revision)
             self._end(request, "error", failure)
             return
@@ -353,8 +352,7 @@ class Engine:
         return _outside(command, found.vocab_size or self._limits.vocab_size)
 
     def _enqueue(self, request: _Request) -> None:
-        short_tokens = self._limits.short_tokens
-        sequence = request.sequence = _sequence(request.command, request.adapter, short_tokens)
+        sequence = request.sequence = _sequence(request.command, request.adapter, self._limits)
         try:
             self._scheduler.add(sequence)
         except ValueError as error:
@@ -438,7 +436,7 @@ class Engine:
         )
 
 
-def _sequence(command: Submit, adapter: Resolved | None, short_tokens: int) -> Sequence:
+def _sequence(command: Submit, adapter: Resolved | None, limits: EngineLimits) -> Sequence:
     """An adapter that does not act on this prompt is held, and told, but the base computes."""
     invocation = adapter.invocation_tokens if adapter else ()
     activation = activation_of(command.prompt_ids, invocation)
@@ -455,7 +453,7 @@ def _sequence(command: Submit, adapter: Resolved | None, short_tokens: int) -> S
         adapter_bytes=acting.num_bytes if acting else 0,
         full_bytes=acting.full_bytes if acting else 0,
         has_own_head=acting.has_own_head if acting else False,
-        short_tokens=short_tokens,
+        short_tokens=limits.short_tokens,
     )
 
 
