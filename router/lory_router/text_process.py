@@ -93,7 +93,9 @@ class AdapterTemplate:
 class TextProcess:
     """Threads use it one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """`environment`: what strangers' programs run beside; None: all that this process has."""
+        self._environment = environment
         self._turn = threading.Lock()
         self._running: _Running | None = None
         self._refused: Memory[bytes, str] = Memory(MAX_REFUSED)
@@ -135,7 +137,7 @@ class TextProcess:
     def _process(self) -> "_Running":
         if self._running is None or self._running.has_ended:
             self._end()
-            self._running = _Running()
+            self._running = _Running(self._environment)
         return self._running
 
     def _end(self) -> None:
@@ -147,12 +149,13 @@ class TextProcess:
 class _Running:
     """A process that runs, and ends with its last user."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] | None) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, "--fd", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
+                env=environment,
                 start_new_session=True,
             )
         ours.settimeout(ANSWER_TIMEOUT_S)

@@ -336,8 +336,7 @@ class Engine:
             self._end(request, "error", _failure(outcome.code, outcome.message, outcome.source))
             return
         self._orders.follow(outcome)
-        failure = self._misfit(request.command, outcome)
-        if failure is not None:
+        if failure := self._misfit(request.command, outcome):
             self._adapters.release(outcome.revision)
             self._end(request, "error", failure)
             return
