@@ -316,7 +316,7 @@ class _Signals:
         except KeysError as error:
             log.error("--api-keys %s; the keys stay as they were", error)
         else:
-            log.info("%d keys are known", num_keys)
+            log.info("keys read again: %d", num_keys)
 
 
 # -- before anything runs -------------------------------------------------------------------
