@@ -13,7 +13,7 @@ from benchmarks import record
 from benchmarks.report import LORY
 
 NOT_MEASURED = "not measured"
-COMPARISONS = ("cpu-compare-*.json", "bench-*.json")
+COMPARISONS = "cpu-compare-*.json"
 ROWS = 32
 """Rows of a step, and requests of a comparison, that goals speak of."""
 SITES = {"qkv", "o", "gate_up", "down"}
@@ -52,7 +52,7 @@ class Measured:
     def read(cls, results: Path) -> "Measured":
         gpu = results / "gpu.json"
         return cls(
-            comparisons=_newest_first(results, *COMPARISONS),
+            comparisons=_newest_first(results, COMPARISONS),
             cold=next(iter(_newest_first(results, "cold-adapters-*.json")), None),
             parts=_by_name(results, "step-parts-*.json"),
             curve=next(
@@ -100,9 +100,8 @@ def median_s(contender: Mapping[str, Any]) -> float | None:
     return (timing["cold"] or timing["warm"])["median_s"]
 
 
-def _newest_first(results: Path, *patterns: str) -> tuple[Result, ...]:
-    found = [one for pattern in patterns for one in _by_name(results, pattern)]
-    return tuple(sorted(found, key=lambda result: result["date"], reverse=True))
+def _newest_first(results: Path, pattern: str) -> tuple[Result, ...]:
+    return tuple(sorted(_by_name(results, pattern), key=lambda one: one["date"], reverse=True))
 
 
 def _by_name(results: Path, pattern: str) -> tuple[Result, ...]:

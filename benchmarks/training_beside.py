@@ -139,7 +139,10 @@ class Training:
     def cancel(self) -> dict[str, float]:
         """What it has taken of the machine."""
         self._client.post(f"{self._path}/cancel").raise_for_status()
+        deadline = time.monotonic() + TIMEOUT_S
         while (job := self.shown())["status"] != "cancelled":
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"the job is not cancelled: {job}")
             time.sleep(0.1)
         return job["usage"]
 

@@ -1,6 +1,7 @@
 """An engine process without a model: speaks the protocol, does what its requests' adapters say.
 
-    python fake_engine_process.py [--starts FILE] [--fatal TEXT] [--crash-starts N] --fd N
+    python fake_engine_process.py [--starts FILE] [--fatal TEXT] [--crash-starts N]
+        [--load-seconds N] --fd N
 
 A request's adapter_id is a script: "" echoes the prompt's tokens, "slow" gives a token every 20 ms,
 "flood" gives thousands at once, "stuck" none, and "crash", "freeze", "garbage", "device-lost" end
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--starts", type=Path)
     parser.add_argument("--fatal")
     parser.add_argument("--crash-starts", type=int, default=0)
+    parser.add_argument("--load-seconds", type=float, default=0.0)
     parser.add_argument("--ignore-hangup", action="store_true")
     arguments = parser.parse_args()
     die_with_parent()
@@ -261,6 +263,7 @@ def main() -> None:
         os._exit(1)
     if num_starts <= arguments.crash_starts:
         os._exit(9)
+    time.sleep(arguments.load_seconds)
     engine.send(_info(options))
     engine.serve()
 

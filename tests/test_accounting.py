@@ -26,6 +26,11 @@ def test_charges_sum_to_the_step(wall: float, works: list[float]) -> None:
     assert all(c.seconds >= 0 for c in charges)
 
 
+def test_nothing_of_a_step_is_lost_to_rounding() -> None:
+    """Ten tenths of a second added up are less than one."""
+    assert sum(one.seconds for one in charge(1.0, [share(1.0)] * 10)) == 1.0
+
+
 def test_a_row_pays_in_proportion_to_its_work() -> None:
     first, second = charge(4.0, [share(1.0), share(3.0)])
     assert (first.seconds, second.seconds) == (1.0, 3.0)

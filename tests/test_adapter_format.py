@@ -21,6 +21,7 @@ from lory_server.adapters.config import MAX_CONFIG_BYTES, read_config
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.format import AdapterManifest, Base, read_manifest
 from lory_server.adapters.header import TensorSpec, read_header, read_header_bytes
+from lory_server.adapters.store import AdapterStore
 from lory_server.model.sites import Site, Slice
 from tiny_models import random_model, save_adapter
 
@@ -459,6 +460,69 @@ def test_what_changes_nothing_at_inference_is_accepted(
     assert len(manifest_of(write_adapter(tmp_path, **fields)).slices) == 14
 
 
+def _since(*added: dict[str, Any]) -> dict[str, Any]:
+    """All that a version of PEFT wrote, from what each added to those before."""
+    return {name: value for fields in added for name, value in fields.items()}
+
+
+V0_2: dict[str, Any] = {
+    "enable_lora": None, "fan_in_fan_out": False, "inference_mode": True, "lora_dropout": 0.05,
+    "merge_weights": False, "modules_to_save": None, "bias": "none", "task_type": "CAUSAL_LM",
+}  # fmt: skip
+V0_3 = {"init_lora_weights": True, "revision": None}
+V0_4 = {"layers_pattern": None, "layers_to_transform": None}
+V0_5 = {"auto_mapping": {"base_model_class": "LlamaForCausalLM", "unsloth_fixed": True}}
+V0_6 = {"rank_pattern": {}, "alpha_pattern": {}}
+V0_7 = {"loftq_config": {}, "megatron_config": None, "megatron_core": "megatron.core"}
+V0_8 = {"use_rslora": False}
+V0_9 = {"use_dora": False}
+V0_10 = {"layer_replication": None}
+V0_12 = {"eva_config": None, "exclude_modules": None, "lora_bias": False}
+SWIFT = {"lora_dtype": "AUTO", "lorap_lr_ratio": 16.0, "lorap_emb_lr": 1e-06}
+
+
+@pytest.mark.parametrize(
+    "added",
+    [
+        (V0_2,),
+        (V0_2, {"merge_weights": True}),
+        (V0_2, V0_3),
+        (V0_2, V0_3, V0_4, V0_5),
+        (V0_2, V0_3, V0_4, V0_5, V0_6, V0_7),
+        (V0_2, V0_3, V0_4, V0_5, V0_6, V0_7, V0_8, V0_9, V0_10),
+        (V0_3, V0_4, V0_5, V0_6, V0_7, V0_8, V0_9, V0_10, V0_12, SWIFT),
+    ],
+    ids=["0.2", "0.2-merging", "0.3", "0.5", "0.7", "0.10", "swift"],
+)
+def test_configurations_of_older_versions_and_other_trainers_are_read(
+    added: tuple[dict[str, Any], ...], tmp_path: Path
+) -> None:
+    assert len(manifest_of(write_adapter(tmp_path, **_since(*added))).slices) == 14
+
+
+def test_files_of_trainers_beside_an_adapter_are_let_be(tmp_path: Path) -> None:
+    """As Axolotl, LLaMA-Factory, Unsloth and ms-swift leave them."""
+    folder = write_adapter(tmp_path / "one")
+    revision = blob_of(folder).revision
+    for name in ("README.md", "trainer_state.json", "training_args.bin", "optimizer.pt",
+                 "scheduler.pt", "rng_state_0.pth", "added_tokens.json", "vocab.json", "merges.txt",
+                 "tokenizer.model", "additional_config.json", "args.json", "all_results.json",
+                 "trainer_log.jsonl", "training_loss.png", "generation_config.json",
+                 "adapter_model.bin", "zero_to_fp32.py"):  # fmt: skip
+        (folder / name).write_bytes(b"\x80\x04 not read")
+    (folder / "global_step10").mkdir()
+    with AdapterStore(tmp_path).locate("one") as files:
+        assert files.tokenizer_fds == {}
+    assert blob_of(folder).revision == revision
+
+
+@pytest.mark.parametrize("kind", ["XLORA", "RANDLORA", "BONE", "FOURIERFT"])
+def test_a_folder_of_another_kind_is_refused_by_its_kind(kind: str, tmp_path: Path) -> None:
+    assert f"peft_type is '{kind}'; only LORA is served" in refusal_of(
+        write_adapter(tmp_path, peft_type=kind, adapters={"0": "/a"}, xlora_depth=1)
+    )
+
+
 def test_the_manifest_says_from_which_tokens_an_adapter_acts(tmp_path: Path) -> None:
     assert manifest_of(write_adapter(tmp_path / "a", **ALORA)).invocation_tokens == (3, 4)
     assert manifest_of(write_adapter(tmp_path / "b")).invocation_tokens == ()
@@ -712,6 +776,14 @@ def test_a_pickle_by_another_name_is_not_opened_as_one(tmp_path: Path) -> None:
     write_adapter(tmp_path)
     torch.save({"a": torch.ones(2)}, tmp_path / "adapter_model.safetensors")
     assert "really a safetensors file" in refusal_of(tmp_path)
+
+
+def test_a_pointer_of_git_lfs_is_told_as_one(tmp_path: Path) -> None:
+    """As after a clone without it."""
+    write_adapter(tmp_path)
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 13648688\n"
+    (tmp_path / "adapter_model.safetensors").write_text(pointer)
+    assert "git lfs pull" in refusal_of(tmp_path)
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 4 * 1024 * 1024 + 1])

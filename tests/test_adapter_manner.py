@@ -141,6 +141,25 @@ def test_what_is_no_manifest_is_refused(raw):
         read_manner(raw)
 
 
+@pytest.mark.parametrize(
+    ("raw", "named"),
+    [
+        (b'{"name": "support", "files": ["a"], "version": "2.1"}', "`manifest_version`"),
+        (b'{"manifest_version": "1.0"}', "manifest_version"),
+        (b'{"manifest_version": 3, "template": "{text}"}', "manifest_version is 3"),
+        (b'{"manifest_version": 1, "generation": {"num_beams": 4}}', "`num_beams`"),
+    ],
+)
+def test_a_manifest_of_another_writer_is_told_with_the_way_out(raw: bytes, named: str):
+    with pytest.raises(AdapterInvalidError, match=f"{named}.*; take the file out of the folder"):
+        read_manner(raw)
+
+
+def test_fields_that_are_for_people_are_passed_over_whatever_they_hold():
+    raw = b'{"manifest_version": 1, "metrics": [[{}]], "of_the_future": {"a": 1}, "rank": "x"}'
+    assert read_manner(raw) == NO_MANNER
+
+
 def test_a_manifest_beyond_the_limit_is_not_read(tmp_path):
     path = tmp_path / MANIFEST_NAME
     path.write_bytes(b" " * (MAX_MANIFEST_BYTES + 1))

@@ -81,7 +81,7 @@ def test_missing_weights_are_invalid_and_pickles_are_named(root: Path) -> None:
     with pytest.raises(AdapterInvalidError, match="safetensors is missing"):
         AdapterStore(root).locate("one")
     (root / "one" / "adapter_model.safetensors.index.json").write_bytes(b"{}")
-    with pytest.raises(AdapterInvalidError, match="save them in one file"):
+    with pytest.raises(AdapterInvalidError, match="lists; save them in one file"):
         AdapterStore(root).locate("one")
     (root / "one" / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(AdapterInvalidError, match="pickles are never read"):
@@ -428,11 +428,27 @@ def test_adapters_that_nobody_can_name_are_known(root: Path) -> None:
     assert AdapterStore(None).list_nameless() == ()
 
 
+@pytest.mark.parametrize("counts_links", [True, False])
+def test_what_is_served_of_a_folder_with_several_adapters_is_listed(
+    counts_links: bool, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT saves `default` into the folder itself and the others below it, as trainers do
+    checkpoints: they were served, and no list or look-up knew of them."""
+    write_adapter(root / "one" / "other")
+    write_adapter(root / "one" / "checkpoint-5")
+    if not counts_links:
+        monkeypatch.setattr(store_module, "_may_hold_folders", lambda folder: True)
+    store = AdapterStore(root)
+    assert store.list_ids() == ("one", "one/checkpoint-5", "one/other", "team/two")
+    for name in store.list_ids():
+        store.locate(name).close()
+
+
 def test_listing_shows_adapters_only(root: Path) -> None:
     (root / "empty").mkdir()
     (root / "file").write_text("x")
     (root / ".hidden").mkdir()
     write_adapter(root / "team" / "deep" / "three")
-    write_adapter(root / "one" / "checkpoint")
+    (root / "one" / "logs").mkdir()
     assert AdapterStore(root).list_ids() == ("one", "team/two")
     assert AdapterStore(root / "absent").list_ids() == ()

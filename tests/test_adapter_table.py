@@ -1,6 +1,7 @@
 """`lory adapters` in a terminal: what counts comes first, fits, and is whole where nobody looks."""
 
 import time
+from collections.abc import Mapping
 from io import StringIO
 from typing import Any
 
@@ -30,7 +31,7 @@ def resident(name: str, state: str = "device", **more: Any) -> dict[str, Any]:
     return adapter(name, state, **told | more)
 
 
-def shown(*adapters: dict[str, Any], width: int = 200, is_terminal: bool = True) -> list[str]:
+def shown(*adapters: Mapping[str, Any], width: int = 200, is_terminal: bool = True) -> list[str]:
     console = Console(
         file=StringIO(),
         width=width,

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -35,14 +36,13 @@ MAY_IMPORT = {
         "lory_server.adapters.store",
         "lory_server.adapters.tokenizer_files",
         "lory_server.adapters.strict_json",
-        "lory_client",
         "lory_trainer",
     },
     "lory_trainer": set(),
     "lory_client": set(),
 }
-"""Beside itself. The router's command line starts the trainer and the client's chat; what it
-fetches it judges by the engine's own rules for an adapter's files."""
+"""Beside itself. The router's command line starts the trainer; what it fetches it judges by the
+engine's own rules for an adapter's files."""
 
 # Within the engine, from the bottom up: a module imports only modules of its own or lower layers.
 LAYERS = [
@@ -131,6 +131,35 @@ def test_packages_import_only_downwards(path: Path) -> None:
             imported == one or imported.startswith(one + ".") or one.startswith(imported + ".")
             for one in allowed
         ), f"{path.name} imports {imported}"
+
+
+@pytest.mark.parametrize("package", [name for name, allowed in MAY_IMPORT.items() if allowed])
+def test_no_allowance_outlives_its_use(package: str) -> None:
+    """One that nobody needs would let the next import in unseen."""
+    sources = [path for path in SOURCES if path.is_relative_to(PACKAGES[package])]
+    imported = {name for path in sources for name in imports(path)}
+    unused = {
+        one
+        for one in MAY_IMPORT[package]
+        if not any(f"{name}.".startswith(f"{one}.") for name in imported)
+    }
+    assert not unused
+
+
+COMES_WITH = {"pydantic_core": "pydantic", "referencing": "jsonschema", "triton": "torch"}
+NAMED_OTHERWISE = {"yaml": "pyyaml"}
+
+
+def test_every_import_is_a_dependency() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["train"], *extras["eval"]]
+    declared = {re.split(r"[<>=;\[ ]", one)[0].replace("-", "_") for one in wanted}
+    served = [p for p in SOURCES if not p.is_relative_to(PACKAGES["lory_client"])]
+    tops = {name.partition(".")[0] for path in served for name in imports(path)}
+    tops -= sys.stdlib_module_names | PACKAGES.keys()
+    needed = {COMES_WITH.get(top, NAMED_OTHERWISE.get(top, top)) for top in tops}
+    assert not needed - declared
 
 
 def layer_of(module: str) -> int:

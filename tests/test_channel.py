@@ -8,8 +8,9 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 
-from lory_server.channel import Channel
-from lory_server.messages import Fatal
+from lory_server import channel as channels
+from lory_server.channel import EXIT_BAD_FRAME, EXIT_ROUTER_GONE, EXIT_ROUTER_STUCK, Channel
+from lory_server.messages import MAX_FRAME_BYTES, Fatal
 
 NUM_EVENTS = 300
 TEXT = "x" * 20_000
@@ -78,3 +79,63 @@ def test_what_the_socket_takes_is_sent_by_the_caller(
     theirs.setblocking(False)
     channel.send(Fatal(message="now"))
     assert theirs.recv(4) != b""
+
+
+class ProcessEnded(BaseException):
+    """Stands for the end of the process; its argument is the exit code."""
+
+
+@pytest.fixture
+def ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(code: int) -> None:
+        raise ProcessEnded(code)
+
+    monkeypatch.setattr(channels.os, "_exit", end)
+
+
+def frame(payload: bytes, length: int | None = None) -> bytes:
+    return (len(payload) if length is None else length).to_bytes(4, "big") + payload
+
+
+@pytest.mark.parametrize(
+    ("said", "code"),
+    [
+        (b"", EXIT_ROUTER_GONE),
+        (frame(b"abc", length=100), EXIT_ROUTER_GONE),
+        (frame(b"", length=MAX_FRAME_BYTES + 1), EXIT_BAD_FRAME),
+        (frame(b"\xc1"), EXIT_BAD_FRAME),
+        (frame(msgspec.msgpack.encode({"type": "Dance"})), EXIT_BAD_FRAME),
+    ],
+    ids=["nothing", "half a frame", "a frame too large", "no msgpack", "no command"],
+)
+@pytest.mark.usefixtures("ends")
+def test_a_router_that_is_gone_or_not_understood_ends_the_process(said: bytes, code: int) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(said)
+        theirs.shutdown(socket.SHUT_WR)
+        with pytest.raises(ProcessEnded) as ended:
+            Channel(ours, lambda: None)._read_all()
+    assert ended.value.args == (code,)
+
+
+@pytest.mark.usefixtures("ends")
+def test_a_router_that_reads_too_slowly_ends_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(channels, "MAX_QUEUED_EVENTS", 2)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        channel = Channel(ours, lambda: None)
+        channel.send(Fatal(message=TEXT * NUM_EVENTS))
+        channel.send(Fatal(message="waits behind it"))
+        with pytest.raises(ProcessEnded) as ended:
+            channel.send(Fatal(message="one too many"))
+    assert ended.value.args == (EXIT_ROUTER_STUCK,)
+
+
+@pytest.mark.usefixtures("ends")
+def test_a_router_that_left_ends_the_process_at_the_next_event() -> None:
+    ours, theirs = socket.socketpair()
+    theirs.close()
+    with ours, pytest.raises(ProcessEnded) as ended:
+        Channel(ours, lambda: None).send(Fatal(message="too late"))
+    assert ended.value.args == (EXIT_ROUTER_GONE,)

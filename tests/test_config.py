@@ -77,6 +77,7 @@ def test_a_bare_number_is_bytes(number: int) -> None:
         ({"max_step_tokens": 8, "max_batch_rows": 9}, "--max-step-tokens: 8 cannot hold"),
         ({"max_model_len": 64, "max_input_length": 64}, "--max-input-length: 64 leaves no room"),
         ({"memory": 100, "kv_memory": 60, "adapter_memory": 60}, "--memory: 100 bytes"),
+        ({"memory": 100, "kv_memory": 60, "full_weights_memory": 60}, "--memory: 100 bytes"),
         ({"api_key": " "}, "--api-key: holds no key"),
         ({"api_key": ","}, "--api-key: holds no key"),
         ({"metrics_adapter_labels": 0}, "--metrics-adapter-labels"),

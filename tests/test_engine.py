@@ -309,10 +309,10 @@ def test_an_adapter_with_a_hostile_manifest_fails_alone_by_name(
         ({"model": "/nowhere"}, "no such folder"),
         ({"device": "cuda"}, "--device cpu"),
         ({"kv_bytes": 100}, "--kv-memory"),
-        ({"max_model_len": 4096}, "max_model_len"),
+        ({"max_model_len": 4096}, "--max-model-len 4096"),
         ({"max_model_len": 100, "kv_bytes": 12 * 4096}, "--max-model-len 100"),
-        ({"max_batch_rows": 64, "max_step_tokens": 32}, "max_step_tokens"),
-        ({"block_size": 0}, "block_size"),
+        ({"max_batch_rows": 64, "max_step_tokens": 32}, "--max-step-tokens"),
+        ({"block_size": 0}, "--block-size must be at least 1"),
     ],
 )
 def test_what_cannot_be_built_says_why(world: ParityWorld, changes, says: str) -> None:

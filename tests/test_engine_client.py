@@ -263,6 +263,20 @@ def test_a_stopped_engine_is_killed_once_it_has_been_silent_for_too_long() -> No
     in_house(story)
 
 
+def test_an_engine_that_loads_for_long_is_not_taken_for_a_silent_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large base is read for minutes without a word."""
+    monkeypatch.setattr("lory_router.engine_client.SILENCE_MARGIN_S", 0.0)
+    starts = tmp_path / "starts"
+
+    async def story(home: House) -> None:
+        await home.ready()
+
+    in_house(story, "--starts", str(starts), "--load-seconds", str(STEP_TIMEOUT_S + 0.5))
+    assert len(starts.read_text().splitlines()) == 1
+
+
 def test_an_idle_engine_is_not_taken_for_a_silent_one() -> None:
     async def story(home: House) -> None:
         pid = await home.ready()

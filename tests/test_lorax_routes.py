@@ -584,13 +584,16 @@ def test_tokenize_tells_what_the_chat_template_makes_of_messages():
         ({"inputs": "a", "add_generation_prompt": True}, "`add_generation_prompt` is for"),
         ({"messages": [{"content": "a"}]}, r"`messages[0].role` is required"),
         ({"messages": [{"role": "user"}], "add_special_tokens": True}, "names its special tokens"),
-        ({"messages": [{"role": "user", "content": "a" * 99}]}, "`messages` must have at most 64"),
+        (
+            {"messages": [{"role": "user", "content": "a" * 99}]},
+            "`messages` must have at most 128 tokens",
+        ),
         ({"messages": [{"role": "x"}], "tools": [{"a": 1}]}, "chat template: no"),
     ],
 )
 def test_tokenize_refuses_what_is_neither_a_text_nor_messages(sent, says):
     template = "{% if tools %}{{ raise_exception('no') }}{% endif %}{{ messages }}"
-    front = Front(text=tiny_tokenizers.byte_level(template=template), max_tokenize_bytes=64)
+    front = Front(text=tiny_tokenizers.byte_level(template=template))
     reply = front.post("/tokenize", sent)
     assert reply.status_code == 422
     assert says in reply.json()["error"]

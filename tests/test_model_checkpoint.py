@@ -267,7 +267,7 @@ def test_a_model_the_hub_does_not_give_is_refused_by_name(
 
 def test_a_context_beyond_the_base_is_refused(tmp_path: Path) -> None:
     folder = tiny_models.build("llama", tmp_path / "model")
-    with pytest.raises(ModelError, match="max_model_len 129"):
+    with pytest.raises(ModelError, match="--max-model-len 129"):
         decoder_of(folder, max_model_len=129)
     assert decoder_of(folder).max_model_len == 128
     assert decoder_of(folder, max_model_len=60).max_model_len == 60

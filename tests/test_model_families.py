@@ -186,7 +186,7 @@ def test_the_context_may_be_chosen_up_to_what_the_embedding_reaches() -> None:
     assert spec.resolve_max_model_len(0) == 128
     assert spec.resolve_max_model_len(256) == 256
     for wrong in (257, -1):
-        with pytest.raises(ModelError, match="max_model_len"):
+        with pytest.raises(ModelError, match="--max-model-len"):
             spec.resolve_max_model_len(wrong)
 
 

@@ -295,12 +295,12 @@ def test_a_pack_half_in_nf4_is_refused(tmp_path: Path) -> None:
 
 def test_widths_that_blocks_do_not_divide_are_refused_by_name(tmp_path: Path) -> None:
     folder = tiny_models.build("llama", tmp_path / "model", intermediate_size=96)
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.down_proj.*96.*quantize='none'"):
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp\.down_proj.*96.*--quantize none"):
         decoder_of(folder, quantize="nf4")
 
 
 def test_double_quant_is_refused_where_it_would_mean_nothing(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="double_quant needs quantize='nf4'"):
+    with pytest.raises(ModelError, match="--double-quant needs --quantize nf4"):
         decoder_of(tiny_models.build("llama", tmp_path / "m"), double_quant=True)
     with pytest.raises(ModelError, match="quantized already"):
         decoder_of(quantized_folder(tmp_path), quantize="nf4", double_quant=True)

@@ -187,14 +187,14 @@ def test_distinct_adapters_against_the_base_are_read_from_the_newest_of_each_kin
     write(tmp_path, "cpu-compare-small-1.json", comparison({}, 0.5, date="2026-01-01"))
     write(tmp_path, "cpu-compare-small-2.json", comparison({}, 0.86, date="2026-01-03"))
     nf4 = comparison({}, 0.7, weights="random, NF4 computed in bfloat16", clean=False)
-    write(tmp_path, "bench-small-nf4.json", nf4)
+    write(tmp_path, "cpu-compare-small-nf4.json", nf4)
     figures = found("32 rows over 32 distinct", tmp_path)
     assert figures == "0.86 on `small`: met; 0.70 on `small` (NF4 computed in bfloat16), " \
         "unclean: not met"  # fmt: skip
 
 
 def test_other_numbers_of_requests_are_not_the_goal(tmp_path: Path) -> None:
-    write(tmp_path, "bench-small.json", comparison({"vLLM": 9.0}, requests=8))
+    write(tmp_path, "cpu-compare-small.json", comparison({"vLLM": 9.0}, requests=8))
     assert found("32 rows over 32 distinct", tmp_path) == NOT_MEASURED
     assert found("32 requests over 32 distinct", tmp_path) == NOT_MEASURED
 
@@ -202,16 +202,16 @@ def test_other_numbers_of_requests_are_not_the_goal(tmp_path: Path) -> None:
 def test_a_peer_is_compared_with_itself_alone(tmp_path: Path) -> None:
     """A slower peer in a newer file must not stand for the one that the goal names."""
     peers = {"transformers + PEFT": 5.0, "vLLM 0.30": 1.75}
-    write(tmp_path, "bench-small.json", comparison(peers))
+    write(tmp_path, "cpu-compare-small.json", comparison(peers))
     newer = comparison({"transformers + PEFT": 50.0}, date="2026-02-01")
-    write(tmp_path, "cpu-compare-small.json", newer)
+    write(tmp_path, "cpu-compare-small-newer.json", newer)
     start = "32 requests over 32 distinct"
     assert found(start, tmp_path) == "3.50 times vLLM 0.30: not met"
     assert found("the same on `tinyllama`", tmp_path) == NOT_MEASURED
-    write(tmp_path, "bench-small.json", comparison({"vLLM 0.30": 1.8}))
+    write(tmp_path, "cpu-compare-small.json", comparison({"vLLM 0.30": 1.8}))
     assert found(start, tmp_path) == "3.60 times vLLM 0.30: met"
     nf4 = comparison({"vLLM 0.30": 1.8}, weights="random, NF4 computed in bfloat16")
-    write(tmp_path, "bench-small.json", nf4)
+    write(tmp_path, "cpu-compare-small.json", nf4)
     assert found(start, tmp_path) == NOT_MEASURED
 
 
@@ -232,16 +232,16 @@ def test_distinct_adapters_race_the_fastest_of_the_peers_bases(tmp_path: Path) -
         ]
     }
     start = "32 requests over 32 distinct adapters, against the base"
-    write(tmp_path, "bench-small.json", result)
+    write(tmp_path, "cpu-compare-small.json", result)
     base = "32 requests of the base alone, against the fastest peer, `small`"
     assert found(start, tmp_path) == "2.00 times fast on `small`: met"
     assert found(base, tmp_path) == "3.00 times fast on `small`: met"
     result["cases"][0]["contenders"]["slow"]["output_tokens_per_s"] = 200.0
-    write(tmp_path, "bench-small.json", result)
+    write(tmp_path, "cpu-compare-small.json", result)
     assert found(start, tmp_path) == "0.75 times slow on `small`: not met"
     assert found(base, tmp_path) == "1.12 times slow on `small`: not met"
     result["cases"] = result["cases"][:1]
-    write(tmp_path, "bench-small.json", result)
+    write(tmp_path, "cpu-compare-small.json", result)
     assert found(start, tmp_path) == NOT_MEASURED
 
 

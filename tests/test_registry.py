@@ -2,12 +2,14 @@
 and one of an older version is brought up to this one."""
 
 import asyncio
+import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Coroutine
-from contextlib import closing
+from collections.abc import Coroutine, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -392,3 +394,66 @@ def test_what_was_answered_before_a_kill_is_there_and_nothing_is_half(tmp_path: 
         assert told <= state.names.keys() <= told | {f"n{answered + 1}@prod"}
         assert state.owners.keys() == state.names.keys()
         assert len(state.names) - len(state.pins) in (0, 1)
+
+
+# -- files that cannot be written -----------------------------------------------------------
+
+
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """That any user may enter."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@contextmanager
+def without_rights() -> Iterator[None]:
+    """As a user whom the modes of files hold back."""
+    before = os.geteuid()
+    if before == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(before)
+
+
+@pytest.mark.parametrize(("file_mode", "folder_mode"), [(0o444, 0o777), (0o666, 0o555)])
+def test_a_file_that_cannot_be_written_is_refused_at_the_start(
+    open_folder: Path, file_mode: int, folder_mode: int
+) -> None:
+    """SQLite opens it all the same, and every change was a 500 from then on."""
+    path = open_folder / "registry"
+    Registry(str(path)).close()
+    path.chmod(file_mode)
+    open_folder.chmod(folder_mode)
+    with without_rights(), pytest.raises(RegistryError, match="that the server may write"):
+        Registry(str(path))
+    open_folder.chmod(0o755)
+
+
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_nothing_is_answered_that_would_be_written_to_a_file_that_was_moved(
+    tmp_path: Path, is_replaced: bool
+) -> None:
+    """It was written to what no server will ever open again."""
+    path = tmp_path / "registry"
+    with closing(Registry(str(path))) as registry:
+        run(registry.pin(Target("a")))
+        path.rename(tmp_path / "old")
+        if is_replaced:
+            path.write_bytes(b"")
+        with pytest.raises(RegistryUnwritable, match="moved or replaced"):
+            run(registry.pin(Target("b")))
+        assert registry.state.pins == {Target("a")}
+    with closing(Registry(str(tmp_path / "old"))) as registry:
+        assert registry.state.pins == {Target("a")}
+
+
+def test_no_path_stands_for_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with closing(Registry(":memory:")) as registry:
+        run(registry.pin(Target("a")))
+    with closing(Registry(":memory:")) as registry:
+        assert registry.state.pins == {Target("a")}

@@ -337,6 +337,26 @@ def test_admission_leaves_the_running_a_block_each() -> None:
     check_answers(w, sequences)
 
 
+def test_blocks_that_a_prefix_hit_takes_back_are_not_left_for_the_running() -> None:
+    """Counted as free beside the sequence that takes them, they would be missed at once."""
+    w = world(num_blocks=5, rows=2)
+    sequences = [
+        sequence(1, [7] * 8, 1, ignore_eos=True),
+        sequence(2, [8] * 4, 8, ignore_eos=True),
+        sequence(3, [7] * 12, 4, ignore_eos=True),
+    ]
+    w.add(sequences[0])
+    w.run()
+    w.add(sequences[1])
+    w.step()
+    w.step()
+    w.add(sequences[2])
+    w.run()
+    assert w.preemptions == 0
+    assert sequences[2].num_cached == 8
+    check_answers(w, sequences)
+
+
 def test_a_preempted_sequence_comes_back_before_those_who_came_later() -> None:
     w = world(num_blocks=12, rows=2)
     sequences = [sequence(i, [i + 1] * 16, 30, ignore_eos=True) for i in (0, 1)]

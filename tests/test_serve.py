@@ -14,12 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import psutil
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from lory_router import serve
 
 SERVER = str(Path(__file__).with_name("serve_with_fake_engine.py"))
 
@@ -349,3 +352,18 @@ def test_pins_are_loaded_again_after_a_crash(base: Path, tmp_path: Path) -> None
         server.wait_for_metric("lory_engine_restarts_total 1.0")
         server.wait_for_metric('lory_pinned_adapters{tier="device"} 1.0')
         assert httpx.get(f"{server.url}/health").status_code == 200
+
+
+def test_fine_tuning_that_breaks_is_told_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    """Nobody waited for it before the server's end: jobs stood still, and no log said why."""
+    closed: list[bool] = []
+
+    async def broken() -> None:
+        raise RuntimeError("the jobs' database is gone")
+
+    tuning = SimpleNamespace(run=broken, close=lambda: closed.append(True))
+    parts: Any = SimpleNamespace(tuning=tuning)
+    asyncio.run(serve._train(parts))
+    assert "fine-tuning has stopped" in caplog.text
+    assert "the jobs' database is gone" in caplog.text
+    assert closed

@@ -15,7 +15,7 @@ import msgspec
 import pytest
 
 from lory_router.errors import AdapterFileTooLarge, DiskFull
-from lory_router.sources.disk import CacheFolderError, DiskCache, Origin
+from lory_router.sources.disk import TOUCH_S, CacheFolderError, DiskCache, Origin
 from source_files import adapter_bytes, at, is_clean, kept
 from source_servers import Server
 
@@ -70,6 +70,30 @@ def test_the_least_recently_used_goes_and_what_is_held_stays(tmp_path: Path):
         await put(disk, "f")
         assert names(disk) == {"c", "e", "f"}
         assert is_clean(tmp_path / "c")
+        disk.close()
+
+    asyncio.run(work())
+
+
+def test_a_disk_that_became_read_only_serves_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The time of the last use could not be written down, which failed the request and left its
+    hold behind."""
+
+    def utime(*args: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    async def work() -> None:
+        disk = DiskCache(tmp_path / "c", BUDGET)
+        await put(disk, "a")
+        monkeypatch.setattr(os, "utime", utime)
+        used = time.time() + 2 * TOUCH_S
+        monkeypatch.setattr(time, "time", lambda: used)
+        disk.hold("a")
+        disk.release("a")
+        assert not disk.is_held("a")
+        assert [entry.last_used for entry in disk.entries()] == [used]
         disk.close()
 
     asyncio.run(work())

@@ -321,6 +321,15 @@ def test_compressed_bytes_are_refused(tmp_path: Path):
         assert "compressed" in refused(server, tmp_path / "c", SourceUnavailable)
 
 
+@pytest.mark.parametrize("encoding", ["", "identity", "aws-chunked"])
+def test_an_encoding_that_is_none_is_passed_over(tmp_path: Path, encoding: str):
+    """Some stores keep what SDKs call the frames of an upload."""
+    with Server(at("/a", FILES)).running() as server:
+        told = {"content-encoding": encoding}
+        server.rules.append(lambda seen: file_reply(seen, server.files.get(seen.path), **told))
+        assert fetch(server, tmp_path / "c") == FILES
+
+
 # -- redirects ------------------------------------------------------------------------------------
 
 
@@ -377,30 +386,37 @@ def test_cookies_of_one_caller_are_not_sent_for_another(tmp_path: Path):
 # -- our own disk ---------------------------------------------------------------------------------
 
 
-def full_after(num_writes: int) -> Callable[[Path, FileCheck], FileWriter]:
+def full_after(
+    num_writes: int, code: int = errno.ENOSPC
+) -> Callable[[Path, FileCheck], FileWriter]:
     left = num_writes
 
     def write(fd: int, data: memoryview) -> int:
         nonlocal left
         left -= 1
         if left < 0:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(code, os.strerror(code))
         return os.write(fd, data[:1000])
 
     return lambda path, check: FileWriter(path, check, write)
 
 
-@pytest.mark.parametrize("num_writes", [0, 1, 5, 100])
-def test_a_full_disk_is_told_of_and_nothing_is_left(tmp_path: Path, num_writes: int):
+@pytest.mark.parametrize(
+    ("num_writes", "code", "says"),
+    [(n, errno.ENOSPC, "is full") for n in (0, 1, 5, 100)] + [(1, errno.EROFS, "is read-only")],
+)
+def test_a_full_disk_is_told_of_and_nothing_is_left(
+    tmp_path: Path, num_writes: int, code: int, says: str
+):
     async def work(sources: Sources) -> None:
-        with pytest.raises(DiskFull):
+        with pytest.raises(DiskFull, match=says):
             await sources.acquire(web(server))
         assert sources.disk.num_bytes == 0
 
     files = {**FILES, CONFIG: b'{"a": "' + b"x" * 3000 + b'"}'}
     with Server(at("/a", files)).running() as server:
         chosen = settings(tmp_path / "c", hosts=(server.url,))
-        with_sources(chosen, work, full_after(num_writes))
+        with_sources(chosen, work, full_after(num_writes, code))
     assert not kept(tmp_path / "c")
     assert is_clean(tmp_path / "c")
 

@@ -13,12 +13,14 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lory_router import text_process
 from lory_router.chat_template import ChatTemplate, TemplateError
-from lory_router.text_process import AdapterTemplate, TextProcess
+from lory_router.own_texts import OwnTexts
+from lory_router.text_process import AdapterTemplate, TextProcess, Wish
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.tokenizer_files import tokenizer_of
 
@@ -105,7 +107,7 @@ def test_a_template_that_took_too_long_is_not_tried_again_at_once(
     with pytest.raises(TemplateError, match="a moment ago"):
         template.render([], {"n": 2})
     assert process._running is None
-    monkeypatch.setattr(time, "monotonic", lambda now=time.monotonic: now() + 31)
+    monkeypatch.setattr(process._refused, "_clock", lambda: time.monotonic() + 31)
     assert template.render([], {"n": 2}) == "4"
     process._end()
 
@@ -193,3 +195,14 @@ def test_a_look_that_is_lost_refuses_its_adapter_and_is_followed_by_others(tmp_p
             process.look(descriptors)
         assert process.look(descriptors).num_tokens == 2
     process._end()
+
+
+def test_strangers_programs_run_without_the_servers_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORY_API_KEY", "secret-key")
+    base: Any = None
+    apart = OwnTexts(base, "", 2)._apart
+    assert apart.ask(Wish("{{ 6 * 7 }}", {}, [])) == "42"
+    environment = Path(f"/proc/{child_of(apart).pid}/environ").read_bytes()
+    apart._end()
+    assert b"PATH=" in environment
+    assert b"secret-key" not in environment

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import httpx
 import pytest
 import typer
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from lory_trainer import cli, publish, trackers, train
@@ -17,7 +19,7 @@ from lory_trainer.config import TrackingOptions, load_options, parse_options
 from lory_trainer.curve import HELD_OUT, NORM, SMOOTHED, TRAINED, draw, series
 from lory_trainer.dry_run import forecast, resolved
 from lory_trainer.errors import ConfigError, PublishError
-from lory_trainer.events import EventLog
+from lory_trainer.events import Event, EventLog, read_events
 from lory_trainer.memory import GIB, num_weight_bytes
 from trainer_world import CONFIG, events, make_world, write_rows
 
@@ -123,7 +125,10 @@ def test_a_dry_run_shows_everything_and_writes_nothing(world):
         "learning_rate: 0.02",
         "example 3",
         "<eos>",
-        "8 of 4 x 1 rows",
+        "8, each of 4 x 1 rows",
+        "example 1: >>> is learned <<<",
+        ">>>y <eos><<<",
+        "warning: 8 rows",
         "192 read, 64 learned",
         "activations",
         "at 2 an hour",
@@ -132,7 +137,9 @@ def test_a_dry_run_shows_everything_and_writes_nothing(world):
         assert text in done.output
 
 
-@pytest.mark.parametrize("more", ["", "quantization: {bits: 4}\n", "batch_size: auto\n"])
+@pytest.mark.parametrize(
+    "more", ["", "quantization: {bits: 4}\n", "batch_size: auto\n", "warmup_steps: 1\n"]
+)
 def test_what_a_dry_run_resolves_is_a_configuration_of_the_same_run(world, more):
     text = CONFIG.replace("batch_size: 4\n", "") if "batch" in more else CONFIG
     settled = forecast(parse_options(text + more), world).options
@@ -161,6 +168,39 @@ def test_a_forecast_needs_no_weights(world, monkeypatch, lora):
     found = forecast(parse_options(text), world)
     assert found.num_trainable > 0
     assert found.memory.weights < 4 * found.num_parameters / 3
+
+
+def test_a_dry_run_says_what_the_run_would_say(world):
+    more = "logging_steps: 5\noptimizer: paged_adamw\nearly_stop: 2\neval_data: rows.jsonl\n"
+    (world / "mine.yaml").write_text(CONFIG + more)
+    done = lory_train("mine.yaml", "--dry-run")
+    said = [event["text"] for event in _events_of_a_run(world)]
+    assert said[0] == "logging_steps: has no effect here: every step is told"
+    assert "a CPU pages nothing: adamw it is" in said
+    for text in said:
+        assert text in done.output
+
+
+def _events_of_a_run(world: Path) -> list[Event]:
+    """Up to the first step."""
+    lory_train("mine.yaml", "--replace")
+    kinds = [event["type"] for event in read_events(world / "runs" / "mine")]
+    told = read_events(world / "runs" / "mine")[: kinds.index("step")]
+    return [event for event in told if event["type"] == "message"]
+
+
+def test_colours_take_the_place_of_marks(world):
+    from lory_trainer.dry_run import show
+
+    shown = StringIO()
+    console = Console(file=shown, force_terminal=True, color_system="standard", width=80)
+    show(forecast(load_options(world / "mine.yaml"), world), console, 0.0)
+    assert "grey is read, green is learned" in shown.getvalue()
+    assert ">>>" not in shown.getvalue()
+    plain = StringIO()
+    console = Console(file=plain, force_terminal=True, no_color=True, width=80)
+    show(forecast(load_options(world / "mine.yaml"), world), console, 0.0)
+    assert ">>> is learned <<<" in plain.getvalue()
 
 
 def test_the_mask_is_drawn_over_the_very_tokens(world):

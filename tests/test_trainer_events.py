@@ -84,3 +84,33 @@ def test_the_terminal_shows_loss_speed_memory_and_time_left(tmp_path):
     for part in ("mine", "3/40", "loss 2.5000", "1,234 tokens/s", "3.0 GiB", "0:00:", "left out"):
         assert part in text
     assert "step 3: loss 1.2500 on 7 held-out rows, the better answer preferred in 50%" in text
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(tmp_path):
+    shown = StringIO()
+    console = Console(file=shown, width=60)
+    with ProgressBar(console, "mine") as bar, EventLog(tmp_path, bar) as log:
+        log.say("started", step=0, num_steps=25)
+        for step in range(1, 26):
+            log.say("step", step=step, loss=2.5, tokens_per_second=9.0, memory_bytes=0)
+        log.message("left out", "warning")
+        log.message("a note")
+    lines = shown.getvalue().splitlines()
+    assert [line.split(":")[0] for line in lines[:-2]] == [
+        f"step {step} of 25" for step in (3, 6, 9, 12, 15, 18, 21, 24, 25)
+    ]
+    assert lines[0] == "step 3 of 25: loss 2.5000  9 tokens/s  0.0 GiB"
+    assert lines[-2:] == ["warning: left out", "a note"]
+
+
+@pytest.mark.parametrize("name", ["a" * 60, "[red]x"])
+def test_a_long_name_leaves_the_bar_on_a_line_of_80(tmp_path, name):
+    shown = StringIO()
+    console = Console(file=shown, force_terminal=True, width=80, color_system=None)
+    with ProgressBar(console, name) as bar, EventLog(tmp_path, bar) as log:
+        log.say("started", step=0, num_steps=10_000)
+        log.say("step", step=9_999, loss=2.5, tokens_per_second=12_345.0, memory_bytes=90 << 30)
+    last = shown.getvalue().rpartition("\r")[2].replace("\x1b[2K", "").rstrip()
+    assert len(last.splitlines()[0]) <= 80
+    assert last.startswith(name if len(name) < 14 else "aaaaaaaaaaa... ")
+    assert "9999/10000 loss 2.5000  12,345 tokens/s  90.0 GiB" in last

@@ -93,6 +93,7 @@ def test_what_has_no_effect_is_said(tmp_path):
         "flash_attention",
         "logging_steps",
         "pad_to_sequence_len",
+        "tf32",
     ]
 
 
@@ -150,6 +151,13 @@ def test_what_has_no_effect_is_said(tmp_path):
         ("lora_r: 300", "lora_r: "),
         ("tracking: {to: [comet]}", "tracking.to: "),
         ("generation: {num_beams: 4}", "token by token"),
+        ("lora: {modules_to_save: [lm_head]}", "lora.modules_to_save: ['lm_head'] is not taken"),
+        ("adapter: {layers_to_transform: [1]}", "write target_modules as one regular expression"),
+        ("lora: {alora_invocation_tokens: [1]}", "an aLoRA of others is served"),
+        ("peft_trainable_token_indices: [1]", "LoRA alone"),
+        ("zzz: 1", "zzz: no such key; docs/training.md ends with all keys"),
+        ("warmup_steps: 10\nwarmup_ratio: 0.1", "give it or warmup_fraction, not both"),
+        ("datasets: [{path: a, roles: {user: [x]}}]", "roles: only path and type are read"),
     ],
 )
 def test_what_is_not_taken_says_why(lines, message):
@@ -201,6 +209,8 @@ def test_every_wrong_key_is_told_at_once():
         ("test_datasets: [{path: held.jsonl}]", "eval_data", "held.jsonl"),
         ("trainer: {type: dpo}\noutput_features: [{name: good}]", "chosen", "good"),
         ("use_mlflow: true", "tracking.to", ["mlflow"]),
+        ("warmup_steps: 10", "warmup_steps", 10),
+        ("lora: {modules_to_save: null, bias: none}", "lora.r", 8),
         ("model_type: LlamaForCausalLM", "lora.dropout", 0.0),
         ("model_type: llm", "lora.dropout", 0.05),
         ("input_features: [{name: question}]", "template", "{question}"),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lory_trainer.data_lint import lint
+from lory_trainer.data_lint import Finding, lint
 from lory_trainer.data_rows import Sample
 
 
@@ -100,3 +100,9 @@ def test_rare_labels_are_found_and_even_ones_told():
 def test_only_a_few_places_are_written_out():
     finding = found([sample(n, f"q {n}", "") for n in range(1000)])["empty", "warning"]
     assert str(finding).endswith("and 995 more)")
+
+
+def test_lines_of_one_file_are_written_after_its_name():
+    places = ("a.jsonl line 1", "a.jsonl line 2", "b.csv line 2", "a.jsonl line 3")
+    finding = Finding("empty", "info", "empty", places)
+    assert str(finding) == "empty (a.jsonl line 1, 2, b.csv line 2, a.jsonl line 3)"

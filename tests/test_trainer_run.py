@@ -13,7 +13,7 @@ import torch
 import typer
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from lory_trainer import cli, export, folders
@@ -25,7 +25,7 @@ from lory_trainer.export import write_adapter
 from lory_trainer.objective import Answers, accumulate
 from lory_trainer.optimizer import learning_rate_at
 from lory_trainer.train import TrainResult
-from trainer_world import CONFIG, events, make_world, train
+from trainer_world import CHAT_TEMPLATE, CONFIG, events, make_world, train
 
 # peft still reads a name that transformers is about to rename.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
@@ -161,6 +161,36 @@ def test_learning_rate_rises_then_falls():
     assert rates[:3] == [0.5, 1.0, 1.0]
     assert rates[2:] == sorted(rates[2:], reverse=True)
     assert 0 < rates[-1] < 0.1
+
+
+def test_the_warm_up_may_be_told_in_steps():
+    options = parse_options("base: x\ndata: x\nwarmup_steps: 4\nschedule: constant\n")
+    rates = [learning_rate_at(index, 10, options, 1.0) for index in range(10)]
+    assert rates == [0.25, 0.5, 0.75, *[1.0] * 7]
+    options = parse_options("base: x\ndata: x\nwarmup_steps: 0\nschedule: constant\n")
+    assert learning_rate_at(0, 10, options, 1.0) == 1
+
+
+def test_a_template_that_begins_answers_is_told(world):
+    tokenizer = AutoTokenizer.from_pretrained(world / "tiny")
+    tokenizer.chat_template = CHAT_TEMPLATE.replace(
+        "{{ m['content'] }}{{", "go {{ m['content'] }}{{"
+    )
+    tokenizer.save_pretrained(world / "tiny")
+    train(world, CONFIG + "chat: true\nmax_steps: 1\n")
+    assert "the base's chat template begins every answer with 'go'" in told(world)
+
+
+def test_a_base_that_no_server_holds_so_is_told(tmp_path):
+    world = make_world(tmp_path, hidden_size=64)
+    train(world, CONFIG + "quantization: {bits: 4, type: fp4}\nmax_steps: 1\n")
+    assert "the base is trained on in fp4" in told(world)
+    train(world, CONFIG + "quantization: {bits: 4}\nmax_steps: 1\n", replace=True)
+    assert "is trained on in" not in told(world)
+
+
+def told(world: Path) -> str:
+    return "\n".join(event["text"] for event in events(world, "message"))
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_writes_nothing(world):

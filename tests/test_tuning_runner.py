@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import fake_trainer
+from lory_router.errors import JobsUnwritable
 from lory_router.keys import Caller
 from lory_router.registry import Registry
 from lory_router.tuning import runner as runner_module
@@ -98,6 +99,31 @@ def test_a_made_adapter_that_waits_for_the_engine_says_so(tmp_path: Path, monkey
                 await asyncio.sleep(0.02)
 
     monkeypatch.setattr(runner_module, "SOON_S", 0.05)
+    run(tmp_path, story, engine=AbsentEngine)
+
+
+def test_a_database_that_cannot_be_written_is_not_the_adapters_fault(tmp_path: Path, monkeypatch):
+    """The note that the adapter waits is refused the first time."""
+
+    async def story(world: World) -> None:
+        put, refused = world.tuning._store.put, []
+
+        async def full(*records: Any) -> None:
+            if not refused and getattr(records[0], "message", "") == runner_module.HANDING_OVER:
+                refused.append(records)
+                raise JobsUnwritable("the disk is full")
+            await put(*records)
+
+        monkeypatch.setattr(world.tuning._store, "put", full)
+        job = await world.create()
+        async with asyncio.timeout(WAIT_S):
+            while (await world.events(job["id"]))[-1] != runner_module.HANDING_OVER:
+                await asyncio.sleep(0.02)
+        assert refused
+        assert (await world.job(job["id"]))["status"] == "running"
+
+    monkeypatch.setattr(runner_module, "SOON_S", 0.05)
+    monkeypatch.setattr(runner_module, "RETRY_S", 0.05)
     run(tmp_path, story, engine=AbsentEngine)
 
 

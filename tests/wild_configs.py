@@ -182,6 +182,35 @@ warmup_steps: 10
 deepspeed: deepspeed_configs/zero2.json
 """
 
+AXOLOTL_MESSAGES = """
+base_model: NousResearch/Llama-3.2-1B
+load_in_8bit: false
+load_in_4bit: false
+adapter: lora
+datasets:
+  - path: fozziethebeat/alpaca_messages_2k_test
+    type: chat_template
+    field_messages: conversations
+    message_property_mappings: {role: from, content: value}
+    roles: {system: [system], user: [human, user], assistant: [gpt, assistant]}
+shuffle_merged_datasets: true
+val_set_size: 0.05
+sequence_len: 4096
+lora_r: 16
+lora_target_linear: true
+gradient_accumulation_steps: 4
+micro_batch_size: 2
+num_epochs: 4
+optimizer: adamw_torch_fused
+lr_scheduler: cosine
+learning_rate: 2e-4
+bf16: auto
+tf32: true
+gradient_checkpointing_kwargs: {use_reentrant: false}
+warmup_steps: 10
+save_first_step: true
+"""
+
 AXOLOTL_ORPO = """
 base_model: mistralai/Mistral-7B-v0.1
 load_in_4bit: true
@@ -370,6 +399,7 @@ generation: {max_tokens: 5, temprature: 0.2}
 TAKEN = {
     "axolotl-llama-2": AXOLOTL_LLAMA_2,
     "axolotl-llama-3": AXOLOTL_LLAMA_3,
+    "axolotl-messages": AXOLOTL_MESSAGES,
     "axolotl-orpo": AXOLOTL_ORPO,
     "axolotl-simpo": AXOLOTL_SIMPO,
     "ludwig-dpo": LUDWIG_DPO,
@@ -405,9 +435,7 @@ REFUSED = {
         AXOLOTL_CHAT,
         {
             "chat_template": "go through the base's own",
-            "datasets": "roles: only path and type are read",
             "plugins": "plugins are not loaded",
-            "warmup_steps": "give warmup_fraction",
             "deepspeed": "one process trains",
         },
     ),

@@ -13,6 +13,13 @@ from torch import Tensor
 
 from lory_kernels.build import compiled_library
 from lory_kernels.calls import Attention, Caller, Gated, Norm, Op, Rope, Sgmv, Step, op
+from lory_kernels.checks import (
+    require_contiguous,
+    require_dtype,
+    require_norm_weight,
+    require_rows,
+    require_table,
+)
 from lory_kernels.contract import MAX_RANK, Segments, SiteTable
 from lory_kernels.reference import TorchOps
 
@@ -168,11 +175,11 @@ class CpuOps:
     ) -> Tensor:
         rows, width = x_TH.shape
         out = self.caller.empty(rows, width, x_TH.dtype) if out_TH is None else out_TH
-        _require_contiguous(x_TH=x_TH)
-        _require_table(x_TH.dtype, out_TH=out)
-        _require_norm_weight(x_TH.dtype, weight_in_fp32, weight_H=weight_H)
+        require_contiguous(x_TH=x_TH)
+        require_table(x_TH.dtype, out_TH=out)
+        require_norm_weight(x_TH.dtype, weight_in_fp32, weight_H=weight_H)
         if residual_TH is not None:
-            _require_table(x_TH.dtype, residual_TH=residual_TH)
+            require_table(x_TH.dtype, residual_TH=residual_TH)
         args = Norm(
             x=x_TH.data_ptr(),
             weight=weight_H.data_ptr(),
@@ -198,8 +205,8 @@ class CpuOps:
         return self._gated(kernels.gelu_tanh_mul, gate_up_TN, out_TI)
 
     def _gated(self, op: Op, gate_up_TN: Tensor, out_TI: Tensor) -> None:
-        _require_contiguous(out_TI=out_TI)
-        _require_table(out_TI.dtype, gate_up_TN=gate_up_TN)
+        require_contiguous(out_TI=out_TI)
+        require_table(out_TI.dtype, gate_up_TN=gate_up_TN)
         rows, width = out_TI.shape
         args = Gated(gate_up_TN.data_ptr(), out_TI.data_ptr(), width)
         self.caller.call(op, args, Step(rows))
@@ -238,10 +245,10 @@ class CpuOps:
                 norm_eps=norm_eps,
                 norm_weight_in_fp32=norm_weight_in_fp32,
             )
-        _require_rows(qkv_TN=qkv_TN)
-        _require_table(qkv_TN.dtype, k_cache=k_cache, v_cache=v_cache)
-        _require_table(torch.int64, positions_T=positions_T, kv_slots_T=kv_slots_T)
-        _require_table(torch.float32, cos_sin_PD=cos_sin_PD)
+        require_rows(qkv_TN=qkv_TN)
+        require_table(qkv_TN.dtype, k_cache=k_cache, v_cache=v_cache)
+        require_table(torch.int64, positions_T=positions_T, kv_slots_T=kv_slots_T)
+        require_table(torch.float32, cos_sin_PD=cos_sin_PD)
         args = Rope(
             qkv=qkv_TN.data_ptr(),
             qkv_stride=qkv_TN.stride(0),
@@ -296,8 +303,8 @@ class CpuOps:
                 window=window,
                 softcap=softcap,
             )
-        _require_rows(qkv_TN=qkv_TN)
-        _require_table(qkv_TN.dtype, k_cache=k_cache, v_cache=v_cache, out_TN=out_TN)
+        require_rows(qkv_TN=qkv_TN)
+        require_table(qkv_TN.dtype, k_cache=k_cache, v_cache=v_cache, out_TN=out_TN)
         _require_tables(block_tables_RM, query_starts_R1, context_lens_R)
         args = Attention(
             qkv=qkv_TN.data_ptr(),
@@ -330,8 +337,8 @@ class CpuOps:
         kernels = self._kernels.get(pool.dtype)
         if kernels is None:
             return self._reference.sgmv(y_TN, x_TH, site, pool, segments)
-        _require_rows(y_TN=y_TN, x_TH=x_TH)
-        _require_dtype(pool.dtype, y_TN=y_TN, x_TH=x_TH)
+        require_rows(y_TN=y_TN, x_TH=x_TH)
+        require_dtype(pool.dtype, y_TN=y_TN, x_TH=x_TH)
         args = Sgmv(
             self._site_address(site, pool),
             y_TN.data_ptr(),
@@ -351,7 +358,7 @@ class CpuOps:
         segments: Segments | None,
     ) -> Step:
         """For a recorded program: what stands here in place of what its ops were recorded with."""
-        _require_table(torch.int64, positions_T=positions_T, kv_slots_T=kv_slots_T)
+        require_table(torch.int64, positions_T=positions_T, kv_slots_T=kv_slots_T)
         _require_tables(block_tables_RM, query_starts_R1, context_lens_R)
         lora = None
         if segments is not None and segments.changes_rows:
@@ -384,12 +391,12 @@ class CpuOps:
 
 
 def _known_site(site: SiteTable, pool: Tensor) -> _KnownSite:
-    _require_table(torch.int64, a_offset_SK=site.a_offset_SK, b_offset_SK=site.b_offset_SK)
+    require_table(torch.int64, a_offset_SK=site.a_offset_SK, b_offset_SK=site.b_offset_SK)
     for offset_SK in (site.gain_offset_SK, site.bias_offset_SK):
         if offset_SK is not None:
-            _require_table(torch.int64, offset_SK=offset_SK)
-    _require_table(torch.int32, rank_SK=site.rank_SK)
-    _require_table(torch.float32, scale_SK=site.scale_SK)
+            require_table(torch.int64, offset_SK=offset_SK)
+    require_table(torch.int32, rank_SK=site.rank_SK)
+    require_table(torch.float32, scale_SK=site.scale_SK)
     longs = ctypes.c_int64 * len(site.out_offsets)
     struct = _Site(
         pool.data_ptr(),
@@ -408,7 +415,7 @@ def _known_site(site: SiteTable, pool: Tensor) -> _KnownSite:
 
 
 def _known_rows(segments: Segments) -> _KnownRows:
-    _require_table(torch.int32, starts_G1=segments.starts_G1, slots_G=segments.slots_G)
+    require_table(torch.int32, starts_G1=segments.starts_G1, slots_G=segments.slots_G)
     struct = _Rows(
         segments.starts_G1.data_ptr(),
         segments.slots_G.data_ptr(),
@@ -439,47 +446,17 @@ def _norms_mode(
     if not given:
         return _WEIGHT_AFTER_ROUNDING
     first_D = next(iter(given.values()))
-    _require_norm_weight(x.dtype, weight_in_fp32, **given)
-    _require_dtype(first_D.dtype, **given)
+    require_norm_weight(x.dtype, weight_in_fp32, **given)
+    require_dtype(first_D.dtype, **given)
     return _norm_mode(x, first_D, weight_in_fp32)
-
-
-def _require_rows(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must have whole rows, its strides are {tensor.stride()}")
 
 
 def _require_tables(
     block_tables_RM: Tensor, query_starts_R1: Tensor, context_lens_R: Tensor
 ) -> None:
-    _require_table(
+    require_table(
         torch.int32,
         block_tables_RM=block_tables_RM,
         query_starts_R1=query_starts_R1,
         context_lens_R=context_lens_R,
     )
-
-
-def _require_norm_weight(dtype: torch.dtype, in_fp32: bool, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        may_be = torch.float32 if in_fp32 and tensor.dtype == torch.float32 else dtype
-        _require_table(may_be, **{name: tensor})
-
-
-def _require_table(dtype: torch.dtype, **tensors: Tensor) -> None:
-    """Contiguous, and of this dtype."""
-    _require_contiguous(**tensors)
-    _require_dtype(dtype, **tensors)
-
-
-def _require_dtype(dtype: torch.dtype, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}")
-
-
-def _require_contiguous(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, its strides are {tensor.stride()}")

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 
 from lory_kernels import triton_attention, triton_elementwise, triton_sgmv
+from lory_kernels.checks import require_dtype, require_norm_weight, require_rows, require_table
 from lory_kernels.contract import KernelUnavailableError, Segments, SiteTable
 
 _INTERPRETED_DTYPES = (torch.float32, torch.float16)
@@ -65,12 +66,10 @@ class TritonOps:
     ) -> Tensor:
         out_TH = torch.empty_like(x_TH) if out_TH is None else out_TH
         self._require_served(x_TH=x_TH)
-        _require_contiguous(x_TH=x_TH, out_TH=out_TH, weight_H=weight_H)
-        _require_dtype(x_TH.dtype, out_TH=out_TH)
+        require_table(x_TH.dtype, x_TH=x_TH, out_TH=out_TH)
         if residual_TH is not None:
-            _require_contiguous(residual_TH=residual_TH)
-            _require_dtype(x_TH.dtype, residual_TH=residual_TH)
-        _require_norm_weight(x_TH.dtype, weight_in_fp32, weight_H=weight_H)
+            require_table(x_TH.dtype, residual_TH=residual_TH)
+        require_norm_weight(x_TH.dtype, weight_in_fp32, weight_H=weight_H)
         triton_elementwise.rms_norm(out_TH, x_TH, residual_TH, weight_H, eps, weight_in_fp32)
         return out_TH
 
@@ -92,18 +91,13 @@ class TritonOps:
         norm_weight_in_fp32: bool = False,
     ) -> None:
         self._require_served(qkv_TN=qkv_TN)
-        _require_rows(qkv_TN=qkv_TN)
-        _require_contiguous(
-            positions_T=positions_T, cos_sin_PD=cos_sin_PD, k_cache=k_cache, v_cache=v_cache,
-            kv_slots_T=kv_slots_T,
-        )  # fmt: skip
-        _require_dtype(qkv_TN.dtype, k_cache=k_cache, v_cache=v_cache)
-        _require_dtype(torch.int64, positions_T=positions_T, kv_slots_T=kv_slots_T)
-        _require_dtype(torch.float32, cos_sin_PD=cos_sin_PD)
+        require_rows(qkv_TN=qkv_TN)
+        require_table(qkv_TN.dtype, k_cache=k_cache, v_cache=v_cache)
+        require_table(torch.int64, positions_T=positions_T, kv_slots_T=kv_slots_T)
+        require_table(torch.float32, cos_sin_PD=cos_sin_PD)
         for name, norm_D in (("q_norm_D", q_norm_D), ("k_norm_D", k_norm_D)):
             if norm_D is not None:
-                _require_contiguous(**{name: norm_D})
-                _require_norm_weight(qkv_TN.dtype, norm_weight_in_fp32, **{name: norm_D})
+                require_norm_weight(qkv_TN.dtype, norm_weight_in_fp32, **{name: norm_D})
         triton_elementwise.rope_write_kv(
             qkv_TN, positions_T, cos_sin_PD, k_cache, v_cache, kv_slots_T, num_heads, num_kv_heads,
             head_dim, q_norm_D, k_norm_D, norm_eps, norm_weight_in_fp32,
@@ -127,16 +121,11 @@ class TritonOps:
         softcap: float = 0.0,
     ) -> None:
         self._require_served(qkv_TN=qkv_TN)
-        _require_rows(qkv_TN=qkv_TN, block_tables_RM=block_tables_RM, out_TN=out_TN)
-        _require_contiguous(
-            k_cache=k_cache, v_cache=v_cache, query_starts_R1=query_starts_R1,
-            context_lens_R=context_lens_R,
-        )  # fmt: skip
-        _require_dtype(qkv_TN.dtype, k_cache=k_cache, v_cache=v_cache, out_TN=out_TN)
-        _require_dtype(
-            torch.int32, block_tables_RM=block_tables_RM, query_starts_R1=query_starts_R1,
-            context_lens_R=context_lens_R,
-        )  # fmt: skip
+        require_rows(qkv_TN=qkv_TN, block_tables_RM=block_tables_RM, out_TN=out_TN)
+        require_table(qkv_TN.dtype, k_cache=k_cache, v_cache=v_cache)
+        require_dtype(qkv_TN.dtype, out_TN=out_TN)
+        require_dtype(torch.int32, block_tables_RM=block_tables_RM)
+        require_table(torch.int32, query_starts_R1=query_starts_R1, context_lens_R=context_lens_R)
         triton_attention.paged_attention(
             qkv_TN, k_cache, v_cache, block_tables_RM, query_starts_R1, context_lens_R, out_TN,
             num_heads, num_kv_heads, head_dim, scale, window, softcap,
@@ -150,24 +139,23 @@ class TritonOps:
 
     def _gated(self, gate_up_TN: Tensor, out_TI: Tensor, is_gelu: bool) -> None:
         self._require_served(gate_up_TN=gate_up_TN)
-        _require_contiguous(gate_up_TN=gate_up_TN, out_TI=out_TI)
-        _require_dtype(gate_up_TN.dtype, out_TI=out_TI)
+        require_table(gate_up_TN.dtype, gate_up_TN=gate_up_TN, out_TI=out_TI)
         triton_elementwise.gated(gate_up_TN, out_TI, is_gelu)
 
     def sgmv(
         self, y_TN: Tensor, x_TH: Tensor, site: SiteTable, pool: Tensor, segments: Segments
     ) -> None:
         self._require_served(y_TN=y_TN)
-        _require_rows(y_TN=y_TN, x_TH=x_TH)
-        _require_dtype(y_TN.dtype, x_TH=x_TH, pool=pool)
-        _require_dtype(
+        require_rows(y_TN=y_TN, x_TH=x_TH)
+        require_dtype(y_TN.dtype, x_TH=x_TH, pool=pool)
+        require_dtype(
             torch.int32, starts_G1=segments.starts_G1, slots_G=segments.slots_G,
             rank_SK=site.rank_SK,
         )  # fmt: skip
-        _require_dtype(torch.int64, a_offset_SK=site.a_offset_SK, b_offset_SK=site.b_offset_SK)
+        require_dtype(torch.int64, a_offset_SK=site.a_offset_SK, b_offset_SK=site.b_offset_SK)
         for offset_SK in (site.gain_offset_SK, site.bias_offset_SK):
             if offset_SK is not None:
-                _require_dtype(torch.int64, offset_SK=offset_SK)
+                require_dtype(torch.int64, offset_SK=offset_SK)
         columns_2K = self._columns_of(site, pool.device)
         triton_sgmv.sgmv(y_TN, x_TH, site, pool, segments, columns_2K)
 
@@ -190,27 +178,3 @@ class TritonOps:
                     + ", ".join(str(dtype) for dtype in self._dtypes)
                     + " here; choose 'torch' for others"
                 )
-
-
-def _require_norm_weight(dtype: torch.dtype, in_fp32: bool, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype != dtype and not (in_fp32 and tensor.dtype == torch.float32):
-            raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}")
-
-
-def _require_rows(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must have whole rows, its strides are {tensor.stride()}")
-
-
-def _require_dtype(dtype: torch.dtype, **tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if tensor.dtype != dtype:
-            raise ValueError(f"{name} must be {dtype}, not {tensor.dtype}")
-
-
-def _require_contiguous(**tensors: Tensor) -> None:
-    for name, tensor in tensors.items():
-        if not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, its strides are {tensor.stride()}")

@@ -10,11 +10,11 @@ from typing import Any
 import msgspec
 
 from lory_router.chat_template import PromptTemplate, TemplateError
-from lory_router.errors import Invalid
+from lory_router.errors import ContextTooLong, Invalid
 from lory_router.schemas_lorax import TokenizeBody
 from lory_router.settings import RouterSettings
 from lory_router.text import TextModel
-from lory_router.tokenize import check_size, encode
+from lory_router.tokenize import check_length, encode
 
 
 class ChatTokens(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,12 +49,19 @@ def _refuse(wish: TokenizeBody, names: tuple[str, ...], reason: str) -> None:
             raise Invalid(f"`{name}` {reason}", param=name)
 
 
-async def chat_tokens(wish: TokenizeBody, text: TextModel, settings: RouterSettings) -> ChatTokens:
+async def chat_tokens(
+    wish: TokenizeBody, text: TextModel, settings: RouterSettings, max_tokens: int
+) -> ChatTokens:
+    """Of at most `max_tokens`."""
     if text.chat_template is None:
         raise Invalid("`messages`: there is no chat template here; send `inputs`", param="messages")
     prompt = await asyncio.to_thread(_rendered, wish, text.chat_template)
-    check_size("messages", prompt, settings)
+    check_length("messages", prompt, text, max_tokens)
     ids = await encode(text, prompt, settings, add_special_tokens=False)
+    if len(ids) > max_tokens:
+        raise ContextTooLong(
+            f"`messages` must have at most {max_tokens} tokens. Given: {len(ids)}", param="messages"
+        )
     return ChatTokens(prompt=prompt, tokens=list(ids), count=len(ids))
 
 

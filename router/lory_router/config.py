@@ -64,7 +64,9 @@ class ModelConfig:
     device: DeviceName = flag("auto", "Where the engine runs; auto takes a GPU if there is one.")
     dtype: DtypeName = flag("auto", "Number format of weights and activations.")
     quantize: Quantization = flag("none", "Quantize the base's linears as it loads.")
-    double_quant: bool = flag(False, "Quantize NF4's block scales too.")
+    double_quant: bool = flag(
+        False, "Round NF4's block scales as double quantization does; saves no memory."
+    )
     max_model_len: int = flag(
         0, "Longest prompt + answer in tokens; 0: what the base and the KV pool allow.", at_least=0
     )
@@ -331,13 +333,15 @@ _HUGE_PAGES = "glibc.malloc.hugetlb"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 
 
-def engine_environment() -> dict[str, str]:
-    """What the engine's process inherits: everything but our own settings and keys.
+def inherited_environment() -> dict[str, str]:
+    """What a child process inherits: everything but our own settings and keys."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(ENVIRONMENT_PREFIX)}
 
-    And malloc on huge pages, unless its tunables say otherwise: steps allocate and free megabytes,
-    and faulting them in by 4 KiB takes a third of a prefill's time on a CPU.
-    """
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(ENVIRONMENT_PREFIX)}
+
+def engine_environment() -> dict[str, str]:
+    """The engine's, with malloc on huge pages, unless its tunables say otherwise: steps allocate
+    and free megabytes, and faulting them in by 4 KiB takes a third of a prefill's time on a CPU."""
+    kept = inherited_environment()
     tunables = kept.get("GLIBC_TUNABLES", "")
     if _HUGE_PAGES not in tunables:
         kept["GLIBC_TUNABLES"] = ":".join(filter(None, (tunables, f"{_HUGE_PAGES}=1")))

@@ -44,6 +44,9 @@ from lory_server.messages import EngineInfo
 from lory_server.recipes import MERGED
 
 TOKENS_AT_ONCE = 4096
+NUM_CONTEXTS = 2
+"""So many times the context may messages be that are only tokenized: some are looked at with an
+answer that would not fit behind them."""
 
 FINISH_REASONS: dict[EndReason, FinishReason] = {
     "length": "length",
@@ -89,7 +92,8 @@ async def tokenize(front: Front, exchange: Exchange, body: bytes) -> None:
     manner = await front.manners.of(named, exchange.caller)
     text = await front.manners.text(named, exchange.caller, manner)
     if wish.inputs is None:
-        await exchange.reply_json(await chat_tokens(wish, text, front.settings))
+        most = NUM_CONTEXTS * front.require_ready().max_model_len
+        await exchange.reply_json(await chat_tokens(wish, text, front.settings, most))
         return
     tokens = await locate(text, wish.inputs, front.settings, special)
     body = await asyncio.to_thread(_encode_tokens, tokens, wish.inputs)

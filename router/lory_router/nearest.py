@@ -4,11 +4,14 @@ It must not know who asks: whoever gives the names gives those that the asker ma
 """
 
 import difflib
+import heapq
 from collections.abc import Iterable
 from itertools import islice
 
 MAX_COMPARED = 5000
-"""Names; looking at more takes too long."""
+"""Names that are looked at; more takes too long."""
+MAX_WEIGHED = 16
+"""Of those so many, which share the most with what was named, are compared letter by letter."""
 MAX_LENGTH = 200
 LIKE_ENOUGH = 0.75
 MIN_BEGINNING = 12
@@ -24,8 +27,20 @@ def nearest(name: str, known: Iterable[str], like_enough: float = LIKE_ENOUGH) -
     if len(begin) == 1:
         return begin[0]
     folded = {one.casefold(): one for one in reversed(names)}
-    found = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=like_enough)
+    likely = _likely(name.casefold(), folded)
+    found = difflib.get_close_matches(name.casefold(), likely, n=1, cutoff=like_enough)
     return folded[found[0]] if found else ""
+
+
+def _likely(name: str, known: Iterable[str]) -> list[str]:
+    """Those that have the most pieces of the name in them."""
+    size = 3 if len(name) > 5 else 2
+    pieces = {name[start : start + size] for start in range(len(name) - size + 1)}
+
+    def likeness(one: str) -> tuple[int, int]:
+        return sum(map(one.__contains__, pieces)), -abs(len(one) - len(name))
+
+    return heapq.nlargest(MAX_WEIGHED, known, key=likeness)
 
 
 def nearest_path(path: str, templates: Iterable[str]) -> str:

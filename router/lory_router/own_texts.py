@@ -15,6 +15,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from lory_router.chat_template import ChatTemplate, PromptTemplate
+from lory_router.config import inherited_environment
 from lory_router.errors import AdapterInvalid, AdapterReplaced, shown
 from lory_router.shared_tokenizer import share_model
 from lory_router.sources.flight import Flights
@@ -69,7 +70,7 @@ class OwnTexts:
         self._refused: Memory[tuple[str, Key], str] = Memory(MAX_REFUSED)
         """Why, so that a storm of requests does not read a broken file each time."""
         self._turn = asyncio.Semaphore(1)
-        self._apart = TextProcess()
+        self._apart = TextProcess(inherited_environment())
 
     async def of(
         self, adapter_id: str, manner: Manner, is_trusted: bool = True, name: str = ""

@@ -20,7 +20,7 @@ import msgspec
 
 from lory_router.errors import RegistryUnwritable
 from lory_router.names import Target, is_revision, split
-from lory_router.registry_file import RegistryError, damaged, open_registry
+from lory_router.registry_file import RegistryError, damaged, identity_of, open_registry
 from lory_router.sources.reference import covers
 from lory_server.messages import FETCHED
 from lory_server.recipes import MERGED, Recipe, merged_id
@@ -91,6 +91,7 @@ class Registry:
         self.is_kept = bool(path)
         """Whether it outlives the server."""
         self._connection = open_registry(path)
+        self._path, self._identity = path, identity_of(path)
         self._lock = asyncio.Lock()
         try:
             self._state = _read(self._connection)
@@ -192,10 +193,15 @@ class Registry:
     async def _change(self, statements: Sequence[Statement]) -> None:
         async with self._lock:
             try:
-                self._state = await asyncio.to_thread(_apply, self._connection, statements)
+                self._state = await asyncio.to_thread(self._apply, statements)
             except sqlite3.Error as error:
                 text = f"The registry cannot be written, so nothing was changed: {error}"
                 raise RegistryUnwritable(text) from error
+
+    def _apply(self, statements: Sequence[Statement]) -> State:
+        if identity_of(self._path) != self._identity:
+            raise sqlite3.OperationalError("its file was moved or replaced; start the server again")
+        return _apply(self._connection, statements)
 
 
 def _without(state: State, adapter_id: str) -> list[Statement]:

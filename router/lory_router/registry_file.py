@@ -4,6 +4,7 @@ A file that is damaged, not Lory's or newer is refused; an older one is changed 
 whole or not at all. It must not know what names and pins mean.
 """
 
+import os
 import sqlite3
 from pathlib import Path
 
@@ -25,6 +26,9 @@ APPLICATION_ID = 0x4C6F7279
 IN_MEMORY = ":memory:"
 
 
+Identity = tuple[int, int]
+
+
 class RegistryError(Exception):
     """The file cannot be used; the message names it and the fix."""
 
@@ -35,7 +39,10 @@ def open_registry(path: str) -> sqlite3.Connection:
         raise RegistryError(f"{path}: its folder is not there; make it first")
     try:
         connection = sqlite3.connect(
-            path or IN_MEMORY, timeout=0, isolation_level=None, check_same_thread=False
+            os.path.abspath(path) if path else IN_MEMORY,
+            timeout=0,
+            isolation_level=None,
+            check_same_thread=False,
         )
         try:
             _prepare(connection, path)
@@ -49,6 +56,15 @@ def open_registry(path: str) -> sqlite3.Connection:
     return connection
 
 
+def identity_of(path: str) -> Identity | None:
+    """Another one, or none, once the file is moved, deleted or replaced."""
+    try:
+        found = os.stat(path) if path else None
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino) if found else None
+
+
 def _prepare(connection: sqlite3.Connection, path: str) -> None:
     # Held until the end: what another server wrote would not be seen here.
     connection.execute("PRAGMA locking_mode = EXCLUSIVE")
@@ -58,8 +74,7 @@ def _prepare(connection: sqlite3.Connection, path: str) -> None:
         found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
         if found != "ok":
             raise RegistryError(damaged(path, found))
-        if version < SCHEMA_VERSION:
-            _change(connection, version)
+        _change(connection, version)
     except RegistryError:
         connection.execute("ROLLBACK")
         raise
@@ -84,6 +99,7 @@ def _version(connection: sqlite3.Connection, path: str) -> int:
 
 
 def _change(connection: sqlite3.Connection, version: int) -> None:
+    """Written though nothing may change, for a file that cannot be is else found out late."""
     for statements in CHANGES[version:]:
         for statement in statements:
             connection.execute(statement)

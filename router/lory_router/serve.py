@@ -197,11 +197,14 @@ def _build(launch: _Launch) -> _Parts:
 
 
 async def _train(parts: _Parts) -> None:
-    """Do fine-tuning jobs until stopped, once there is an engine to hand their adapters to."""
+    """Do fine-tuning jobs until stopped. Nobody waits for this before the end, so that what breaks
+    it is told here."""
     if parts.tuning is None:
         return
     try:
         await parts.tuning.run()
+    except Exception:
+        log.exception("fine-tuning has stopped: start the server again; requests are served on")
     finally:
         parts.tuning.close()
 

@@ -19,7 +19,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 import weakref
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -27,6 +26,7 @@ from dataclasses import replace
 import msgspec
 
 from lory_router.chat_template import ChatTemplate, Message, TemplateError
+from lory_router.sources.memory import Memory
 from lory_server.adapters.errors import AdapterInvalidError
 from lory_server.adapters.tokenizer_files import COMPANIONS, TokenizerFiles, read_tokenizer
 
@@ -93,11 +93,13 @@ class AdapterTemplate:
 class TextProcess:
     """Threads use it one after the other."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] | None = None) -> None:
+        """`environment`: what strangers' programs run beside; None: all that this process has."""
+        self._environment = environment
         self._turn = threading.Lock()
         self._running: _Running | None = None
-        self._refused: dict[bytes, float] = {}
-        """Digests of templates, and until when."""
+        self._refused: Memory[bytes, str] = Memory(MAX_REFUSED)
+        """Why, by digests of templates."""
 
     def look(self, descriptors: Mapping[str, int]) -> TokenizerFiles:
         """A tokenizer's open files, without their bytes; raises AdapterInvalidError."""
@@ -117,13 +119,13 @@ class TextProcess:
         """What it renders, in time; raises TemplateError."""
         digest = hashlib.sha256(wish.source.encode()).digest()
         with self._turn:
-            if self._refused.get(digest, 0.0) > time.monotonic():
-                raise TemplateError(f"{TOO_LONG}, a moment ago; try again later")
+            if (reason := self._refused.get(digest)) is not None:
+                raise TemplateError(f"{reason}, a moment ago; try again later")
             try:
                 answer = self._process().ask(wish)
             except TimeoutError:
                 self._end()
-                self._refuse(digest)
+                self._refused.put(digest, TOO_LONG, REFUSED_S)
                 raise TemplateError(TOO_LONG) from None
             except OSError as error:
                 self._end()
@@ -135,7 +137,7 @@ class TextProcess:
     def _process(self) -> "_Running":
         if self._running is None or self._running.has_ended:
             self._end()
-            self._running = _Running()
+            self._running = _Running(self._environment)
         return self._running
 
     def _end(self) -> None:
@@ -143,23 +145,17 @@ class TextProcess:
             self._running.end()
             self._running = None
 
-    def _refuse(self, digest: bytes) -> None:
-        now_s = time.monotonic()
-        if len(self._refused) >= MAX_REFUSED:
-            self._refused = {key: until for key, until in self._refused.items() if until > now_s}
-        if len(self._refused) < MAX_REFUSED:
-            self._refused[digest] = now_s + REFUSED_S
-
 
 class _Running:
     """A process that runs, and ends with its last user."""
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] | None) -> None:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", __name__, "--fd", str(theirs.fileno())],
                 pass_fds=(theirs.fileno(),),
+                env=environment,
                 start_new_session=True,
             )
         ours.settimeout(ANSWER_TIMEOUT_S)

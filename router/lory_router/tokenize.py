@@ -43,18 +43,13 @@ async def encode_end(
 async def locate(
     model: TextModel, text: str, settings: RouterSettings, add_special_tokens: bool = True
 ) -> list[tuple[int, int, int]]:
-    check_size("inputs", text, settings)
+    most = settings.max_tokenize_bytes
+    if len(text) > most or len(text.encode()) > most:
+        raise Invalid(f"`inputs` must have at most {most} bytes; send it in parts", param="inputs")
     if len(text) <= settings.offload_chars:
         return model.locate(text, add_special_tokens)
     async with model.long_texts:
         return await asyncio.to_thread(model.locate, text, add_special_tokens)
-
-
-def check_size(name: str, text: str, settings: RouterSettings) -> None:
-    """Of what the reply repeats."""
-    most = settings.max_tokenize_bytes
-    if len(text) > most or len(text.encode()) > most:
-        raise Invalid(f"`{name}` must have at most {most} bytes; send it in parts", param=name)
 
 
 def check_length(name: str, text: str, model: TextModel, max_tokens: int) -> None:

@@ -91,10 +91,11 @@ def check_options(options: EngineOptions) -> None:
     """What the router's flags cannot promise: numbers that are wrong beside each other."""
     for name in ("max_batch_rows", "max_step_tokens", "block_size", "max_queued"):
         if getattr(options, name) < 1:
-            raise EngineError(f"{name} must be at least 1, not {getattr(options, name)}")
+            flag = name.replace("_", "-")
+            raise EngineError(f"--{flag} must be at least 1, not {getattr(options, name)}")
     if options.max_step_tokens < options.max_batch_rows:
         raise EngineError(
-            f"max_step_tokens ({options.max_step_tokens}) must be at least max_batch_rows "
+            f"--max-step-tokens ({options.max_step_tokens}) must be at least --max-batch-rows "
             f"({options.max_batch_rows}): every running sequence needs one token a step"
         )
 

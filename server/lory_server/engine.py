@@ -17,7 +17,7 @@ import msgspec
 from lory_server.accounting import NO_WORK, AdapterWork, CostModel, charge, row_share
 from lory_server.adapters.cache import AdapterCache
 from lory_server.adapters.orders import Orders
-from lory_server.adapters.outcomes import Listed, Resolved
+from lory_server.adapters.outcomes import Listed, Resolved, ResolveFailed
 from lory_server.messages import (
     AdapterEntry,
     AdapterList,
@@ -325,35 +325,34 @@ class Engine:
             if isinstance(outcome, Listed):
                 listed = AdapterList(call_id=outcome.call_id, adapters=outcome.adapters)
                 self._answers.append(listed)
-                continue
-            if self._orders.owns(outcome.ticket):
+            elif self._orders.owns(outcome.ticket):
                 self._orders.take_outcome(outcome)
-                continue
-            request = self._resolving.pop(outcome.ticket)
-            if isinstance(outcome, Resolved) and outcome.manner.digest != request.command.manner:
-                self._orders.follow(outcome)
-                self._adapters.release(outcome.revision)
-                failure = _failure("manner_changed", MANNER_CHANGED)
-                told = msgspec.structs.replace(failure, tokenizer=outcome.manner.tokenizer)
-                self._end(request, "error", told)
-            elif isinstance(outcome, Resolved):
-                self._orders.follow(outcome)
-                num_tokens = outcome.vocab_size or self._limits.vocab_size
-                if failure := _outside(request.command, num_tokens):
-                    self._adapters.release(outcome.revision)
-                    self._end(request, "error", failure)
-                    continue
-                request.resolved = self._clock()
-                request.adapter = outcome
-                self._outbox.resolved.append(Resolution(outcome.ticket, outcome.revision))
-                self._enqueue(request)
             else:
-                failure = _failure(outcome.code, outcome.message, outcome.source)
-                self._end(request, "error", failure)
+                self._take_adapter(self._resolving.pop(outcome.ticket), outcome)
+
+    def _take_adapter(self, request: _Request, outcome: Resolved | ResolveFailed) -> None:
+        """Queues a request with its adapter, or ends it with the reason why it has none."""
+        if isinstance(outcome, ResolveFailed):
+            self._end(request, "error", _failure(outcome.code, outcome.message, outcome.source))
+            return
+        self._orders.follow(outcome)
+        if failure := self._misfit(request.command, outcome):
+            self._adapters.release(outcome.revision)
+            self._end(request, "error", failure)
+            return
+        request.resolved = self._clock()
+        request.adapter = outcome
+        self._outbox.resolved.append(Resolution(outcome.ticket, outcome.revision))
+        self._enqueue(request)
+
+    def _misfit(self, command: Submit, found: Resolved) -> Failure | None:
+        told = found.manner
+        if told.digest != command.manner:
+            return Failure(code="manner_changed", message=MANNER_CHANGED, tokenizer=told.tokenizer)
+        return _outside(command, found.vocab_size or self._limits.vocab_size)
 
     def _enqueue(self, request: _Request) -> None:
-        short_tokens = self._limits.short_tokens
-        sequence = request.sequence = _sequence(request.command, request.adapter, short_tokens)
+        sequence = request.sequence = _sequence(request.command, request.adapter, self._limits)
         try:
             self._scheduler.add(sequence)
         except ValueError as error:
@@ -437,7 +436,7 @@ class Engine:
         )
 
 
-def _sequence(command: Submit, adapter: Resolved | None, short_tokens: int) -> Sequence:
+def _sequence(command: Submit, adapter: Resolved | None, limits: EngineLimits) -> Sequence:
     """An adapter that does not act on this prompt is held, and told, but the base computes."""
     invocation = adapter.invocation_tokens if adapter else ()
     activation = activation_of(command.prompt_ids, invocation)
@@ -454,7 +453,7 @@ def _sequence(command: Submit, adapter: Resolved | None, short_tokens: int) -> S
         adapter_bytes=acting.num_bytes if acting else 0,
         full_bytes=acting.full_bytes if acting else 0,
         has_own_head=acting.has_own_head if acting else False,
-        short_tokens=short_tokens,
+        short_tokens=limits.short_tokens,
     )
 
 

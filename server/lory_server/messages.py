@@ -1,7 +1,7 @@
 """What the router and an engine say to each other: plain data, encoded with msgpack.
 
-The router sends commands, an engine answers with a stream of events. This is the only module
-of the engine that the router imports. It must not know torch, HTTP, files or time.
+The router sends commands, an engine answers with a stream of events. What else of the engine the
+router imports, tests/test_architecture.py lists. It must not know torch, HTTP, files or time.
 
 Frames on a byte stream are a 4-byte big-endian length followed by one msgpack-encoded message.
 """
@@ -64,7 +64,8 @@ class EngineOptions(Message, frozen=True):
     dtype: DtypeName = "auto"
     quantize: Quantization = "none"
     double_quant: bool = False
-    """Quantize NF4's block scales too (saves 0.4 bits a weight on disk formats that keep it)."""
+    """Round NF4's block scales as double quantization does, for adapters trained on such a base.
+    The scales stay in float32: it saves no memory."""
     max_model_len: int = 0
     """Longest prompt + answer in tokens; 0: the base's own limit, if the KV pool holds it."""
     max_batch_rows: int = 64
@@ -133,7 +134,8 @@ class Submit(Message, frozen=True):
     """Start one sequence. Answered by `Token` events and exactly one `Finished`."""
 
     request_id: int
-    """The router's own number, unique for the life of the connection; never a caller's string."""
+    """The router's own number, unique for the life of the connection among requests and calls,
+    which the engine counts together; never a caller's string."""
     prompt_ids: tuple[int, ...]
     sampling: Sampling
     adapter_id: str = ""

@@ -252,7 +252,6 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._put_back(sequence)
-        sequence.num_preempted += 1
         counts = self.counts
         self.counts = StepCounts(counts.prefix_queries, counts.prefix_hits, counts.preemptions + 1)
 
@@ -426,7 +425,7 @@ class Scheduler:
                 continue  # it ended while this row was in flight
             scored = _not_known(sequence, plan.rows[i].start, result.scored[i : i + 1])
             self._commit_computed(flight)
-            reason = self._commit_token(sequence, token, flight)
+            reason = self._commit_token(sequence, token)
             committed.append(Committed(sequence, token, reason, scored))
         return committed
 
@@ -443,9 +442,7 @@ class Scheduler:
         for index in range(before, len(hashes)):
             self.pool.publish(sequence.blocks[index], hashes[index])
 
-    def _commit_token(
-        self, sequence: Sequence, token: SampledToken | None, flight: _Flight
-    ) -> FinishReason | None:
+    def _commit_token(self, sequence: Sequence, token: SampledToken | None) -> FinishReason | None:
         if token is not None and token.token_id != INVALID_TOKEN:
             sequence.tokens.append(token.token_id)
         reason = self._finish_reason(sequence, token)

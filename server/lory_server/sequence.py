@@ -70,7 +70,6 @@ class Sequence:
     """Counts admissions, so that rows of an earlier life are recognised and dropped."""
     overtaken: int = 0
     """How many later sequences were admitted while this one waited for its adapter."""
-    num_preempted: int = 0
     started: bool = False
     finish_reason: FinishReason | None = None
     _hashes: list[BlockHash] = field(default_factory=list)

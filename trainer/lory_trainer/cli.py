@@ -24,8 +24,9 @@ if TYPE_CHECKING:
     from lory_trainer.events import Listener
     from lory_trainer.train import Places, TrainResult
 
-OPTIONAL_KERNELS_LOGGER = "bitsandbytes.backends.cpu.ops"
-"""Warns, as peft imports it, of kernels that it does without and that training never uses."""
+LOGGERS_OF_NO_USE = ("bitsandbytes.backends.cpu.ops", "bitsandbytes.autograd._functions")
+"""Warn, as peft imports them, of kernels that training never uses; and at each of its products,
+that 8 bits are made by way of 16."""
 
 
 ConfigFile = Annotated[
@@ -96,7 +97,7 @@ def train(
         options, notes = _options(config, dataset)
         if dry_run:
             _load_libraries(threads)
-            _forecast(options, _config_folder(config), price_per_hour)
+            _forecast(options, notes, _config_folder(config), price_per_hour)
             return
         target = _target(options, config, output)
         check_output(target, replace=replace)
@@ -181,10 +182,12 @@ def _delivery(
     )
 
 
-def _forecast(options: TrainOptions, folder: Path, price_per_hour: float) -> None:
+def _forecast(
+    options: TrainOptions, notes: Sequence[str], folder: Path, price_per_hour: float
+) -> None:
     from lory_trainer.dry_run import forecast, show
 
-    show(forecast(options, folder), Console(), price_per_hour)
+    show(forecast(options, folder), Console(), price_per_hour, notes)
 
 
 def run_training(
@@ -224,7 +227,8 @@ def _trackers(options: TrainOptions, places: "Places") -> Sequence["Listener"]:
 
 
 def _load_libraries(threads: int | None) -> None:
-    logging.getLogger(OPTIONAL_KERNELS_LOGGER).setLevel(logging.ERROR)
+    for name in LOGGERS_OF_NO_USE:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         import matplotlib  # noqa: F401
         import peft  # noqa: F401

@@ -256,6 +256,8 @@ class TrainOptions(_Options):
     """How the learning rate falls after the warm-up."""
     warmup_fraction: Share = 0.03
     """Share of the steps in which the learning rate rises to its peak."""
+    warmup_steps: Whole | None = None
+    """So many steps instead."""
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit", "sgd"] = "adamw"
     """8bit and paged ones are bitsandbytes'; paged states may leave a GPU's memory."""
     betas: Annotated[list[Share], Field(min_length=2, max_length=2)] = [0.9, 0.999]
@@ -350,6 +352,8 @@ def _contradictions(options: TrainOptions) -> Iterator[tuple[str, str]]:
     given = options.quantization.model_fields_set
     if options.effective_batch_size and options.gradient_accumulation_steps:
         yield "effective_batch_size", "give it or gradient_accumulation_steps, not both"
+    if options.warmup_steps is not None and "warmup_fraction" in options.model_fields_set:
+        yield "warmup_steps", "give it or warmup_fraction, not both"
     if given and "bits" not in given:
         yield "quantization.bits", "is missing beside the other keys; give 4 or 8"
     if options.early_stop and options.split is None and options.eval_data is None:

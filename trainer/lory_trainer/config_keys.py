@@ -92,6 +92,17 @@ _NO_BASE_CHANGE = "would change the base, which all adapters share"
 _ONE_PROCESS = "one process trains; there is no distributed training here"
 _SEE_EVAL = "is for `lory eval`"
 _OFF = (None, False)
+_LORA_ALONE = "whole modules are not trained, LoRA alone"
+_BY_PATH = "write target_modules as one regular expression over module paths"
+_PEFTS = {
+    "modules_to_save": _LORA_ALONE,
+    "trainable_token_indices": _LORA_ALONE,
+    "bias": "biases are not trained",
+    "layers_to_transform": _BY_PATH,
+    "exclude_modules": _BY_PATH,
+    "alora_invocation_tokens": "an aLoRA of others is served, and none is trained",
+}
+"""What PEFT's configuration has, and ours has not."""
 
 LUDWIG: tuple[Key, ...] = (
     Several("model_type", "Ludwig", model_type, "llm; Axolotl's names of classes"),
@@ -265,9 +276,8 @@ AXOLOTL: tuple[Key, ...] = (
     Alias("lora_rank_pattern", "lora.rank_pattern", "Axolotl", lambda value: value or {}),
     Alias("lora_alpha_pattern", "lora.alpha_pattern", "Axolotl", lambda value: value or {}),
     Alias("loraplus_lr_ratio", "lora.lora_plus_ratio", "Axolotl"),
-    Only(
-        "lora_modules_to_save", "Axolotl", (None, []), "whole modules are not trained, LoRA alone"
-    ),
+    Only("lora_modules_to_save", "Axolotl", (None, []), _LORA_ALONE),
+    Only("peft_trainable_token_indices", "Axolotl", (None, [], {}), _LORA_ALONE),
     Only("lora_fan_in_fan_out", "Axolotl", _OFF, "linears of GPT-2's kind are not adapted"),
     Only("merge_lora", "Axolotl", _OFF, "an adapter is served beside the base"),
     Several("load_in_4bit", "Axolotl", bits_of(4), "true: quantization.bits 4"),
@@ -314,7 +324,7 @@ AXOLOTL: tuple[Key, ...] = (
     Only("plugins", "Axolotl", (None, []), "plugins are not loaded"),
     Noted("bf16", "Axolotl", "the base keeps its own precision; give dtype for another"),
     Only("fp16", "Axolotl", _OFF, "give dtype"),
-    Only("tf32", "Axolotl", _OFF, "is not set"),
+    Noted("tf32", "Axolotl", "products keep the precision of what is multiplied"),
     Noted("strict", "Axolotl", "unknown keys are always refused"),
     Only("debug", "Axolotl", (None, False, ""), "--dry-run shows the rows and their masks"),
     Noted("tokenizer_type", "Axolotl", "the base's own tokenizer is read, as the server reads it"),
@@ -332,7 +342,6 @@ AXOLOTL: tuple[Key, ...] = (
     Alias("num_epochs", "epochs", "Axolotl", whole),
     Alias("lr_scheduler", "schedule", "Axolotl", schedule),
     Alias("warmup_ratio", "warmup_fraction", "Axolotl"),
-    Only("warmup_steps", "Axolotl", (None, 0), "give warmup_fraction, a share of the steps"),
     Alias("max_grad_norm", "max_gradient_norm", "Axolotl"),
     Alias("adam_epsilon", "epsilon", "Axolotl"),
     Only("adam_beta1", "Axolotl", (None, 0.9), "give betas: [0.9, 0.95] or the like"),
@@ -340,6 +349,8 @@ AXOLOTL: tuple[Key, ...] = (
     Alias("early_stopping_patience", "early_stop", "Axolotl", steps_off),
     Alias("save_steps", "checkpoint_steps", "Axolotl"),
     Alias("save_total_limit", "keep_checkpoints", "Axolotl"),
+    Noted("save_first_step", "Axolotl", "give checkpoint_steps, in optimizer steps"),
+    Noted("shuffle_merged_datasets", "Axolotl", "rows are shuffled by the seed"),
     Noted("saves_per_epoch", "Axolotl", "give checkpoint_steps, in optimizer steps"),
     Noted("evals_per_epoch", "Axolotl", "evaluations are once a pass; give eval_steps for others"),
     Noted("eval_table_size", "Axolotl", _SEE_EVAL),
@@ -407,8 +418,13 @@ OTHERS: tuple[Key, ...] = (
     Alias("use_dora", "lora.use_dora", "others"),
     Alias("adapter_name_or_path", "lora.start_from", "others"),
     Only("pissa_init", "others", _OFF, _NO_BASE_CHANGE),
-    Only("additional_target", "others", (None,), "whole modules are not trained, LoRA alone"),
-    Only("modules_to_save", "others", (None, []), "whole modules are not trained, LoRA alone"),
+    Only("additional_target", "others", (None,), _LORA_ALONE),
+    Only("modules_to_save", "others", (None, []), _LORA_ALONE),
+    *(
+        Only(f"{group}.{name}", "others", (None, False, "none", [], {}), reason)
+        for group in ("lora", "adapter")
+        for name, reason in _PEFTS.items()
+    ),
     Alias("quantization_bit", "quantization.bits", "others"),
     Alias("quantization_type", "quantization.type", "others"),
     Alias("double_quantization", "quantization.double", "others"),

@@ -18,6 +18,9 @@ LUDWIG_MARKS = ("input_features", "output_features")
 LUDWIG_DEFAULTS = {"lora.dropout": 0.05, "overlong": "cut_prompt"}
 """What a file in Ludwig's form means where it says nothing and we would do something else."""
 
+MOST_KEYS_TOLD = 20
+"""Of a group, to whoever names one that is none."""
+
 
 @dataclass(frozen=True, slots=True)
 class Translation:
@@ -153,8 +156,10 @@ class _Reader:
         if elsewhere is not None:
             found = KEYS.get(elsewhere)
             return f"; did you mean `{found.to if isinstance(found, Alias) else elsewhere}`?"
-        known = [name for name in near if prefix + name in self.own]
-        return f"; known: {', '.join(known or near)}"
+        known = [name for name in near if prefix + name in self.own] or near
+        if len(known) > MOST_KEYS_TOLD:
+            return "; docs/training.md ends with all keys"
+        return f"; known: {', '.join(known)}"
 
     def _group_names(self, prefix: str) -> list[str]:
         names = [g.removeprefix(prefix) for g in self._groups if g.startswith(prefix)]

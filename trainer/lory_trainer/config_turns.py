@@ -235,6 +235,8 @@ _MEANS_NOTHING: dict[str, tuple[Any, ...]] = {
     "shards": (None, 1),
     "field": (None, "text"),
     "field_messages": (None, "messages", "conversations"),
+    "field_chosen": (None, "chosen"),
+    "field_rejected": (None, "rejected"),
     "chat_template": (None, "tokenizer_default"),
     "roles_to_train": (None, ["assistant"], ["gpt"], ["assistant", "gpt"]),
     "train_on_eos": (None, "turn"),
@@ -272,6 +274,8 @@ def _one_dataset(value: Any) -> tuple[Any, Any]:
     for name, values in _MEANS_NOTHING.items():
         if item.get(name) in values:
             item.pop(name, None)
+    if _are_usual(item.get("roles")):
+        item.pop("roles", None)
     if item:
         raise ConfigError(
             f"{', '.join(sorted(map(str, item)))}: only path and type are read; what rows mean is "
@@ -283,6 +287,24 @@ def _one_dataset(value: Any) -> tuple[Any, Any]:
             "`template: ...`"
         )
     return path, kind
+
+
+_NAMES_OF_ROLES = {
+    "system": {"system", "developer"},
+    "user": {"user", "human"},
+    "assistant": {"assistant", "gpt"},
+    "tool": {"tool"},
+}
+
+
+def _are_usual(roles: Any) -> bool:
+    """Each role by names that it is known by here."""
+    if not isinstance(roles, dict):
+        return roles is None
+    return all(
+        isinstance(names, list) and _NAMES_OF_ROLES.get(role, set()).issuperset(names)
+        for role, names in roles.items()
+    )
 
 
 def special_tokens(value: Any) -> Values:

@@ -16,6 +16,8 @@ from lory_trainer.data import Example, Pair, Row
 from lory_trainer.data_rows import Message, Plan, Sample
 from lory_trainer.errors import DataError
 
+MARK = "an answer like no other"
+
 
 @dataclass(frozen=True, slots=True)
 class Encoder:
@@ -29,6 +31,21 @@ class Encoder:
     known_ids: tuple[int, ...]
     """One object for each id: rows hold many of the same."""
     learn_prompt: bool = False
+
+    def opening(self) -> str:
+        """What the chat template puts before an answer's own words, to be learned with them."""
+        if not self.plan.chat:
+            return ""
+        asked = ({"role": "user", "content": "a"},)
+        said = (*asked, {"role": "assistant", "content": MARK})
+        sample = Sample("a chat", asked, "")
+        try:
+            prompt = self._render(sample, asked, prompt=True)
+            whole = self._render(sample, said, prompt=False)
+        except DataError:  # it takes other chats than this one
+            return ""
+        before, found, _ = whole.removeprefix(prompt).partition(MARK)
+        return before if found and whole.startswith(prompt) else ""
 
     def encode(self, sample: Sample) -> Sequence[Row]:
         if self.plan.kind == "text":

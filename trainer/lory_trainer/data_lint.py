@@ -41,10 +41,21 @@ class Finding:
     places: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        shown = ", ".join(self.places[:MOST_PLACES])
+        shown = _listed(self.places[:MOST_PLACES])
         more = len(self.places) - MOST_PLACES
         tail = f" and {more} more" if more > 0 else ""
         return f"{self.text} ({shown}{tail})" if shown else self.text
+
+
+def _listed(places: Sequence[str]) -> str:
+    """Lines of one file after its name: rows.jsonl line 1, 2, 5."""
+    before = ""
+    found: list[str] = []
+    for place in places:
+        where, _, number = place.rpartition(" ")
+        found.append(number if where == before else place)
+        before = where
+    return ", ".join(found)
 
 
 def lint(train: Sequence[Sample], held_out: Sequence[Sample]) -> list[Finding]:

@@ -30,6 +30,7 @@ from lory_trainer.data import Example, Item, Pair, longest
 from lory_trainer.data_load import LoadedData, load_data
 from lory_trainer.loop import Step, plan_steps
 from lory_trainer.memory import GIB, MemoryParts, available_bytes, estimate
+from lory_trainer.remarks import Remark, remarks
 from lory_trainer.settle import settle
 
 NUM_SHOWN = 3
@@ -109,18 +110,29 @@ def matmul_speed(device: str) -> float:
 # -- as text -----------------------------------------------------------------------------------
 
 
-def show(found: Forecast, console: Console, price_per_hour: float) -> None:
+BEGIN, END = ">>>", "<<<"
+"""Around what is learned, where there are no colours."""
+
+
+def show(
+    found: Forecast, console: Console, price_per_hour: float, notes: Sequence[str] = ()
+) -> None:
     text = yaml.safe_dump(resolved(found.options), sort_keys=False, allow_unicode=True)
     console.print(Panel(Text(text.rstrip()), title="resolved configuration", title_align="left"))
     tokenizer = found.data.encoder.tokenizer
+    has_colour = console.color_system is not None and not console.no_color
+    how = "grey is read, green is learned" if has_colour else f"{BEGIN} is learned {END}"
+    marks = ("", "") if has_colour else (BEGIN, END)
     for number, item in enumerate(found.data.examples[:NUM_SHOWN], start=1):
-        title = f"example {number}: grey is read, green is learned"
-        console.print(Panel(Group(*_rendered(item, tokenizer)), title=title, title_align="left"))
+        drawn = Group(*_rendered(item, tokenizer, marks))
+        console.print(Panel(drawn, title=f"example {number}: {how}", title_align="left"))
     console.print(_facts_table(found, price_per_hour))
     console.print(_memory_table(found))
-    for finding in found.data.findings:
-        style = "yellow" if finding.level == "warning" else ""
-        console.print(f"{finding.level}: {finding}", style=style, highlight=False, markup=False)
+    said: list[Remark] = [(note, "info") for note in notes]
+    for text, level in (*said, *remarks(found.options, found.data)):
+        style = "yellow" if level == "warning" else ""
+        line = f"warning: {text}" if level == "warning" else text
+        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def resolved(options: TrainOptions) -> dict[str, Any]:
@@ -134,25 +146,32 @@ def resolved(options: TrainOptions) -> dict[str, Any]:
         "rejected": is_of_pairs,
         "quantization": options.quantization.bits is not None,
         "tracking": bool(options.tracking.to),
+        "warmup_fraction": options.warmup_steps is None,
     }
     return {name: value for name, value in values.items() if concerns.get(name, True)}
 
 
-def _rendered(item: Item, tokenizer: PreTrainedTokenizerBase) -> Iterator[Text]:
+Marks = tuple[str, str]
+
+
+def _rendered(
+    item: Item, tokenizer: PreTrainedTokenizerBase, marks: Marks = ("", "")
+) -> Iterator[Text]:
     if isinstance(item, Pair):
-        yield _masked(item.chosen, tokenizer)
+        yield _masked(item.chosen, tokenizer, marks)
         yield Text("instead of", style="bold")
-        yield _masked(item.rejected, tokenizer)
+        yield _masked(item.rejected, tokenizer, marks)
     elif isinstance(item, Example):
-        yield _masked(item, tokenizer)
+        yield _masked(item, tokenizer, marks)
 
 
-def _masked(example: Example, tokenizer: PreTrainedTokenizerBase) -> Text:
+def _masked(example: Example, tokenizer: PreTrainedTokenizerBase, marks: Marks = ("", "")) -> Text:
     """Special tokens are shown: where the answer ends matters most."""
-    text, place = Text(), 0
+    text, place, (begin, stop) = Text(), 0, marks
     for start, end in example.learned:
         text.append(_decoded(example.ids[place:start], tokenizer), style="bright_black")
-        text.append(_decoded(example.ids[start:end], tokenizer), style="green")
+        learned = _decoded(example.ids[start:end], tokenizer)
+        text.append(f"{begin}{learned}{stop}", style="green")
         place = end
     return text
 
@@ -178,7 +197,7 @@ def _facts_table(found: Forecast, price_per_hour: float) -> Table:
     )
     table.add_row(
         "steps",
-        f"{len(found.steps):,} of {options.batch_size} x "
+        f"{len(found.steps):,}, each of {options.batch_size} x "
         f"{options.gradient_accumulation_steps} rows",
     )
     table.add_row("tokens", f"{found.num_tokens:,} read, {found.num_learned:,} learned")
@@ -201,7 +220,8 @@ def _duration(seconds: float) -> str:
 
 def _memory_table(found: Forecast) -> Table:
     parts: Any = found.memory
-    table = Table("part", "GiB", title="memory (an estimate)", title_justify="left")
+    table = Table("part", title="memory (an estimate)", title_justify="left")
+    table.add_column("GiB", justify="right")
     for name in ("weights", "adapter", "gradients", "optimizer", "activations", "logits", "total"):
         table.add_row(name, f"{getattr(parts, name) / GIB:.3f}")
     fits = parts.total <= found.available

@@ -58,6 +58,7 @@ EVENTS_FILE = "events.jsonl"
 
 EventType = Literal["started", "step", "eval", "checkpoint", "message", "finished", "failed"]
 Event = dict[str, Any]
+Level = Literal["info", "warning"]
 Listener = Callable[[Event], None]
 
 
@@ -92,7 +93,7 @@ class EventLog:
         if not is_whole:
             raise OutputError(f"{self._path} cannot be written: the disk is full")
 
-    def message(self, text: str, level: Literal["info", "warning"] = "info") -> None:
+    def message(self, text: str, level: Level = "info") -> None:
         self.say("message", level=level, text=text)
 
     def close(self) -> None:

@@ -81,7 +81,9 @@ def auto_learning_rate(base_config: Any) -> float:
 
 def learning_rate_at(index: int, num_steps: int, options: TrainOptions, peak: float) -> float:
     """Linear warm-up to the peak, then the schedule down to its end after the last step."""
-    warmup = math.ceil(num_steps * options.warmup_fraction)
+    warmup = options.warmup_steps
+    if warmup is None:
+        warmup = math.ceil(num_steps * options.warmup_fraction)
     if index < warmup:
         return peak * (index + 1) / warmup
     turn = (index - warmup) / max(1, num_steps - warmup)

@@ -1,17 +1,24 @@
 """A run in the terminal: one bar with loss, speed, memory and time left, and what it has to say.
 
-It hears events and must not know how they come about.
+Where there is no terminal, a line now and then. It hears events and must not know how they come
+about.
 """
 
+import math
+from functools import partial
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Column
 
 from lory_trainer.events import Event
 
 GIB = 1 << 30
+NUM_LINES = 10
+"""Of a run, where no bar can be drawn."""
+LONGEST_NAME = 14
 
 
 class ProgressBar:
@@ -19,15 +26,20 @@ class ProgressBar:
 
     def __init__(self, console: Console, name: str) -> None:
         self._console = console
+        whole = partial(Column, no_wrap=True)
+        # Only the bar gives way on a narrow terminal.
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False, table_column=whole()),
             BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeRemainingColumn(),
+            MofNCompleteColumn(table_column=whole()),
+            TextColumn("{task.fields[note]}", markup=False, table_column=whole()),
+            TimeRemainingColumn(table_column=whole()),
             console=console,
+            disable=not console.is_terminal,
         )
-        self._bar = self._progress.add_task(name, total=None, note="loading the base and the rows")
+        self._bar = self._progress.add_task(
+            _short(name), total=None, note="loading the base and the rows"
+        )
 
     def __call__(self, event: Event) -> None:
         match event["type"]:
@@ -37,11 +49,15 @@ class ProgressBar:
                 )
             case "step":
                 self._progress.update(self._bar, completed=event["step"], note=_note(event))
+                if not self._console.is_terminal and _is_told(event):
+                    place = f"step {event['step']} of {event['num_steps']}"
+                    self._say(f"{place}: {_note(event)}")
             case "eval":
                 self._say(f"step {event['step']}: {_held_out(event)}")
             case "message":
-                style = "yellow" if event["level"] == "warning" else ""
-                self._say(event["text"], style)
+                is_warning = event["level"] == "warning"
+                text = f"warning: {event['text']}" if is_warning else event["text"]
+                self._say(text, "yellow" if is_warning else "")
 
     def _say(self, text: str, style: str = "") -> None:
         self._console.print(text, style=style, highlight=False, markup=False, soft_wrap=True)
@@ -57,6 +73,15 @@ class ProgressBar:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= LONGEST_NAME else f"{name[: LONGEST_NAME - 3]}..."
+
+
+def _is_told(event: Event) -> bool:
+    every = math.ceil(event["num_steps"] / NUM_LINES)
+    return event["step"] % every == 0 or event["step"] == event["num_steps"]
 
 
 def _note(event: Event) -> str:

@@ -49,10 +49,11 @@ from lory_trainer.folders import remove_leftovers
 from lory_trainer.loop import Job, fit, plan_steps, resume
 from lory_trainer.memory import telling_remedies
 from lory_trainer.objective import Answers, Objective
-from lory_trainer.optimizer import make_optimizer, unpaged
+from lory_trainer.optimizer import make_optimizer
 from lory_trainer.preference import Preference
 from lory_trainer.probe import learns_to_end, probe
 from lory_trainer.reference import with_reference
+from lory_trainer.remarks import remarks
 from lory_trainer.settle import settle
 
 TEST_FILE = "test.jsonl"
@@ -285,30 +286,8 @@ def _tell_start(
         device=choose_device(options),
         resumed_from=progress.step if progress.step else None,
     )
-    if options.optimizer.startswith("paged") and choose_device(options) == "cpu":
-        job.log.message(f"a CPU pages nothing: {unpaged(options.optimizer)} it is")
-    if _expects_held_out(options) and not data.validation:
-        job.log.message(
-            "split leaves no row to evaluate on: give more rows, or eval_data", "warning"
-        )
-    for finding in data.findings:
-        job.log.message(str(finding), finding.level)
-    if data.num_dropped:
-        job.log.message(f"{data.num_dropped} rows are too long and left out", "warning")
-    if data.num_held_out_dropped:
-        job.log.message(f"{data.num_held_out_dropped} held-out rows are too long and left out")
-    if data.num_cut:
-        job.log.message(
-            f"{data.num_cut} prompts are too long and lose their beginning: raise max_length, or "
-            "what is served will not be what was trained",
-            "warning",
-        )
-
-
-def _expects_held_out(options: TrainOptions) -> bool:
-    split = options.split
-    is_shared = split is not None and split.type != "fixed" and split.probabilities[1] > 0
-    return is_shared or bool(options.early_stop)
+    for text, level in remarks(options, data):
+        job.log.message(text, level)
 
 
 def name_of(options: TrainOptions, output: Path) -> str:

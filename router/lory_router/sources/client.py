@@ -25,6 +25,9 @@ TRY_AGAIN = frozenset({408, 425, 429, 500, 502, 503, 504})
 REFUSALS = frozenset({401, 403, 404, 410})
 """Not there, or not for this caller: nobody is told which."""
 
+PLAIN = frozenset({"", "identity", "aws-chunked"})
+"""Encodings that are none: some stores keep what an upload's own frames were called."""
+
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 Sign = Callable[[str, str], Mapping[str, str]]
@@ -164,7 +167,7 @@ def _check_redirect(target: str, origin: tuple[str, str, int], ask: Ask) -> None
 def _check_status(response: httpx.Response, ask: Ask) -> None:
     status = response.status_code
     if status in (200, 206, 416) or (status in _REDIRECTS and not ask.follows):
-        if response.headers.get("content-encoding", "identity") != "identity":
+        if response.headers.get("content-encoding", "") not in PLAIN:
             raise SourceUnavailable(f"{_host(ask.url)} sends compressed bytes, unasked")
         return
     _check_explained(response, ask)

@@ -23,7 +23,11 @@ from lory_router.sources.writer import FileWriter
 PROGRESS_S = 10.0
 """Between lines in the log about one download."""
 
-FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+UNWRITABLE = {
+    errno.ENOSPC: "is full",
+    errno.EDQUOT: "is full",
+    errno.EROFS: "is read-only",
+}
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +74,9 @@ class Fetcher:
         try:
             await self._write(source, files, progress, folder, revision, is_public=not token)
         except OSError as error:
-            if error.errno not in FULL:
+            if error.errno not in UNWRITABLE:
                 raise
-            raise disk_full() from error
+            raise unwritable(error) from error
         text, names = "fetched %s in %.1f s: %s; %s", ", ".join(file.name for file in files)
         log.info(text, reference.name, progress.seconds, _amount(progress), names)
 
@@ -123,8 +127,8 @@ class Fetcher:
             return writer.num_bytes, digest
 
 
-def disk_full() -> DiskFull:
-    return DiskFull("The disk that adapters are kept on is full")
+def unwritable(error: OSError) -> DiskFull:
+    return DiskFull(f"The disk that adapters are kept on {UNWRITABLE[error.errno or 0]}")
 
 
 def _tell(progress: Progress) -> None:

@@ -27,7 +27,7 @@ from lory_router.errors import (
 )
 from lory_router.sources.check import CHECKS, config_within, manifest_within, most_bytes
 from lory_router.sources.disk import Arrival, DiskCache, Origin
-from lory_router.sources.fetching import FULL, OpenWriter, disk_full
+from lory_router.sources.fetching import UNWRITABLE, OpenWriter, unwritable
 from lory_router.sources.multipart import MultipartError, Part
 from lory_router.sources.reference import Reference
 from lory_router.sources.settings import SourceSettings
@@ -269,9 +269,9 @@ def _told() -> Iterator[None]:
     except MultipartError as error:
         raise Invalid(f"the body is not multipart/form-data: {error}", param="file") from error
     except OSError as error:
-        if error.errno not in FULL:
+        if error.errno not in UNWRITABLE:
             raise
-        raise disk_full() from error
+        raise unwritable(error) from error
 
 
 _FILES = " and ".join(f"`{name}`" for name in FILE_NAMES)

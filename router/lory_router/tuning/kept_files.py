@@ -137,7 +137,7 @@ class KeptFiles:
         if record is not None and sees(caller, record.tenant):
             return record
         ids = [one.id for one in await self._store.files() if sees(caller, one.tenant)]
-        told = f"{shown(file_id)}{meant(file_id, ids)}"
+        told = f"{shown(file_id)}{await meant(file_id, ids)}"
         if param:
             raise Invalid(f"`{param}`: no such file: {told}", param=param)
         raise NotFound(f"No such file: {told}")
@@ -199,9 +199,9 @@ class KeptFiles:
             raise Invalid("the body ends in the middle", param="file")
 
 
-def meant(missing: str, ids: Iterable[str]) -> str:
+async def meant(missing: str, ids: Iterable[str]) -> str:
     """The end of a message that names what is not there, with the one of `ids` that it may be."""
-    near = nearest(missing, ids)
+    near = await asyncio.to_thread(nearest, missing, ids)
     return f"; did you mean {shown(near)}?" if near else ""
 
 

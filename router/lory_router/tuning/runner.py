@@ -367,9 +367,7 @@ class JobRunner:
                 await self._store.put(message_event(job.id, HANDING_OVER))
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if checking.done():
-                await checking
-        except ApiError as error:
-            raise JobFailedError("adapter_refused", error.message) from error
+                _check_accepted(checking)
         finally:
             checking.cancel()
             asked.cancel()
@@ -415,6 +413,13 @@ class JobRunner:
         await self._store.change(
             job.id, lambda job: failed(job, error.code, message, error.param), event
         )
+
+
+def _check_accepted(checking: "asyncio.Future[None]") -> None:
+    try:
+        checking.result()
+    except ApiError as error:
+        raise JobFailedError("adapter_refused", error.message) from error
 
 
 def _after(job: JobRecord, news: list[News]) -> JobRecord:

@@ -152,7 +152,7 @@ class Tuning:
         job = await self._store.job(job_id)
         if job is None or not sees(caller, job.tenant):
             ids = [one.id for one in await self._store.jobs() if sees(caller, one.tenant)]
-            message = f"No such fine-tuning job: {shown(job_id)}{meant(job_id, ids)}"
+            message = f"No such fine-tuning job: {shown(job_id)}{await meant(job_id, ids)}"
             raise NotFound(message)
         return job
 

@@ -78,7 +78,6 @@ JOIN_TIMEOUT_S = 5.0
 class _Ticket:
     adapter_id: str
     revision: str
-    asked_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +157,7 @@ class AdapterCache:
         """Ask for an adapter as it is on disk now, or for a revision of it, on disk or still in
         memory; `poll` answers. `for_device`: whoever asks will demand it there."""
         assert ticket not in self._tickets, f"ticket {ticket} is in use"
-        self._tickets[ticket] = _Ticket(adapter_id, revision, time.monotonic())
+        self._tickets[ticket] = _Ticket(adapter_id, revision)
         found = self.host.find(adapter_id, revision) if revision else None
         expected = found if revision else self.known.latest(adapter_id)
         if for_device and expected:
@@ -443,9 +442,7 @@ class AdapterCache:
             has_own_head=entry.blob.manifest.has_own_head,
             token_params=entry.blob.manifest.token_params,
             head_params=entry.blob.manifest.head_params,
-            max_rank=footprint.max_rank,
             invocation_tokens=entry.facts.invocation_tokens,
-            load_seconds=time.monotonic() - asked.asked_s,
             manner=entry.blob.manner,
             vocab_size=entry.blob.manifest.vocab_size,
         )

@@ -32,6 +32,10 @@ _HARMLESS = frozenset(
         "eva_config",
         "loftq_config",
         "lora_ga_config",
+        "lora_dtype",  # ms-swift's: this and the next two are of training
+        "lorap_emb_lr",
+        "lorap_lr_ratio",
+        "merge_weights",  # PEFT's before 0.3, of how it computes
         "fan_in_fan_out",  # PEFT sets it to False for any linear that is no Conv1D
         "inference_mode",
         "lora_dropout",

@@ -7,9 +7,10 @@ places, make a shape, and a name is looked up once for each shape. It must not k
 mean.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from lory_server.adapters.errors import AdapterInvalidError
@@ -50,10 +51,10 @@ class FirstMatch(Generic[V]):
 
     field: str
     work: Work
-    _plain: dict[_Shape, dict[str, tuple[int, V]]] = field(default_factory=dict)
+    _plain: dict[_Shape, dict[str, tuple[int, V]]] = dataclasses.field(default_factory=dict)
     """By shape and text."""
-    _expressions: list[tuple[int, Pattern, V]] = field(default_factory=list)
-    _found: dict[str, V | None] = field(default_factory=dict)
+    _expressions: list[tuple[int, Pattern, V]] = dataclasses.field(default_factory=list)
+    _found: dict[str, V | None] = dataclasses.field(default_factory=dict)
 
     @classmethod
     def of(cls, field: str, values: Mapping[str, V], work: Work) -> "FirstMatch[V]":

@@ -20,6 +20,8 @@ MAX_NAME_CHARS = 512
 DTYPE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
 
 _LENGTH_BYTES = 8
+_LFS_POINTER = b"version "
+"""How it begins; as a length it would be exabytes."""
 _MAX_DIM = 2**31
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 
@@ -52,6 +54,8 @@ def read_exactly(fd: int, num_bytes: int, offset: int, what: str) -> bytes:
 def read_header_bytes(fd: int) -> bytes:
     """The header with the length before it."""
     length = read_exactly(fd, _LENGTH_BYTES, 0, WEIGHTS_NAME)
+    if length == _LFS_POINTER:
+        raise _invalid("the file is a pointer of Git LFS; fetch what it stands for: git lfs pull")
     header_bytes = int.from_bytes(length, "little")
     if header_bytes > MAX_HEADER_BYTES:
         raise _invalid(

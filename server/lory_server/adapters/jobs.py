@@ -95,7 +95,7 @@ class Limits:
         if footprint.num_bytes > self.pool_bytes:
             raise AdapterCapacityError(
                 f"takes {footprint.num_bytes} bytes on the device, the whole pool holds"
-                f" {self.pool_bytes}; raise adapter_pool_bytes or train a smaller rank"
+                f" {self.pool_bytes}; raise --adapter-memory or train a smaller rank"
             )
         if not manifest.needs_base:
             self.check_full(manifest, footprint)
@@ -116,7 +116,7 @@ class Limits:
         if num_bytes > budget.total_bytes:
             raise AdapterCapacityError(
                 f"takes {num_bytes} bytes on the host, all adapters together may take"
-                f" {budget.total_bytes}; raise adapter_host_bytes"
+                f" {budget.total_bytes}; raise --adapter-host-memory"
             )
         if num_bytes > budget.unpinned_bytes:
             raise AdapterCapacityError(

@@ -24,6 +24,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 DIGEST_CHARS = 32
 
+_WITHOUT = "; take the file out of the folder to serve the adapter without it"
+"""What to do with another writer's."""
 _HEX = re.compile(r"[0-9a-f]{64}")
 _RANGES: dict[str, tuple[float, float]] = {
     "temperature": (0, 100),
@@ -83,10 +85,12 @@ def read_manner(raw: bytes) -> Manner:
     try:
         manifest = msgspec.json.decode(raw, type=_Manifest)
     except (ValueError, RecursionError) as error:
-        raise _invalid(str(error)[:400]) from None
+        raise _invalid(f"{str(error)[:400]}{_WITHOUT}") from None
     if manifest.manifest_version not in MANIFEST_VERSIONS:
         known = " and ".join(map(str, MANIFEST_VERSIONS))
-        raise _invalid(f"manifest_version is {manifest.manifest_version}; {known} are known here")
+        raise _invalid(
+            f"manifest_version is {manifest.manifest_version}; {known} are known here{_WITHOUT}"
+        )
     manner = Manner(
         template=_template(manifest),
         fields=_fields(manifest),

@@ -24,10 +24,7 @@ class Resolved:
     token_params: int
     """That each token takes a product with, and each row of logits."""
     head_params: int
-    max_rank: int
     invocation_tokens: tuple[int, ...]
-    load_seconds: float
-    """From `resolve` to now."""
     manner: Manner = NO_MANNER
     vocab_size: int = 0
     """Of its own embedding and head; 0: the base's."""

@@ -230,7 +230,10 @@ class AdapterStore:
                     " save_pretrained(..., safe_serialization=True)"
                 )
         if os.path.lexists(os.path.join(root, adapter_id, f"{WEIGHTS_NAME}.index.json")):
-            raise AdapterInvalidError("the weights are in shards; save them in one file")
+            raise AdapterInvalidError(
+                f"the weights are in shards, which {WEIGHTS_NAME}.index.json lists; save them in"
+                " one file: safetensors.torch.load_file each into one dict, and save_file that"
+            )
         raise AdapterInvalidError(f"{WEIGHTS_NAME} is missing")
 
     def revision_of(self, signature: Signature) -> str | None:
@@ -257,12 +260,11 @@ class AdapterStore:
         root = os.path.realpath(self.root)
         found: list[str] = []
         for name in _folders(root, root):
-            is_adapter = _has_config(os.path.join(root, name))
-            inner = () if is_adapter else _folders(root, os.path.join(root, name))
-            nested = (f"{name}/{leaf}" for leaf in inner)
-            found.extend(
-                [name] if is_adapter else (n for n in nested if _has_config(f"{root}/{n}"))
-            )
+            if _has_config(os.path.join(root, name)):
+                found.append(name)
+            if _may_hold_folders(os.path.join(root, name)):
+                nested = (f"{name}/{leaf}" for leaf in _folders(root, os.path.join(root, name)))
+                found.extend(n for n in nested if _has_config(f"{root}/{n}"))
             if len(found) >= MAX_LISTED:
                 break
         return tuple(sorted(found[:MAX_LISTED]))
@@ -417,6 +419,15 @@ def _is_folder(entry: "os.DirEntry[str]") -> bool:
         return entry.is_dir()
     except OSError:
         return False  # a link to itself, or to where we may not look; the others are listed
+
+
+def _may_hold_folders(folder: str) -> bool:
+    """Most adapters hold none, and most file systems count them among a folder's links: the others
+    say 1. So a look into each of thousands is spared."""
+    try:
+        return os.stat(folder).st_nlink != 2
+    except OSError:
+        return False  # it was removed since it was seen
 
 
 def _has_config(folder: str) -> bool:

@@ -124,7 +124,7 @@ def _check_part(
                 part,
                 f"has a step {kind[:40]!r} ({content[:120]}) that the base's tokenizer does not"
                 " have: it would run on prompts for as long as it likes; bring the base's steps,"
-                " with tokens added",
+                " with tokens added, or take the file out of the folder to use the base's",
             )
         once = kind if is_plain else content
         if once in seen:

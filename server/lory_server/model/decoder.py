@@ -3,8 +3,9 @@
     embed -> layers x (norm, qkv, rope + KV write, paged attention, o, norm, gate_up, act, down)
           -> norm -> head
 
-It must not know adapters, quantization, schedules or checkpoints: its linears are opaque
-callables that others make and wrap, and the batch's `lora` is handed to them unread.
+It must not know files, quantization, schedules or checkpoints. Nor how an adapter changes it: its
+linears are opaque callables that others make and wrap, the batch's `lora` is handed to them unread,
+and what rows have of their own at its ends and norms, `ends` and `norms` apply.
 
 Legend: T tokens of the step, L rows with logits, H hidden, N packed width, V vocabulary, P
 positions, D head or rotary dimension.

@@ -45,11 +45,11 @@ def load(
 
 def _check_options(options: EngineOptions, spec: ModelSpec) -> None:
     if options.double_quant and options.quantize != "nf4":
-        raise ModelError("double_quant needs quantize='nf4'")
+        raise ModelError("--double-quant needs --quantize nf4")
     if options.double_quant and spec.prequantized:
         raise ModelError(
-            "double_quant: this checkpoint is quantized already, as its own configuration says; "
-            "leave double_quant off"
+            "--double-quant: this checkpoint is quantized already, as its own configuration says; "
+            "leave it out"
         )
 
 

@@ -81,7 +81,7 @@ def quantize(weight_NK: Tensor, name: str, double_quant: bool) -> NF4Weight:
     if in_features % BLOCK:
         raise ModelError(
             f"{name}: {in_features} input features are not a multiple of NF4's block of {BLOCK}; "
-            "serve this base with quantize='none'"
+            "serve this base with --quantize none"
         )
     rows = max(1, _CHUNK_WEIGHTS // in_features)
     parts = [

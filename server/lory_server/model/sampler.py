@@ -2,7 +2,8 @@
 
 A draw is a pure function of the request's seed and the token's position: one uniform number a
 token, from a counter-based generator, inverted through the row's own distribution. The batch a
-row happens to be in never changes it. This module must not know the model, plans or adapters.
+row happens to be in never changes it. This module must not know the model, adapters, or of a plan
+more than its `SampleRow`s.
 
 Reported log-probabilities are the model's own: before temperature, penalties and filters.
 

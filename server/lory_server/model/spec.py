@@ -106,8 +106,8 @@ class ModelSpec:
         longest = self.rope.longest_context
         if requested < 0 or requested > longest:
             raise ModelError(
-                f"max_model_len {requested} is out of range: this base's rotary embedding reaches "
-                f"{longest} positions; give 1 to {longest}, or 0 for its own limit "
+                f"--max-model-len {requested} is out of range: this base's rotary embedding "
+                f"reaches {longest} positions; give 1 to {longest}, or 0 for its own limit "
                 f"({self.max_positions})"
             )
         return requested or self.max_positions
