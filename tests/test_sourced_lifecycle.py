@@ -300,19 +300,19 @@ def test_a_pin_of_a_name_moves_to_the_new_bytes(world: World):
 
 
 class Gate:
-    """Keeps the engine's next pins waiting."""
+    """Keeps the engine's next orders of a kind waiting."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: World, held: OrderKind = "pin") -> None:
         self.has_come, self.may_go = asyncio.Event(), asyncio.Event()
         order = world.engine.order
 
-        async def wait_to_pin(kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
-            if kind == "pin":
+        async def wait(kind: OrderKind, adapter_id: str, revision: str = "") -> OrderDone:
+            if kind == held:
                 self.has_come.set()
                 await self.may_go.wait()
             return await order(kind, adapter_id, revision)
 
-        world.engine.order = wait_to_pin  # type: ignore[method-assign]
+        world.engine.order = wait  # type: ignore[method-assign]
 
 
 async def send(client: httpx.AsyncClient, files: dict[str, bytes]) -> None:
@@ -339,6 +339,22 @@ def test_what_is_removed_while_it_is_pinned_is_not_pinned(world: World, name: st
 
     front.run(work)
     assert not world.registry.state.pins
+
+
+def test_what_is_removed_while_it_is_named_has_no_name(world: World):
+    """The name came back with the adapter, though its removal takes all names along."""
+
+    async def work(client: httpx.AsyncClient) -> None:
+        gate = Gate(world, "find")
+        wish = {"name": "support@prod", "adapter_id": "hub:org/open"}
+        naming = asyncio.ensure_future(client.post(ADAPTERS, json=wish))
+        await gate.has_come.wait()
+        assert (await client.delete(f"{ADAPTERS}/hub:org/open")).status_code == 200
+        gate.may_go.set()
+        assert (await naming).status_code == 404
+
+    world.front().run(work)
+    assert not world.registry.state.names
 
 
 def test_what_is_replaced_while_it_is_pinned_is_pinned_as_it_is_then(world: World):

@@ -21,10 +21,11 @@ from lory_router.errors import (
     TimedOut,
 )
 from lory_router.sources import access
+from lory_router.sources.hosts import HostList
 from lory_router.sources.reference import Reference, read_reference
 from lory_router.sources.s3 import NO_BODY_SHA256, authorization
 from lory_router.sources.service import Sources
-from lory_router.sources.settings import S3Settings, SourceSettings
+from lory_router.sources.settings import HubSettings, S3Settings, SourceSettings
 from lory_server.adapters.manner import MANIFEST_NAME
 from lory_server.adapters.tokenizer_files import TOKENIZER_NAME
 from source_files import adapter_bytes, at, is_clean, kept, settings, with_sources
@@ -175,6 +176,30 @@ def test_the_servers_own_token_is_for_who_brings_none(world: World):
 
     chosen = world.settings()
     with_sources(replace(chosen, hub=replace(chosen.hub, token="good")), work)
+
+
+def test_a_token_of_the_servers_that_has_expired_takes_away_nothing(
+    world: World, caplog: pytest.LogCaptureFixture
+):
+    """A hub refuses it with all that it may read without; everything was a 404, and no line told
+    why. A caller's own is the caller's to know."""
+    unknown = {"x-error-message": "Invalid credentials in Authorization header"}
+
+    async def fetch(sources: Sources) -> None:
+        assert await files(sources, "hub:org/open") == ONE
+
+    async def work(sources: Sources) -> None:
+        assert await files(sources, "hub:org/open") == ONE
+        error = await refusal(files(sources, "hub:org/gated"))
+        assert isinstance(error, SourceUnavailable)
+        assert "--hub-token" in error.message
+        assert isinstance(await refusal(files(sources, "hub:org/open", "old")), AdapterNotFound)
+
+    with_sources(world.settings(), fetch)
+    world.hub.front.rules.insert(0, lambda seen: Reply(401, unknown) if seen.token else None)
+    hub = HubSettings(world.hub.url, token="old", hosts=HostList((world.hub.cdn.url,)))
+    with_sources(replace(world.settings(), hub=hub), work)
+    assert "does not know --hub-token any more" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["hub:org/nowhere", "hub:org/open@gone", f"hub:org/open@{NEW}"])

@@ -142,6 +142,8 @@ class Lifecycle:
         fixed = done.revision if alias or wanted else ""
         if is_own and fixed:
             raise Invalid("`revision`: a revision needs another name, as name@alias", param=field)
+        if not is_own and self._registry.state.is_removed(target.adapter_id):
+            raise adapter_not_found(adapter_id)
         is_new = name not in self._registry.state.names
         was_removed = self._registry.state.is_removed(name)
         await self._registry.register(name, replace(target, revision=fixed), owner)

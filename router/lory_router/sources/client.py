@@ -32,11 +32,11 @@ _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 Sign = Callable[[str, str], Mapping[str, str]]
 """Headers for a method and a URL, secrets among them."""
-Explain = Callable[[httpx.Headers], str]
+Explain = Callable[[Mapping[str, str]], str]
 """What the headers of an answer that is no file say of the fix; empty: nothing."""
 
 
-def _unexplained(_: httpx.Headers) -> str:
+def unexplained(_: Mapping[str, str]) -> str:
     return ""
 
 
@@ -71,7 +71,7 @@ class Ask:
     headers: Mapping[str, str] = field(default_factory=dict)
     follows: bool = True
     """Whether a redirect to another origin is followed, or is the answer."""
-    explain: Explain = _unexplained
+    explain: Explain = unexplained
 
 
 @cache
@@ -189,6 +189,8 @@ def _told(url: str) -> Iterator[None]:
     except httpx.TimeoutException as error:
         seconds = time.monotonic() - started
         raise Interrupted(f"{_host(url)} fell silent; given up after {seconds:.1f} s") from error
+    except httpx.ConnectError as error:
+        raise Interrupted(f"{_host(url)} cannot be reached: {error}") from error
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
         seconds = time.monotonic() - started
         what = f"{type(error).__name__} after {seconds:.1f} s"

@@ -6,12 +6,13 @@ not know disks or who waits.
 """
 
 import re
+from collections.abc import Mapping
 from urllib.parse import quote
 
 import httpx
 
 from lory_router.errors import AdapterInvalid, SourceUnavailable
-from lory_router.sources.client import Ask, Refused, SourceClient
+from lory_router.sources.client import Ask, Refused, SourceClient, unexplained
 from lory_router.sources.reference import MAIN, Reference
 from lory_router.sources.settings import HubSettings
 from lory_router.sources.source import (
@@ -27,6 +28,7 @@ _COMMIT = re.compile(r"[0-9a-f]{7,64}")
 _NAMELESS = "404"
 """What a mirror says of a file that a commit, which was found, does not have, if it does not say
 EntryNotFound."""
+_UNKNOWN_TOKEN = "Invalid credentials in Authorization header"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -110,4 +112,11 @@ class HubSource:
             hosts=self._hosts,
             flag="--hub-hosts",
             follows=follows,
+            explain=unexplained if token or not self._token else _explain,
         )
+
+
+def _explain(headers: Mapping[str, str]) -> str:
+    """Of the server's own token: with one that has expired a hub refuses what all may read, too."""
+    is_unknown = headers.get("x-error-message", "") == _UNKNOWN_TOKEN
+    return "it does not know --hub-token any more; renew it" if is_unknown else ""
