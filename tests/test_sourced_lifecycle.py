@@ -374,6 +374,20 @@ def test_what_is_replaced_while_it_is_pinned_is_pinned_as_it_is_then(world: Worl
     front.run(work)
 
 
+def test_a_removal_takes_a_pin_along_that_has_not_moved_to_the_newest(world: World):
+    """The engine kept what was replaced in memory until it was started again."""
+
+    async def work(client: httpx.AsyncClient) -> None:
+        await send(client, ONE)
+        assert (await client.post(f"{ADAPTERS}/upload:u/pin")).status_code == 200
+        await send(client, TWO)
+        assert (await client.delete(f"{ADAPTERS}/upload:u")).status_code == 200
+        assert not world.engine.pinned
+
+    world.front(allows_upload=True).run(work)
+    assert not kept(world.folder)
+
+
 def test_a_pin_that_is_taken_away_while_it_moves_is_gone(world: World):
     front = world.front(allows_upload=True)
 

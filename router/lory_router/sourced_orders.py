@@ -161,13 +161,16 @@ class SourcedOrders:
 
     async def _let_go(self, kind: OrderKind, reference: Reference, revision: str) -> OrderDone:
         """Of all that is here under its name; the answer is about the newest."""
+        names = [FETCHED + entry.folder for entry in self._sources.entries_of(reference)]
         if kind == "drop":
-            for pin in list(self._pinned):
-                if covers(reference.name, pin.adapter_id):
-                    self._sources.release(self._pinned.pop(pin))
+            pins = [pin for pin in self._pinned if covers(reference.name, pin.adapter_id)]
+            pinned = [self._pinned.pop(pin) for pin in pins]
+            for engine_name in pinned:
+                self._sources.release(engine_name)
+            names += pinned  # a pin that has not moved yet keeps what was replaced
         answers = [
-            await self.tell(kind, reference, FETCHED + entry.folder, revision)
-            for entry in self._sources.entries_of(reference)
+            await self.tell(kind, reference, engine_name, revision)
+            for engine_name in dict.fromkeys(names)
         ]
         refused = (done for done in answers if done.failure is not None)
         return next(refused, answers[0] if answers else _not_here())
