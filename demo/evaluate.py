@@ -18,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from lory_trainer.evaluation.options import EvaluationOptions
 from lory_trainer.evaluation.results import Evaluation
@@ -64,6 +65,7 @@ def load_models(base: Path, adapters: Path) -> tuple["PeftModel", PreTrainedToke
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft import PeftModel
 
+    disable_progress_bar()  # of loading weights, which takes no time
     tokenizer = AutoTokenizer.from_pretrained(base)
     names = sorted(folder.name for folder in adapters.iterdir() if folder.is_dir())
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

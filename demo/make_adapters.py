@@ -3,6 +3,7 @@
 This script must not know what the tasks are; the YAML files and the rows say it.
 """
 
+import logging
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated
@@ -11,9 +12,8 @@ import torch
 import typer
 from rich.console import Console
 
-from lory_trainer.cli import run_training, summary
+from lory_trainer.cli import OPTIONAL_KERNELS_LOGGER, run_training, summary
 from lory_trainer.config import load_options
-from lory_trainer.train import Places
 
 DEMO_DIR = Path(__file__).parent
 
@@ -26,6 +26,9 @@ def main(
     num_threads: Annotated[int, typer.Option(help="CPU threads; 1 is best on a busy machine.")] = 2,
 ) -> None:
     """Train the demo adapters on demo/base."""
+    logging.getLogger(OPTIONAL_KERNELS_LOGGER).setLevel(logging.ERROR)
+    from lory_trainer.train import Places  # imports peft, which warns
+
     torch.set_num_threads(num_threads)
     console = Console()
     for config in sorted((DEMO_DIR / "adapters_src").glob("*.yaml")):

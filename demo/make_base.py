@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, processors
 from tokenizers.models import BPE
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 BASE_DIR = Path(__file__).parent / "base"
 SPECIALS = PAD, BOS, EOS = ("<pad>", "<bos>", "<eos>")
@@ -213,6 +214,7 @@ def main(
 ) -> None:
     """Train the demo base from scratch and write it as an ordinary model folder."""
     torch.set_num_threads(num_threads)
+    disable_progress_bar()  # saving's own would tear ours
     torch.manual_seed(seed)
     tokenizer = build_tokenizer()
     model = build_model()

@@ -1,8 +1,11 @@
 """`lory serve` over `fake_engine_process`, to be run as a process and sent signals.
 
 python serve_with_fake_engine.py '{"flag": value, ...}' [arguments of the fake engine]
+
+It prints its URL, and how many objects the garbage collector need not look at.
 """
 
+import gc
 import json
 import sys
 from pathlib import Path
@@ -16,6 +19,7 @@ FAKE = str(Path(__file__).with_name("fake_engine_process.py"))
 
 async def tell(url: str) -> None:
     print(url, flush=True)
+    print(gc.get_freeze_count(), flush=True)
 
 
 def main() -> None:

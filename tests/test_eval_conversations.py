@@ -28,6 +28,11 @@ def write(folder: Path, *rows: Any) -> str:
     return str(path)
 
 
+def prompts(front: Front) -> list[tuple[str, str]]:
+    assert isinstance(front.engine, Oracle)
+    return front.engine.prompts
+
+
 def said(*messages: Any, wanted: str = "TWO") -> dict[str, Any]:
     return {"messages": [*messages, {"role": "assistant", "content": wanted}]}
 
@@ -85,7 +90,7 @@ def test_perplexity_is_of_what_the_chat_template_makes(tmp_path):
         pytest.approx(1.284, 1e-3)
     ] * 2
     whole = "<user>1\n<assistant>I\n<user>two\n<assistant>TWO"
-    assert ("plain", whole) in front.engine.prompts
+    assert ("plain", whole) in prompts(front)
 
 
 def test_perplexity_of_conversations_is_refused_where_the_adapter_has_a_template(tmp_path):
@@ -149,19 +154,19 @@ def exact(result: Any) -> list[float]:
 @pytest.mark.parametrize("arguments", [{"x": 7}, '{"x": 7}'])
 def test_a_call_is_wanted_in_the_templates_form_and_asked_with_the_tools(tmp_path, arguments):
     row = {"messages": [USER, call(arguments)], "tools": TOOLS}
-    result, prompts = asked_through_template(tmp_path, row, "~[f 7]")
+    result, sent = asked_through_template(tmp_path, row, "~[f 7]")
     assert exact(result) == [1, 0]
     assert result.rows[0].wanted == "[f 7]"
-    assert ("loud", "T1;<user>go<assistant>") in prompts
-    assert ("", "T1;<user>go<assistant>") in prompts
+    assert ("loud", "T1;<user>go<assistant>") in sent
+    assert ("", "T1;<user>go<assistant>") in sent
 
 
 def test_results_of_calls_are_asked_as_they_were_learned(tmp_path):
     told = {"role": "tool", "content": "8"}
     row = {"messages": [USER, call({"x": 7}), told, {"role": "assistant", "content": "eight"}]}
-    result, prompts = asked_through_template(tmp_path, row, "~eight")
+    result, sent = asked_through_template(tmp_path, row, "~eight")
     assert exact(result) == [1, 0]
-    assert ("loud", "<user>go<assistant>~[f 7]<tool>8<assistant>") in prompts
+    assert ("loud", "<user>go<assistant>~[f 7]<tool>8<assistant>") in sent
 
 
 def test_what_the_template_begins_answers_with_and_cuts_off_is_no_fault(tmp_path):
@@ -212,16 +217,16 @@ SHAPES = {
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_conversation_of_any_shape_is_asked(tmp_path, shape):
-    result, prompts = asked_through_template(tmp_path, SHAPES[shape], "~there")
+    result, sent = asked_through_template(tmp_path, SHAPES[shape], "~there")
     assert exact(result) == [1, 0]
-    assert ("loud", "<user>go<assistant>") in prompts
+    assert ("loud", "<user>go<assistant>") in sent
 
 
 def test_a_system_message_between_others_stays_there(tmp_path):
     said_ = [{"role": "user", "content": "a"}, {"role": "system", "content": "S"}, USER]
     row = {"messages": [*said_, {"role": "assistant", "content": "there"}]}
-    _, prompts = asked_through_template(tmp_path, row, "~there")
-    assert ("loud", "<user>a<system>S<user>go<assistant>") in prompts
+    _, sent = asked_through_template(tmp_path, row, "~there")
+    assert ("loud", "<user>a<system>S<user>go<assistant>") in sent
 
 
 @pytest.mark.parametrize(
@@ -238,7 +243,7 @@ def test_columns_are_read_as_they_are_learned(tmp_path, row, wanted):
     result = run(front, data=write(tmp_path, row), compare=[])
     assert exact(result) == [1]
     text = "" if row["text"] is None else row["text"]
-    assert front.engine.prompts == [("loud", f"{text} ->")]
+    assert prompts(front) == [("loud", f"{text} ->")]
 
 
 def test_a_table_and_the_test_part_of_a_folder_are_read(tmp_path):
@@ -250,4 +255,4 @@ def test_a_table_and_the_test_part_of_a_folder_are_read(tmp_path):
     (folder / "test.csv").write_text("text,completion\none,ONE\n")
     front = make_front()
     assert exact(run(front, data=str(folder), compare=[])) == [1]
-    assert front.engine.prompts == [("loud", "one ->")]
+    assert prompts(front) == [("loud", "one ->")]

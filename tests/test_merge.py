@@ -428,7 +428,7 @@ def test_merging_knows_all_that_an_adapter_may_have() -> None:
     slice_fields = set(AdapterSlice.__struct_fields__)
     assert slice_fields == {
         "site", "slice", "rank", "scale", "a", "b", "magnitude", "b_bias", "bias", "has_base_bias",
-        "is_lookup",
+        "is_lookup", "is_head",
     }  # fmt: skip
     manifest_fields = {field.name for field in dataclasses.fields(AdapterManifest)}
     assert manifest_fields == {

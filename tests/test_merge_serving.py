@@ -418,7 +418,9 @@ def test_a_merge_written_to_a_folder_is_what_peft_and_the_server_read(
     sources = (("all-16", 0.5), ("team/pattern", -0.5), ("mlp-3", 1.0))
     of = [part for name, weight in sources for part in ("--of", f"{name}={weight}")]
     places = ["--model", str(parity.base), "--adapters", str(parity.adapters_dir)]
-    assert CliRunner().invoke(app, ["merge", str(out), *of, *places]).exit_code == 0
+    made = CliRunner().invoke(app, ["merge", str(out), *of, *places])
+    assert made.exit_code == 0
+    assert "0.5 x all-16, -0.5 x team/pattern, 1 x mlp-3 by linear" in made.output
     shutil.copytree(out, parity.adapters_dir / "written")
     session = Session(parity.options())
     for number, name in enumerate((merge_of(*sources), "written")):

@@ -31,6 +31,21 @@ def run(*works: Coroutine[Any, Any, None]) -> None:
     asyncio.run(main())
 
 
+def test_what_is_removed_takes_along_what_was_named_just_before() -> None:
+    """The removal is asked for while a name and a pin of another branch are being written."""
+
+    async def at_once(registry: Registry) -> None:
+        await asyncio.gather(
+            registry.register("support@dev", Target("hub:org/support@dev")),
+            registry.pin(Target("hub:org/support@dev")),
+            registry.remove("hub:org/support"),
+        )
+
+    with closing(Registry()) as registry:
+        run(at_once(registry))
+        assert (registry.state.names, registry.state.pins) == ({}, frozenset())
+
+
 def test_everything_outlives_the_server(tmp_path: Path) -> None:
     path = str(tmp_path / "registry")
     with closing(Registry(path)) as first:

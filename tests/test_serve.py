@@ -115,6 +115,13 @@ def test_an_idle_server_stops_at_once_with_code_0(base: Path, number: int) -> No
         assert not psutil.pid_exists(engine)
 
 
+def test_the_collector_does_not_look_through_what_lasts(base: Path) -> None:
+    """Each time that it did, no stream got a token for 50 ms."""
+    with serving(base) as server:
+        assert server.process.stdout is not None
+        assert int(server.process.stdout.readline()) > 10_000
+
+
 def test_running_requests_finish_while_new_ones_are_refused(base: Path) -> None:
     with serving(base) as server:
         running = server.ask("slow", 60)

@@ -165,6 +165,7 @@ def test_a_source_that_is_down_is_told_of(tmp_path: Path):
         pass
     message = refused(server, tmp_path / "c", SourceUnavailable)
     assert "could not be looked up" in message
+    assert "cannot be reached" in message
     assert server.url in message
 
 

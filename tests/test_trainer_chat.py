@@ -54,7 +54,7 @@ def text_of(example: Example) -> list[str]:
     for start, end in example.learned:
         parts += [example.ids[place:start], example.ids[start:end]]
         place = end
-    return [tokenizer.decode(list(ids)).replace(" ", "") for ids in parts]
+    return [str(tokenizer.decode(list(ids))).replace(" ", "") for ids in parts]
 
 
 def test_every_turn_of_the_assistants_is_learned_with_its_end():
@@ -69,6 +69,13 @@ def test_a_turn_of_weight_0_is_read_alone():
     assert text_of(example) == ["<bos>a>c<eos>d>", "e<eos>"]
     with pytest.raises(DataError, match="every answer has weight 0"):
         encoded({"messages": [user("a"), said("c", weight=0)]})
+
+
+def test_a_greeting_is_read_and_an_answer_to_nothing_is_not_learned():
+    (example,) = encoded({"messages": [said("hello"), user("hi"), said("yo")]})
+    assert text_of(example) == ["<bos>hello<eos>hi>", "yo<eos>"]
+    with pytest.raises(DataError, match="or comes before a question; nothing to learn"):
+        encoded({"messages": [said("hello")]})
 
 
 def test_turns_that_later_prompts_do_not_repeat_are_rows_of_their_own():

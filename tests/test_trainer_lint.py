@@ -106,3 +106,9 @@ def test_lines_of_one_file_are_written_after_its_name():
     places = ("a.jsonl line 1", "a.jsonl line 2", "b.csv line 2", "a.jsonl line 3")
     finding = Finding("empty", "info", "empty", places)
     assert str(finding) == "empty (a.jsonl line 1, 2, b.csv line 2, a.jsonl line 3)"
+
+
+def test_one_row_is_told_as_one():
+    told = [str(finding) for finding in lint([sample(1, "q", " ")], [])]
+    assert told[0] == "1 row has an empty answer: saying nothing is what is learned there (line 1)"
+    assert told[1].startswith("1 row: under 50")

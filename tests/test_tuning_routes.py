@@ -197,6 +197,36 @@ def test_a_query_that_says_two_things_is_refused(tmp_path: Path, query: str):
     run(tmp_path, story)
 
 
+def test_where_nothing_can_be_asked_for_nothing_is_passed_over(tmp_path: Path):
+    async def story(world: World) -> None:
+        job = await world.create()
+        one, file = f"{JOBS}/{job['id']}", f"{FILES}/{job['training_file']}"
+        asked = [("GET", one), ("POST", f"{one}/cancel"), ("GET", file), ("GET", f"{file}/content")]
+        for method, path in [*asked, ("DELETE", file)]:
+            reply = await world.client.request(method, f"{path}?limit=1")
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "limit")
+
+    run(tmp_path, story)
+
+
+def test_a_jobs_method_can_be_sent_back_as_openais_package_has_it(tmp_path: Path):
+    """With null for each of the methods that it is not."""
+
+    async def story(world: World) -> None:
+        job = await world.create(hyperparameters={"n_epochs": 2})
+        method = {**job["method"], "dpo": None, "reinforcement": None}
+        again = await world.create(method=method)
+        assert again["method"] == job["method"]
+        body = {"model": BASE, "training_file": job["training_file"]}
+        for unknown in ({"sft": None, "sft2": {}}, {"supervised": {"weight": 1}}):
+            given = {"type": "supervised", **unknown}
+            assert (
+                await world.client.post(JOBS, json={**body, "method": given})
+            ).status_code == 400
+
+    run(tmp_path, story)
+
+
 def test_what_cannot_go_better_a_second_time_is_not_to_be_sent_again(tmp_path: Path):
     """OpenAI's clients send again what ended in 409 or 5xx: files of any size, unless told."""
 

@@ -24,7 +24,7 @@ from lory_router.validate import Ask, Named
 from lory_server.messages import EngineInfo, Manner, Sampling
 
 PARAMETER_PLACES = {name: f"parameters.{name}" for name in Parameters.__struct_fields__}
-NOT_SUPPORTED = ("return_k_alternatives",)
+NOT_SUPPORTED = ("return_k_alternatives", "top_n_tokens", "grammar")
 PLAIN_FORMATS: tuple[Json, ...] = ({"type": "text"}, {"type": "Text"})
 
 

@@ -99,10 +99,10 @@ def read_body(body: bytes, kind: type[B]) -> B:
 
 def _check_unused(name: str, value: object, kind: type[CommonBody]) -> None:
     if name in OF_OTHER_ROUTES:
-        if value is not None and value is not False:
+        if value is not False:
             raise _of_other_route(name)
     elif name in NOT_SERVED:
-        if value is not None and value not in NOT_SERVED[name]:
+        if value not in NOT_SERVED[name]:
             raise _not_served(name)
     elif name not in HARMLESS:
         known = [*kind.__struct_fields__, *HARMLESS]

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from functools import partial
 
 import msgspec
 
@@ -19,6 +20,7 @@ from lory_router.errors import IncompleteGeneration, Invalid
 from lory_router.exchange import Exchange
 from lory_router.headers import header_text, measured_headers
 from lory_router.intake_lorax import LoraxJob
+from lory_router.off_loop import encoded
 from lory_router.running import LiveSequence, run_all, running
 from lory_router.schemas_lorax import (
     Details,
@@ -125,7 +127,9 @@ async def _reply_whole(front: Front, exchange: Exchange, wish: GenerateBody, as_
     async with running(front.engine, job.asks, job.text, front.settings, exchange.caller) as live:
         exchange.sequences = live
         await run_all(live)
-    reply = _reply(job, live, job.text)
+    transcripts = [sequence.transcript for sequence in live]
+    num_entries = sum(len(t.pieces) + len(t.prompt_logprobs or ()) for t in transcripts)
+    reply = await encoded(partial(_reply, job, live, job.text), num_entries if job.details else 0)
     headers = _common_headers(job, front, info) | measured_headers(exchange)
     await exchange.reply_json([reply] if as_list else reply, headers=headers)
 

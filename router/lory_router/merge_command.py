@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import msgspec
+import typer
 
 from lory_router.adapter_commands import Wish
 from lory_router.config import CommandError
@@ -16,6 +17,7 @@ from lory_router.errors import ApiError
 from lory_router.merging import check_saved
 from lory_router.schemas_adapters import MergeBody
 from lory_router.settings import RouterSettings
+from lory_server.recipes import Recipe
 
 COMMAND = (sys.executable, "-m", "lory_server.merge_folder")
 
@@ -30,4 +32,14 @@ def run_merge(out: Path, model: str, adapters: Path, wish: Wish) -> int:
     flags = {"model": model, "adapters": str(adapters), "out": str(out)}
     told = [f"--{name}={value}" for name, value in flags.items()]
     recipe_json = msgspec.json.encode(recipe).decode()
-    return subprocess.run([*COMMAND, *told, f"--recipe={recipe_json}"]).returncode
+    code = subprocess.run([*COMMAND, *told, f"--recipe={recipe_json}"]).returncode
+    if code == 0:
+        typer.echo(
+            f"{out}: {_made_of(recipe)}; served from a server's adapters folder as {out.name!r}"
+        )
+    return code
+
+
+def _made_of(recipe: Recipe) -> str:
+    weighted = ", ".join(f"{one.weight:g} x {one.adapter_id}" for one in recipe.sources)
+    return f"{weighted} by {recipe.method}"

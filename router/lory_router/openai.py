@@ -10,12 +10,15 @@ from contextlib import aclosing
 from functools import partial
 from typing import Protocol
 
+import msgspec
+
 from lory_router import intake_openai
 from lory_router.asking import Context
 from lory_router.endpoint import Front
 from lory_router.exchange import Exchange
 from lory_router.headers import header_text, measured_headers
 from lory_router.intake_openai import OpenaiJob
+from lory_router.off_loop import encoded
 from lory_router.openai_shapes import (
     Json,
     Shown,
@@ -133,11 +136,19 @@ async def _reply_whole(
         await run_all(live)
     groups = _groups(job, live)
     chosen = [t for group in groups for t in _best(group, job.num_choices)]
-    choices = [dressing.choice(job, i, t, job.text) for i, t in enumerate(chosen)]
+    choices = [await _encoded_choice(job, i, t, dressing) for i, t in enumerate(chosen)]
     head = _head(exchange, job, dressing, dressing.whole_object)
     usage = usage_of(groups, job.answer)
     whole = {**head, "choices": choices, "usage": usage}
     await exchange.reply_json(whole, headers={**headers, **measured_headers(exchange)})
+
+
+async def _encoded_choice(
+    job: OpenaiJob, index: int, transcript: Transcript, dressing: Dressing
+) -> msgspec.Raw:
+    num_tokens = len(transcript.pieces) + len(transcript.prompt_logprobs or ())
+    num_entries = num_tokens * (1 + (job.num_top_logprobs or 0))
+    return await encoded(partial(dressing.choice, job, index, transcript, job.text), num_entries)
 
 
 def _groups(job: OpenaiJob, live: Sequence[LiveSequence]) -> list[list[Transcript]]:

@@ -82,6 +82,10 @@ def everything(_name: str) -> bool:
     return True
 
 
+Change = Callable[[State], Sequence[Statement]]
+"""What to write, of what is known."""
+
+
 class Registry:
     """All of it. Belongs to the event loop; only writes leave it."""
 
@@ -141,16 +145,7 @@ class Registry:
     async def register(self, name: str, target: Target, owner: str | None = None) -> None:
         """Let a name stand for a target; one that was removed is served again. An owner that is
         given takes the place of the one it had; an empty one leaves it without."""
-        put = "INSERT OR REPLACE INTO names VALUES (?, ?, ?)"
-        statements: list[Statement] = [(put, (name, target.adapter_id, target.revision))]
-        if name == target.adapter_id:
-            delete = "DELETE FROM removed WHERE adapter_id = ?"
-            statements += [(delete, (removed,)) for removed in self._state.removals_of(name)]
-        if owner:
-            statements.append(("INSERT OR REPLACE INTO owners VALUES (?, ?)", (name, owner)))
-        elif owner is not None:
-            statements.append(("DELETE FROM owners WHERE name = ?", (name,)))
-        await self._write(statements)
+        await self._decide(lambda state: _registered(state, name, target, owner))
 
     async def forget(self, name: str) -> None:
         tables = ("names", "owners")
@@ -159,15 +154,14 @@ class Registry:
     async def remove(self, adapter_id: str) -> None:
         """Serve an adapter no more, under whichever name, and forget its names and pins. It keeps
         its owner, so that it is nobody else's when it is served again."""
-        statements = _without(self._state, adapter_id)
-        statements.append(("INSERT OR IGNORE INTO removed VALUES (?)", (adapter_id,)))
-        await self._write(statements)
+        note = ("INSERT OR IGNORE INTO removed VALUES (?)", (adapter_id,))
+        await self._decide(lambda state: [*_without(state, adapter_id), note])
 
     async def clear(self, adapter_id: str) -> None:
         """Forget all that is known of an adapter, or a merge, that is no more."""
         tables = ("owners", "merges")
         forget = [(f"DELETE FROM {table} WHERE name = ?", (adapter_id,)) for table in tables]
-        await self._write([*_without(self._state, adapter_id), *forget])
+        await self._decide(lambda state: [*_without(state, adapter_id), *forget])
 
     async def save_merge(self, recipe: Recipe, owner: str | None = None) -> None:
         """Let its name stand for what it makes."""
@@ -187,13 +181,17 @@ class Registry:
         await self._write([(delete, (pin.adapter_id, pin.revision)) for pin in targets])
 
     async def _write(self, statements: Sequence[Statement]) -> None:
-        """All or none, and once begun to the end, whoever asked for it has left."""
-        await asyncio.shield(self._change(statements))
+        await self._decide(lambda _: statements)
 
-    async def _change(self, statements: Sequence[Statement]) -> None:
+    async def _decide(self, change: Change) -> None:
+        """All or none, and once begun to the end, whoever asked for it has left. What is written
+        follows from the state as all changes before have left it."""
+        await asyncio.shield(self._change(change))
+
+    async def _change(self, change: Change) -> None:
         async with self._lock:
             try:
-                self._state = await asyncio.to_thread(self._apply, statements)
+                self._state = await asyncio.to_thread(self._apply, change(self._state))
             except sqlite3.Error as error:
                 text = f"The registry cannot be written, so nothing was changed: {error}"
                 raise RegistryUnwritable(text) from error
@@ -202,6 +200,19 @@ class Registry:
         if identity_of(self._path) != self._identity:
             raise sqlite3.OperationalError("its file was moved or replaced; start the server again")
         return _apply(self._connection, statements)
+
+
+def _registered(state: State, name: str, target: Target, owner: str | None) -> list[Statement]:
+    put = "INSERT OR REPLACE INTO names VALUES (?, ?, ?)"
+    statements: list[Statement] = [(put, (name, target.adapter_id, target.revision))]
+    if name == target.adapter_id:
+        delete = "DELETE FROM removed WHERE adapter_id = ?"
+        statements += [(delete, (removed,)) for removed in state.removals_of(name)]
+    if owner:
+        statements.append(("INSERT OR REPLACE INTO owners VALUES (?, ?)", (name, owner)))
+    elif owner is not None:
+        statements.append(("DELETE FROM owners WHERE name = ?", (name,)))
+    return statements
 
 
 def _without(state: State, adapter_id: str) -> list[Statement]:

@@ -51,6 +51,9 @@ class Parameters(msgspec.Struct, frozen=True, kw_only=True):
     seed: int | None = None
     response_format: Json | None = None
     """{"type": "text"}, which is what goes without saying."""
+    top_n_tokens: int | None = None
+    grammar: Json | None = None
+    """These two are TGI's."""
 
 
 class GenerateBody(msgspec.Struct, frozen=True, kw_only=True):

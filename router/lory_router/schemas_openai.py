@@ -108,7 +108,6 @@ NOT_SERVED: dict[str, tuple[object, ...]] = {
     "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
-    "grammar": (),
     "guided_choice": (),
     "guided_decoding_backend": (),
     "guided_grammar": (),

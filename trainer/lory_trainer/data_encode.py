@@ -13,10 +13,8 @@ import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from lory_trainer.data import Example, Pair, Row
-from lory_trainer.data_rows import Message, Plan, Sample
+from lory_trainer.data_rows import MARK, Message, Plan, Sample
 from lory_trainer.errors import DataError
-
-MARK = "an answer like no other"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,13 +81,17 @@ class Encoder:
         return Example((*prompt, *answer), 0 if self.learn_prompt else len(prompt))
 
     def _turns(self, sample: Sample, messages: Sequence[Message]) -> list[Example]:
+        """Of an answer before all others, to which nothing asks, nothing is learned."""
         turns = [
             self._turn(sample, messages[: place + 1], place)
             for place, message in enumerate(messages)
-            if message["role"] == "assistant" and message.get("weight", 1)
+            if place and message["role"] == "assistant" and message.get("weight", 1)
         ]
         if not turns:
-            raise DataError(f"data: {sample.place}: every answer has weight 0; nothing to learn")
+            raise DataError(
+                f"data: {sample.place}: every answer has weight 0, or comes before a question; "
+                "nothing to learn"
+            )
         examples: list[Example] = []
         spans: list[tuple[int, int]] = []
         for (prompt, answer), later in zip(turns, [*turns[1:], None], strict=True):

@@ -47,6 +47,13 @@ class Finding:
         return f"{self.text} ({shown}{tail})" if shown else self.text
 
 
+_OF_ONE = {"hold": "holds", "have": "has", "ask": "asks", "are": "is"}
+
+
+def _rows(places: Sequence[str], verb: str) -> str:
+    return f"{len(places)} rows {verb}" if len(places) > 1 else f"1 row {_OF_ONE[verb]}"
+
+
 def _listed(places: Sequence[str]) -> str:
     """Lines of one file after its name: rows.jsonl line 1, 2, 5."""
     before = ""
@@ -81,7 +88,7 @@ def _secrets(samples: Sequence[Sample]) -> Iterator[Finding]:
             yield Finding(
                 "secret",
                 "warning",
-                f"{len(places)} rows hold what looks like {what}: a model can learn it by heart; "
+                f"{_rows(places, 'hold')} what looks like {what}: a model can learn it by heart; "
                 "take it out, and revoke it",
                 places,
             )
@@ -93,7 +100,7 @@ def _emails(samples: Sequence[Sample]) -> Iterator[Finding]:
         yield Finding(
             "email",
             "warning",
-            f"{len(places)} rows hold e-mail addresses, which a model can learn by heart",
+            f"{_rows(places, 'hold')} e-mail addresses, which a model can learn by heart",
             places,
         )
 
@@ -153,13 +160,13 @@ def _empty(samples: Sequence[Sample]) -> Iterator[Finding]:
         if not s.answer_text.strip() or (s.rejected is not None and not s.rejected.strip())
     )
     if places:
-        text = f"{len(places)} rows have an empty answer: saying nothing is learned from them"
+        text = f"{_rows(places, 'have')} an empty answer: saying nothing is what is learned there"
         yield Finding("empty", "warning", text, places)
     places = tuple(
         s.place for s in samples if isinstance(s.prompt, tuple) and not s.prompt_text.strip()
     )
     if places:
-        yield Finding("empty", "warning", f"{len(places)} rows ask nothing", places)
+        yield Finding("empty", "warning", f"{_rows(places, 'ask')} nothing", places)
 
 
 def _duplicates(samples: Sequence[Sample]) -> Iterator[Finding]:
@@ -171,7 +178,7 @@ def _duplicates(samples: Sequence[Sample]) -> Iterator[Finding]:
             places.append(sample.place)
         seen.add(text)
     if places:
-        text = f"{len(places)} rows are there already: each counts again in every pass"
+        text = f"{_rows(places, 'are')} there already: each counts again in every pass"
         yield Finding("duplicate", "warning", text, tuple(places))
 
 
@@ -186,7 +193,7 @@ def _conflicts(samples: Sequence[Sample]) -> Iterator[Finding]:
         if answers.setdefault(prompt, answer) != answer:
             places.append(sample.place)
     if places:
-        text = f"{len(places)} rows ask what another row asks and answer otherwise"
+        text = f"{_rows(places, 'ask')} what another row asks, with another answer"
         yield Finding("conflict", "warning", text, tuple(places))
 
 
@@ -230,4 +237,5 @@ def _count(samples: Sequence[Sample]) -> Iterator[Finding]:
         advice = f"enough for a narrow task; nested output and rare cases want {ENOUGH} and more"
     else:
         return
-    yield Finding("few", "warning" if count < FEW else "info", f"{count} rows: {advice}")
+    rows = "1 row" if count == 1 else f"{count} rows"
+    yield Finding("few", "warning" if count < FEW else "info", f"{rows}: {advice}")

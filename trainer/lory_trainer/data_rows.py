@@ -40,6 +40,9 @@ USUAL_COLUMNS: tuple[tuple[str, str], ...] = (
 SPEAKERS = {"human": "user", "gpt": "assistant", "developer": "system"}
 """Other names of roles; the server takes a developer for the system, too."""
 
+MARK = "an answer like no other"
+"""Said in an answer's place, to see what a chat template writes around it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:

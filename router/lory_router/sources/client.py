@@ -189,6 +189,8 @@ def _told(url: str) -> Iterator[None]:
     except httpx.TimeoutException as error:
         seconds = time.monotonic() - started
         raise Interrupted(f"{_host(url)} fell silent; given up after {seconds:.1f} s") from error
+    except httpx.ConnectError as error:
+        raise Interrupted(f"{_host(url)} cannot be reached: {error}") from error
     except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
         seconds = time.monotonic() - started
         what = f"{type(error).__name__} after {seconds:.1f} s"

@@ -103,20 +103,15 @@ class TuningRoutes:
         return _list([file_reply(one) for one in found], has_more)
 
     async def get_file(self, request: Request) -> Response:
-        return _json(
-            file_reply(
-                await self._tuning.file(caller_of(request.scope), request.path_params["file_id"])
-            )
-        )
+        return _json(file_reply(await self._tuning.file(*_one(request, "file_id"))))
 
     async def delete_file(self, request: Request) -> Response:
-        file_id = request.path_params["file_id"]
-        await self._tuning.delete_file(caller_of(request.scope), file_id)
+        caller, file_id = _one(request, "file_id")
+        await self._tuning.delete_file(caller, file_id)
         return _json(DeletedReply(id=file_id))
 
     async def content(self, request: Request) -> Response:
-        file_id = request.path_params["file_id"]
-        record, path = await self._tuning.file_place(caller_of(request.scope), file_id)
+        record, path = await self._tuning.file_place(*_one(request, "file_id"))
         return FileResponse(path, media_type=BYTES, filename=record.filename)
 
     # -- jobs -------------------------------------------------------------------------------
@@ -137,11 +132,7 @@ class TuningRoutes:
         return _list([job_reply(job) for job in found], has_more)
 
     async def get_job(self, request: Request) -> Response:
-        return _json(
-            job_reply(
-                await self._tuning.job(caller_of(request.scope), request.path_params["job_id"])
-            )
-        )
+        return _json(job_reply(await self._tuning.job(*_one(request, "job_id"))))
 
     async def events(self, request: Request) -> Response:
         if request.query_params.get("stream", "false") != "false":
@@ -188,9 +179,7 @@ class TuningRoutes:
         self, do: Callable[[Caller, str], Awaitable[JobRecord]]
     ) -> Callable[[Request], Awaitable[Response]]:
         async def work(request: Request) -> Response:
-            return _json(
-                job_reply(await do(caller_of(request.scope), request.path_params["job_id"]))
-            )
+            return _json(job_reply(await do(*_one(request, "job_id"))))
 
         return work
 
@@ -226,16 +215,22 @@ def _refuse_within(
 
 
 def _refuse_unknown(value: dict[str, Any], kind: type[msgspec.Struct], place: str) -> None:
-    refuse_unknown(value, kind, place)
+    """Null says nothing: OpenAI's package sends a job's method back with all that it has not."""
+    refuse_unknown({name: one for name, one in value.items() if one is not None}, kind, place)
+
+
+def _one(request: Request, name: str) -> tuple[Caller, str]:
+    """Who asks, and for which; nothing else is taken."""
+    _query(request)
+    return caller_of(request.scope), request.path_params[name]
 
 
 def _query(request: Request, *known: str, inside: str = "") -> dict[str, str]:
     """What stands behind the question mark; what nobody knows is refused."""
     for name in request.query_params:
         if name not in known and not (inside and name.startswith(inside)):
-            raise Invalid(
-                f"unknown parameter {shown(name)}; known are {', '.join(known)}", param=name[:80]
-            )
+            listed = f"known are {', '.join(known)}" if known else "none is taken here"
+            raise Invalid(f"unknown parameter {shown(name)}; {listed}", param=name[:80])
         if len(request.query_params.getlist(name)) > 1:
             raise Invalid(f"`{name[:80]}`: comes twice", param=name[:80])
     return dict(request.query_params)

@@ -7,14 +7,11 @@ the answer, its calls in a form of the template's own. It must not know metrics.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lory_trainer.data_rows import Message
+from lory_trainer.data_rows import MARK, Message
 from lory_trainer.evaluation.errors import EvaluationError, ServerError
 from lory_trainer.evaluation.rows import Row
 from lory_trainer.evaluation.server import Json, Server, understood
 from lory_trainer.evaluation.variants import Variant, asked_of, said_of
-
-MARK = "an answer like no other"
-"""Said in the answer's place, to see what the template writes around it."""
 
 
 @dataclass(frozen=True, slots=True)
