@@ -1,5 +1,6 @@
 """Patterns match exactly what `re` matches, and none can make the server wait."""
 
+import gc
 import json
 import re
 import time
@@ -106,10 +107,15 @@ CLASSES = [f"[{a}{b}]" for a in ascii_letters for b in ascii_letters if a != b]
 def refusal(**fields: Any) -> str:
     """Why it is refused, which takes well under a second of a reader's time."""
     raw = json.dumps({"peft_type": "LORA", "target_modules": ["q_proj"], **fields}).encode()
-    started_s = time.process_time()
-    with pytest.raises(AdapterInvalidError) as refused:
-        _choose(raw)
-    assert time.process_time() - started_s < 1.2
+    gc.disable()  # else it looks through what all tests before have left
+    try:
+        started_s = time.thread_time()
+        with pytest.raises(AdapterInvalidError) as refused:
+            _choose(raw)
+        taken_s = time.thread_time() - started_s
+    finally:
+        gc.enable()
+    assert taken_s < 1.2
     return str(refused.value)
 
 

@@ -170,6 +170,8 @@ def plain(**fields: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "fields",
     [
+        plain(rank_pattern={r"^model\.layers\.\d\.self_attn\.q_proj$": 2, r"1\d\..*\.q_proj": 3}),
+        plain(alpha_pattern={r"mlp.up\wproj": 3, "layers.1.mlp.up_proj": 5, r"q\_proj": 1}),
         plain(layers_to_transform=1),
         plain(layers_to_transform=[1, 11], layers_pattern="layers"),
         plain(target_modules=["model.layers.0.self_attn.q_proj", "k_proj"], layers_to_transform=1),

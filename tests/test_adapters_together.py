@@ -198,7 +198,7 @@ def test_a_merge_goes_and_comes_with_the_rights_to_its_sources(
     listed = front.get(ADAPTERS, **as_(BETA)).text + front.get("/v1/models", **as_(BETA)).text
     assert not any(name in listed for name in ("blend", "best", "polite"))
     for name, absent in zip(
-        names, ("none", "none@v1", "none", f"none@{REVISION[:6]}"), strict=True
+        names, ("absent", "absent@v1", "absent", f"absent@{REVISION[:6]}"), strict=True
     ):
         assert told(ask(front, BETA, name), name) == told(ask(front, BETA, absent), absent)
         assert ask(front, ACME, name).status_code == 200

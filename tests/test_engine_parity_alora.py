@@ -374,9 +374,8 @@ def test_rows_before_the_invocation_are_charged_as_the_bases(llama: ParityWorld)
     (adapter,) = engine._adapters.residency().resident.values()
     session.close()
     work = engine._cost_model.work
-    assert after.seconds / before.seconds == pytest.approx(
-        work(20, 3, adapter.num_bytes) / work(0, 20, 0)
-    )
+    num_params = adapter.num_bytes // torch.float32.itemsize
+    assert after.seconds / before.seconds == pytest.approx(work(20, 3, num_params) / work(0, 20, 0))
     assert (before.prompt_tokens, after.prompt_tokens, after.generated_tokens) == (20, 3, 1)
 
 

@@ -102,7 +102,7 @@ def test_a_wrong_file_is_told_though_another_job_runs(tmp_path: Path):
     async def story(world: World) -> None:
         slow = await world.create(seed=fake_trainer.SLOW)
         await world.until_step(slow["id"])
-        sent = await world.send(b"nonsense")
+        sent = await world.send(b'{"nonsense": 1}\n')
         bad = await world.create(training_file=sent.json()["id"])
         good = await world.create()
         assert (await world.until(bad["id"], "failed"))["error"]["param"] == "training_file"

@@ -21,7 +21,7 @@ MAX_EXPRESSIONS = 256
 """Of them, those that are more than names."""
 SHAPE_WORK = 2
 
-_PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\.)*\$?")
+_PLAIN = re.compile(r"\^?(?:[A-Za-z0-9_.-]|\\\.)*\$?")
 
 V = TypeVar("V")
 
