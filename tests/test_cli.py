@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import Any
 
 import httpx
 import pytest
+import typer
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -176,6 +178,25 @@ def test_train_speaks_with_the_trainers_own_help() -> None:
     assert done.returncode == 0
     assert "CONFIG" in done.stdout
     assert "--output" in done.stdout
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+def test_threads_of_a_training_do_not_spin_unless_asked_to(
+    given: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known before torch is loaded."""
+    environment = {} if given is None else {"OMP_WAIT_POLICY": given}
+    monkeypatch.setattr(os, "environ", environment)
+    seen: list[str | None] = []
+
+    def load(name: str) -> None:
+        seen.append(environment.get("OMP_WAIT_POLICY"))
+        raise ModuleNotFoundError(name=name)
+
+    monkeypatch.setattr(cli.importlib, "import_module", load)
+    with pytest.raises(CommandError):
+        cli.train(typer.Context(typer.main.get_command(cli.app)))
+    assert seen == [found]
 
 
 def test_training_without_its_packages_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:

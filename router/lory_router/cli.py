@@ -21,6 +21,7 @@ from lory_router.config import (
     check_switches,
     serve_option,
     serve_parameters,
+    wait_without_spinning,
 )
 
 RENAMED = {
@@ -252,6 +253,7 @@ def merge(
 @app.command(context_settings=PASS_ON)
 def train(context: typer.Context) -> None:
     """Train an adapter from a YAML file (see lory train --help)."""
+    wait_without_spinning()
     try:
         trainer = importlib.import_module("lory_trainer.cli")
     except ModuleNotFoundError as error:
