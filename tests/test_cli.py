@@ -180,17 +180,24 @@ def test_train_speaks_with_the_trainers_own_help() -> None:
     assert "--output" in done.stdout
 
 
-@pytest.mark.parametrize(("given", "found"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
-def test_threads_of_a_training_do_not_spin_unless_asked_to(
-    given: str | None, found: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [
+        ({}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "2000"}),
+        ({"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "7"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+    ],
+)
+def test_threads_of_a_training_spin_for_moments_unless_asked_to(
+    given: dict[str, str], found: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Known before torch is loaded."""
-    environment = {} if given is None else {"OMP_WAIT_POLICY": given}
+    environment = given.copy()
     monkeypatch.setattr(os, "environ", environment)
-    seen: list[str | None] = []
+    seen: list[dict[str, str]] = []
 
     def load(name: str) -> None:
-        seen.append(environment.get("OMP_WAIT_POLICY"))
+        seen.append(environment.copy())
         raise ModuleNotFoundError(name=name)
 
     monkeypatch.setattr(cli.importlib, "import_module", load)

@@ -21,7 +21,7 @@ from lory_router.config import (
     check_switches,
     serve_option,
     serve_parameters,
-    wait_without_spinning,
+    wait_politely,
 )
 
 RENAMED = {
@@ -253,7 +253,7 @@ def merge(
 @app.command(context_settings=PASS_ON)
 def train(context: typer.Context) -> None:
     """Train an adapter from a YAML file (see lory train --help)."""
-    wait_without_spinning()
+    wait_politely()
     try:
         trainer = importlib.import_module("lory_trainer.cli")
     except ModuleNotFoundError as error:
