@@ -51,6 +51,7 @@ def test_an_adapted_linear_is_what_peft_says_it_is(
 ) -> None:
     """gain * (x W + b0) + scale * (x A) B' + bias = m / n * (x W + scale * (x A) B) + trained, n
     being the norms of W + scale * B A, and b0 in place of a bias that was not trained."""
+    torch.manual_seed(0)
     write(tmp_path / "x", **fields)
     raw, blob = (blob_of(tmp_path, "x", dtype) for _ in range(2))
     folder = make_folder(BIASED)
